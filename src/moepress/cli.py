@@ -1,0 +1,65 @@
+"""The `moepress` command: a Hydra app that runs one experiment, or a study, as a Snakemake DAG.
+
+moepress quantization=gptq allocation=uniform allocation.bits=3
+"""
+
+import csv
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+
+from moepress import plan as planning
+from moepress.config import ROOT
+
+
+@hydra.main(config_path=str(ROOT / "conf"), config_name="config", version_base="1.3")
+def app(_) -> None:
+    settings = HydraConfig.get()
+    overrides = list(settings.overrides.task)
+    try:
+        plan = planning.for_overrides(overrides)
+    except ValueError as error:
+        sys.exit(f"moepress: {error}")
+    code = run(plan, overrides)
+    if code:
+        sys.exit(code)
+    if settings.mode == RunMode.RUN:
+        print_row(Path(plan.report))
+    print(plan.report)
+
+
+def run(plan: planning.Plan, overrides: list[str]) -> int:
+    """Hand the plan to Snakemake, which runs what is not computed yet; its exit code."""
+    if all(Path(target).exists() for target in plan.targets):
+        print("everything is computed already", file=sys.stderr)
+        return 0
+    cores = planning.resolve([o for o in overrides if not o.startswith("study=")])["cores"] or os.cpu_count()
+    experiments = json.dumps([" ".join(map(shlex.quote, overrides))])
+    command = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--cores", str(cores)]
+    command += ["--config", f"experiments={experiments}", "--rerun-incomplete", "--quiet", "rules"]
+    return subprocess.run(command, check=False).returncode
+
+
+def print_row(report: Path) -> None:
+    """The experiment's row of runs.csv, one value a line."""
+    with (report / "runs.csv").open(newline="", encoding="utf-8") as file:
+        row = list(csv.DictReader(file))[-1]
+    row.pop("keys", None)
+    width = max(map(len, row))
+    for name, value in row.items():
+        print(f"{name:{width}}  {value}")
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

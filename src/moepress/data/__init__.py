@@ -1,0 +1,1 @@
+"""Text: the corpus by domain and the sampling of calibration sequences."""

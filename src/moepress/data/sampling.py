@@ -1,0 +1,88 @@
+"""From documents to token windows: the calibration sample and the blocks that perplexity is measured on."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+
+from moepress.data import corpus
+
+
+def load_tokenizer(folder: Path):
+    """The fast tokenizer of a model folder; ValueError where there is none."""
+    from tokenizers import Tokenizer
+
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise ValueError(f"{folder}: no tokenizer.json in it; save the model's fast tokenizer there")
+    return Tokenizer.from_file(str(path))
+
+
+def end_of_document(folder: Path, tokenizer) -> int:
+    """The token that is put between documents: the model's eos."""
+    import json
+
+    config = json.loads((folder / "config.json").read_text())
+    eos = config.get("eos_token_id")
+    eos = eos[0] if isinstance(eos, list) else eos
+    if eos is None or eos >= tokenizer.get_vocab_size():
+        raise ValueError(f"{folder}/config.json: eos_token_id={eos!r} is no token of the tokenizer")
+    return eos
+
+
+def token_blocks(tokenizer, separator: int, texts: list[str], seq_len: int) -> tuple[np.ndarray, int]:
+    """Non-overlapping windows `[blocks, seq_len]` of the texts joined by the separator, and the UTF-8 bytes they came from
+    (of all texts, in proportion to the tokens kept)."""
+    stream = np.concatenate(
+        [np.asarray([*encoded.ids, separator], np.int64) for encoded in tokenizer.encode_batch(texts, add_special_tokens=False)]
+        or [np.empty(0, np.int64)]
+    )
+    count = len(stream) // seq_len
+    blocks = stream[: count * seq_len].reshape(count, seq_len)
+    num_bytes = sum(len(text.encode()) for text in texts)
+    return blocks, round(num_bytes * blocks.size / max(1, len(stream)))
+
+
+def domain_blocks(folder: Path, tokenizer, separator: int, split: str, seq_len: int, domains: list[str] | None, key: str) -> dict:
+    """Domain -> `(blocks [count, seq_len], bytes)` of a corpus folder's split, for the domains that have any text there."""
+    documents = corpus.read(folder, split)
+    present = list(dict.fromkeys(documents["domain"]))
+    unknown = sorted(set(domains or ()) - set(present))
+    if unknown:
+        raise ValueError(f"{key}.domains={domains}: the corpus has no {split} text of {unknown}; it has {present}")
+    return {
+        domain: token_blocks(
+            tokenizer, separator, documents.loc[documents["domain"] == domain, "text"].tolist(), seq_len
+        )
+        for domain in domains or present
+    }
+
+
+def spread(count: int, wanted: int) -> np.ndarray:
+    """`wanted` indices spread evenly over `range(count)`."""
+    return (np.arange(wanted) * count) // wanted
+
+
+def sample_calibration(blocks_by_domain: dict[str, np.ndarray], num_sequences: int, seed: int) -> tuple[np.ndarray, list]:
+    """`(token_ids [num_sequences, seq_len], [(domain, block), ...])`: equal parts of every domain, drawn without repetition.
+
+    Raises ValueError saying how much there is where the text does not suffice.
+    """
+    domains = list(blocks_by_domain)
+    drawn, origin = [], []
+    for index, domain in enumerate(domains):
+        wanted = num_sequences * (index + 1) // len(domains) - num_sequences * index // len(domains)
+        blocks = blocks_by_domain[domain]
+        if len(blocks) < wanted:
+            available = ", ".join(f"{name}: {len(b)}" for name, b in blocks_by_domain.items())
+            seq_len = blocks.shape[1]
+            raise ValueError(
+                f"calibration.num_sequences={num_sequences} with calibration.seq_len={seq_len} needs {wanted} windows of "
+                f"{domain!r}, the calibration split has {len(blocks)} (windows by domain: {available}); "
+                "ask for fewer or shorter sequences, choose calibration.domains, or give more text"
+            )
+        name_seed = int.from_bytes(hashlib.sha256(domain.encode()).digest()[:4], "little")
+        order = np.random.default_rng([seed, name_seed]).permutation(len(blocks))[:wanted]
+        drawn.append(blocks[order])
+        origin += [(domain, int(block)) for block in order]
+    return np.concatenate(drawn), origin

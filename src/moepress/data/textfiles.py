@@ -1,0 +1,109 @@
+"""A person's own text: .txt, .md and .jsonl files of a file or folder.
+
+    textfiles.read({"path": "notes/", "field": "text", ...})  ->  [(domain, document, text), ...]
+"""
+
+import hashlib
+import json
+import re
+from collections import defaultdict
+from pathlib import Path
+
+SUFFIXES = (".txt", ".md", ".jsonl")
+
+
+def find(path: str | None) -> list[Path]:
+    """The text files of a file or folder, sorted. Raises ValueError if there is none."""
+    if not path:
+        raise ValueError("corpus.path is not set: give a .txt, .md or .jsonl file, or a folder of them.")
+    root = Path(path)
+    if not root.exists():
+        raise ValueError(f"corpus.path={path} does not exist: give a .txt, .md or .jsonl file, or a folder of them.")
+    files = [root] if root.is_file() else sorted(file for file in root.rglob("*") if file.is_file())
+    files = [file for file in files if file.suffix.lower() in SUFFIXES]
+    if not files:
+        raise ValueError(f"corpus.path={path} holds no text: it takes {', '.join(SUFFIXES)} files.")
+    return files
+
+
+def fingerprint(files: list[Path], root: Path) -> str:
+    """sha256 over the names (below `root`) and bytes of files."""
+    digest = hashlib.sha256()
+    for file in files:
+        name = file.relative_to(root).as_posix() if file != root else file.name
+        digest.update(f"{name}\0{file.stat().st_size}\0".encode())
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def read(config: dict) -> list[tuple[str, str, str]]:
+    """Documents as `(domain, document, text)`.
+
+    The domain of a file is the folder it lies in below `path`, else its stem. A .txt or .md file is a document, a
+    .jsonl line is one. A domain with fewer than `min_documents` has its documents cut at blank lines into blocks of
+    about `block_characters`, so that there is something to split.
+
+    Raises ValueError for a missing path, bytes that are not UTF-8, a bad .jsonl line, or no text at all.
+    """
+    root = Path(config["path"] or "")
+    domains: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for file in find(config["path"]):
+        domain = file.stem if file.parent == root or file == root else file.parent.name
+        name = file.relative_to(root).as_posix() if file != root else file.name
+        if file.suffix.lower() == ".jsonl":
+            rows = _rows(file, config["field"])
+        else:
+            rows = [(None, _decode(file))]
+        domains[domain] += [(name if row is None else f"{name}:{row}", text) for row, text in rows if text.strip()]
+    domains = {domain: documents for domain, documents in domains.items() if documents}
+    if not domains:
+        raise ValueError(f"corpus.path={config['path']} holds no usable text: all its files are empty.")
+    for domain, documents in domains.items():
+        if len(documents) < config["min_documents"]:
+            domains[domain] = [block for document in documents for block in _blocks(*document, config["block_characters"])]
+    return [(domain, name, text) for domain, documents in domains.items() for name, text in documents]
+
+
+def _decode(file: Path) -> str:
+    try:
+        return file.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"corpus.path: {file} is not UTF-8 text: byte {error.object[error.start]:#04x} at offset {error.start}. "
+            "Convert it (iconv -t utf-8) or move it away."
+        ) from None
+
+
+def _rows(file: Path, field: str) -> list[tuple[int, str]]:
+    rows = []
+    for number, line in enumerate(_decode(file).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"corpus.path: {file} line {number} is not JSON: {error}.") from None
+        if not isinstance(row, dict) or not isinstance(row.get(field), str):
+            has = sorted(row) if isinstance(row, dict) else type(row).__name__
+            raise ValueError(
+                f"corpus.path: {file} line {number} has no text field {field!r} (it has {has}): set corpus.field."
+            )
+        rows.append((number, row[field]))
+    return rows
+
+
+def _blocks(name: str, text: str, size: int) -> list[tuple[str, str]]:
+    """Cut a text at blank lines, and at line ends where a paragraph is longer than a block."""
+    paragraphs = []
+    for paragraph in re.split(r"\n\s*\n", text):
+        paragraphs += [(paragraph, "\n\n")] if len(paragraph) <= size else [(s, "\n") for s in paragraph.split("\n")]
+    blocks, block = [], ""
+    for paragraph, end in paragraphs:
+        block += paragraph + end
+        if len(block) >= size:
+            blocks.append(block)
+            block = ""
+    blocks = [block for block in [*blocks, block] if block.strip()]
+    return [(f"{name}#{number}", block) for number, block in enumerate(blocks)] if len(blocks) > 1 else [(name, text)]

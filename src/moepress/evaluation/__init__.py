@@ -1,0 +1,1 @@
+"""What compression cost: perplexity and selection shift."""

@@ -1,0 +1,1 @@
+"""Running packed checkpoints: the modules, their registration with transformers, loading."""

@@ -1,0 +1,1 @@
+"""Model families, and walking a model one decoder layer at a time."""

@@ -1,0 +1,325 @@
+"""The small default model: a Mixtral with 8 experts that is trained here, in minutes, on the corpus.
+
+    moepress model=tiny                       # the recipe is conf/model/tiny.yaml
+    moepress model=tiny model.training.steps=200
+
+`train` leaves an ordinary Hugging Face folder (bf16 safetensors, tokenizer), `training.csv` with the loss by step and
+`specialisation.json` with what the experts do on held-out text. Hidden matrices are trained by Muon (Jordan et al.
+2024), 3-D experts as batches of matrices; embeddings, router and norms by Adam. Same seed, same machine: same bytes,
+also after a kill, for the state of the training lies beside the output until it is done.
+
+Shape suffixes: B sequences, S positions, T = B*S tokens, H hidden, V vocabulary, E experts, K experts per token.
+"""
+
+import csv
+import json
+import math
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
+from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from moepress.data import corpus
+
+STATE = "training_state.safetensors"
+END = "<|endoftext|>"
+
+
+def train(config: dict, documents: Path, out: Path, progress: bool = True) -> dict:
+    """Train the model of `config` (the resolved group `model`) on the train split of `documents` into the folder `out`.
+
+    documents: a built corpus' documents.parquet. A state that a killed training left in `out` is taken up again.
+    Returns `specialisation.json`'s content with `seconds` and `tokens_per_second` of this call's training.
+    Raises ValueError if the corpus has too little text.
+    """
+    started, training = time.perf_counter(), config["training"]
+    text = corpus.read(Path(documents).parent, "train")
+    tokenizer = train_tokenizer(text, config["tokenizer"], training["seq_len"])
+    data = {domain: tokenize(tokenizer, group["text"], training["seq_len"]) for domain, group in text.groupby("domain")}
+    batches = Batches(torch.cat(list(data.values())), training["batch_size"], config["seed"])
+    torch.manual_seed(config["seed"])
+    model = build(config["architecture"], tokenizer)
+    optimizer = Optimizer(model, training)
+    rows, steps = resume(out, config, model, optimizer), training["steps"]
+    bar = tqdm(range(len(rows), steps), initial=len(rows), total=steps, desc="train", unit="step", disable=not progress)
+    saved = began = time.perf_counter()
+    for step in bar:
+        loss, balance = backward(model, batches[step], training)
+        learning_rate = optimizer.step(step)
+        rows.append({"step": step, "loss": round(loss, 5), "balance": round(balance, 5), "lr_scale": learning_rate})
+        bar.set_postfix(loss=f"{np.mean([row['loss'] for row in rows[-20:]]):.3f}", balance=f"{balance:.3f}")
+        if time.perf_counter() - saved > training["save_seconds"]:
+            save_state(out, config, model, optimizer, rows)
+            saved = time.perf_counter()
+    seconds = time.perf_counter() - began
+    model.set_experts_implementation("eager")
+    model = model.to(torch.bfloat16).eval()
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    with (out / "training.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=["step", "loss", "balance", "lr_scale"])
+        writer.writeheader()
+        writer.writerows(rows)
+    found = specialisation(model, tokenizer, Path(documents).parent, config["held_out"], progress)
+    (out / "specialisation.json").write_text(json.dumps(found, indent=2) + "\n")
+    (out / STATE).unlink(missing_ok=True)
+    rate = (steps - len(bar)) and 0
+    return found | {"training_seconds": seconds, "seconds": time.perf_counter() - started}
+
+
+# --- text ------------------------------------------------------------------------------------------------------------
+
+
+def train_tokenizer(text: pd.DataFrame, config: dict, seq_len: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE from the first `characters` of each domain; END is its bos, eos, pad and unk token."""
+    sample = [
+        document
+        for _, group in text.groupby("domain")
+        for document in group["text"][group["text"].str.len().cumsum() <= max(config["characters"], len(group["text"].iloc[0]))]
+    ]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=config["vocab_size"],
+        special_tokens=[END],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(sample, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=END, eos_token=END, pad_token=END, unk_token=END,
+        clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+
+
+def tokenize(tokenizer, texts, seq_len: int) -> torch.Tensor:
+    """Documents one after the other, each ended by eos, as `int64 [num_sequences, seq_len + 1]`; the rest is left out."""
+    ids = [tokens + [tokenizer.eos_token_id] for tokens in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+    stream = torch.tensor([token for tokens in ids for token in tokens])
+    num_sequences = (len(stream) - 1) // seq_len
+    return stream[: num_sequences * seq_len + 1].unfold(0, seq_len + 1, seq_len)
+
+
+class Batches:
+    """Batch `step` of a training that passes over all sequences in a new order again and again."""
+
+    def __init__(self, sequences: torch.Tensor, batch_size: int, seed: int):
+        if len(sequences) < batch_size:
+            raise ValueError(
+                f"The corpus has text for {len(sequences)} training sequences, model.training.batch_size is {batch_size}: "
+                "give more text, or lower model.training.batch_size or model.training.seq_len."
+            )
+        self.sequences, self.batch_size, self.seed = sequences, batch_size, seed
+
+    def __getitem__(self, step: int) -> torch.Tensor:
+        epoch, batch = divmod(step, len(self.sequences) // self.batch_size)
+        generator = torch.Generator().manual_seed(self.seed * 1000 + epoch)
+        order = torch.randperm(len(self.sequences), generator=generator)
+        return self.sequences[order[batch * self.batch_size : (batch + 1) * self.batch_size]]
+
+
+# --- model and its loss ----------------------------------------------------------------------------------------------
+
+
+def build(architecture: dict, tokenizer) -> MixtralForCausalLM:
+    """A fresh fp32 Mixtral; what writes into the residual stream starts at zero."""
+    config = MixtralConfig(
+        vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=None,
+        sliding_window=None,
+        **architecture,
+    )
+    model = MixtralForCausalLM(config)
+    for layer in model.model.layers:
+        torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+        torch.nn.init.zeros_(layer.mlp.experts.down_proj)
+    model.set_experts_implementation("moepress_sorted")
+    return model.train()
+
+
+def sorted_experts(module, hidden_TH, top_k_index_TK, top_k_weights_TK):
+    """Each expert on its own tokens in one piece. Indexing a 3-D weight per expert, as `eager` does, makes autograd fill
+    a whole 3-D gradient per expert: half of the training time."""
+    num_slots = top_k_index_TK.shape[1]
+    order = top_k_index_TK.flatten().argsort(stable=True)
+    counts = top_k_index_TK.flatten().bincount(minlength=module.num_experts).tolist()
+    tokens = order // num_slots
+    inputs = hidden_TH.index_select(0, tokens).split(counts)
+    outputs = []
+    for x, gate_up, down in zip(inputs, module.gate_up_proj.unbind(), module.down_proj.unbind(), strict=True):
+        gate, up = F.linear(x, gate_up).chunk(2, dim=-1)
+        outputs.append(F.linear(module.act_fn(gate) * up, down))
+    weights = top_k_weights_TK.flatten().index_select(0, order).unsqueeze(1)
+    weighted = torch.cat(outputs) * weights.to(outputs[0].dtype)
+    return torch.zeros_like(hidden_TH).index_add(0, tokens, weighted.to(hidden_TH.dtype))
+
+
+ALL_EXPERTS_FUNCTIONS.register("moepress_sorted", sorted_experts)
+
+
+def backward(model, sequences: torch.Tensor, training: dict) -> tuple[float, float]:
+    """Gradients of one batch `[B, S + 1]`. Returns the cross-entropy in nats and the balance loss (1 is even)."""
+    inputs, targets = sequences[:, :-1], sequences[:, 1:]
+    with torch.autocast("cpu", torch.bfloat16, enabled=training["bfloat16"]):
+        output = model.model(inputs, output_router_logits=True, use_cache=False)
+        logits_BSV = model.lm_head(output.last_hidden_state)
+    loss = F.cross_entropy(logits_BSV.float().flatten(0, 1), targets.flatten())
+    balance = torch.stack([balance_loss(logits, model.config.num_experts_per_tok) for logits in output.router_logits]).mean()
+    z_loss = torch.stack([logits.float().logsumexp(-1).square().mean() for logits in output.router_logits]).mean()
+    (loss + training["balance"] * balance + training["z_loss"] * z_loss).backward()
+    return loss.item(), balance.item()
+
+
+def balance_loss(logits_TE: torch.Tensor, top_k: int) -> torch.Tensor:
+    """Share of selections times mean probability, summed over experts, times E (Switch Transformer, eq. 4), one layer."""
+    probabilities_TE = logits_TE.float().softmax(-1)
+    share_E = probabilities_TE.topk(top_k).indices.flatten().bincount(minlength=logits_TE.shape[1]) / (len(logits_TE) * top_k)
+    return logits_TE.shape[1] * (share_E * probabilities_TE.mean(0)).sum()
+
+
+# --- optimizer -------------------------------------------------------------------------------------------------------
+
+
+class Optimizer:
+    """Muon for the layers' matrices (experts: batches of them), Adam for the rest, one schedule for both.
+
+    `state` holds fp32 tensors by parameter name: `NAME.m` and, for Adam, `NAME.v`.
+    """
+
+    def __init__(self, model, training: dict):
+        self.parameters = dict(model.named_parameters())
+        self.training = training
+        self.state = {f"{name}.m": torch.zeros_like(p) for name, p in self.parameters.items()}
+        self.state |= {f"{name}.v": torch.zeros_like(p) for name, p in self.parameters.items() if not self.is_muon(name)}
+
+    def is_muon(self, name: str) -> bool:
+        return self.training["muon"] and (name.endswith("_proj.weight") or "experts" in name)
+
+    def schedule(self, step: int) -> float:
+        """Linear warm-up over `warmup` steps, then constant, then linear to zero over the last `decay` of all steps."""
+        steps, warmup = self.training["steps"], self.training["warmup"]
+        return min(1.0, (step + 1) / warmup, (steps - step) / (self.training["decay"] * steps))
+
+    @torch.no_grad()
+    def step(self, step: int) -> float:
+        """Update all parameters from their gradients, clear these, return the schedule's factor."""
+        training, scale = self.training, self.schedule(step)
+        for name, p in self.parameters.items():
+            m = self.state[f"{name}.m"]
+            if self.is_muon(name):
+                m.lerp_(p.grad, 1 - training["momentum"])
+                direction = p.grad.lerp(m, training["momentum"])
+                rows = 2 if "gate_up" in name else 1
+                update = torch.cat([orthogonal(part) for part in direction.chunk(rows, dim=-2)], dim=-2)
+                update *= max(1.0, update.shape[-2] / rows / update.shape[-1]) ** 0.5
+                rate = scale * training["muon_lr"]
+                p.mul_(1 - rate * training["weight_decay"])
+            else:
+                beta1, beta2 = training["betas"]
+                v = self.state[f"{name}.v"]
+                m.lerp_(p.grad, 1 - beta1)
+                v.lerp_(p.grad.square(), 1 - beta2)
+                unbiased = v.div(1 - beta2 ** (step + 1)).sqrt_().add_(1e-10)
+                update = m.div(1 - beta1 ** (step + 1)).div_(unbiased)
+                rate = scale * training["adam_lr"]
+                if "gate.weight" in name: rate = scale * training["router_lr"]
+            p.sub_(update, alpha=rate)
+            p.grad = None
+        return scale
+
+
+def orthogonal(matrices: torch.Tensor) -> torch.Tensor:
+    """The nearest (semi-)orthogonal matrices `[..., m, n]` by five Newton-Schulz iterations in bf16 (Muon)."""
+    x = matrices.bfloat16()
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for a, b, c in [(3.4445, -4.7750, 2.0315)] * 5:
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x.mT if tall else x).float()
+
+
+# --- state -----------------------------------------------------------------------------------------------------------
+
+
+def save_state(out: Path, config: dict, model, optimizer: Optimizer, rows: list[dict]) -> None:
+    tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
+    tensors |= {f"optimizer.{name}": value for name, value in optimizer.state.items()}
+    temporary = out / f"{STATE}.partial"
+    save_file(tensors, temporary, metadata={"config": json.dumps(config, sort_keys=True), "rows": json.dumps(rows)})
+    os.replace(temporary, out / STATE)
+
+
+def resume(out: Path, config: dict, model, optimizer: Optimizer) -> list[dict]:
+    """Put a saved state of the same config into model and optimizer. Returns its rows: one per step done."""
+    if not (out / STATE).exists():
+        return []
+    with safe_open(out / STATE, "pt") as state:
+        if state.metadata()["config"] != json.dumps(config, sort_keys=True):
+            return []
+        for name, p in model.named_parameters():
+            p.data.copy_(state.get_tensor(f"model.{name}"))
+        for name, value in optimizer.state.items():
+            value.copy_(state.get_tensor(f"optimizer.{name}"))
+        return json.loads(state.metadata()["rows"])
+
+
+# --- what came of it -------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def specialisation(model, tokenizer, folder: Path, held_out: dict, progress: bool = True) -> dict:
+    """Perplexity by domain of the test split, and which expert takes which domain, by layer.
+
+    Shares and mutual information are over the domains that were trained on, weighted alike.
+    """
+    trained = set(pd.read_parquet(folder / "documents.parquet", columns=["domain"], filters=[("split", "==", "train")])["domain"])
+    counts, quality = {}, {}
+    for domain, group in corpus.read(folder, "test").groupby("domain"):
+        sequences = tokenize(tokenizer, group["text"], held_out["seq_len"])[: held_out["num_sequences"]]
+        nats, num_tokens, num_bytes, counts[domain] = 0.0, 0, 0, 0
+        for batch in sequences.split(8):
+            with torch.autocast("cpu", torch.bfloat16):
+                output = model(batch[:, :-1], output_router_logits=True, use_cache=False)
+            nats += F.cross_entropy(output.logits.float().flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").item()
+            num_tokens += batch[:, 1:].numel()
+            num_bytes += len("".join(tokenizer.batch_decode(batch[:, 1:])).encode())
+            top = torch.stack(output.router_logits).topk(model.config.num_experts_per_tok).indices.flatten(1)
+            counts[domain] = counts[domain] + F.one_hot(top, model.config.num_local_experts).sum(1).numpy()
+        loss = nats / num_tokens
+        quality[domain] = {
+            "tokens": num_tokens,
+            "loss": loss,
+            "perplexity": math.exp(loss),
+            "bits_per_byte": nats / math.log(2) / num_bytes,
+        }
+    layers = []
+    for layer in range(model.config.num_hidden_layers):
+        joint = np.stack([counts[domain][layer] / counts[domain][layer].sum() for domain in sorted(trained & set(counts))])
+        joint = joint / joint.sum()
+        share = joint.sum(0)
+        ratio = joint / (joint.sum(1, keepdims=True) * share)
+        information = float((joint * np.log2(np.where(joint > 0, ratio, 1))).sum())
+        layers.append(
+            {
+                "share": share.tolist(),
+                "min_share": float(share.min()),
+                "mutual_information_bits": information,
+                "counts": {domain: counts[domain][layer].tolist() for domain in counts},
+            }
+        )
+    return {"held_out": quality, "layers": layers}

@@ -1,0 +1,92 @@
+"""What Snakemake is to build: the artefacts of the experiments that were asked for, their task files, the targets."""
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from moepress.artefacts import write_tasks
+from moepress.config import (
+    ROOT,
+    Artefact,
+    Experiment,
+    everything,
+    experiment,
+    load_study,
+    reference,
+    report_artefact,
+    resolve,
+    study_experiments,
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """artefacts: folder -> Artefact of everything needed. report: the folder that joins it. targets: for `rule all`."""
+
+    results: str
+    artefacts: dict[str, Artefact]
+    report: str
+    targets: list[str]
+    gpus: int
+    project: str
+
+    def inputs(self, folder: str) -> list[str]:
+        """The folders that an artefact of the plan reads; none for one of another plan."""
+        item = self.artefacts.get(folder)
+        return [] if item is None else [f"{self.results}/{found.folder}" for found in item.inputs.values()]
+
+
+def make(name: str, caption: str, experiments: list[Experiment]) -> Plan:
+    """The plan of some experiments, with their task files written."""
+    first = experiments[0].config
+    results = Path(first["paths"]["results"]).expanduser()
+    report = report_artefact(name, caption, experiments)
+    configs: dict[str, dict] = {report.folder: first}
+    for member in experiments:
+        wanted = [*member.artefacts.values(), *report.inputs.values()]
+        for folder in everything(wanted):
+            configs.setdefault(folder, member.config)
+    artefacts = write_tasks([report], configs, results)
+    targets = [f"{results}/{report.folder}"]
+    tracking = first["tracking"]
+    if tracking["mode"] != "disabled":
+        targets.append(f"{results}/tracking/{tracking['mode']}/{report.id}.json")
+    gpus = int(first["device"].startswith("cuda"))
+    return Plan(str(results), artefacts, targets[0], targets, gpus, tracking["project"])
+
+
+def for_overrides(overrides: list[str]) -> Plan:
+    """One experiment beside its 16-bit model, or with `study=NAME` among the overrides that study's experiments."""
+    names = [o.partition("=")[2] for o in overrides if o.startswith("study=")]
+    rest = [o for o in overrides if not o.startswith("study=")]
+    if names:
+        return for_study(names[-1], rest)
+    member = experiment(rest)
+    own = [o for o in rest if o.split("=")[0].split(".")[0] not in ("quantization", "allocation", "pruning", "experiment")]
+    base = experiment([*own, "quantization=none"])
+    members = [member] if member.name == base.name else [base, member]
+    return make(member.name.split()[0], f"{member.name} beside the 16-bit model.", members)
+
+
+def for_study(name: str, overrides: list[str]) -> Plan:
+    study = load_study(name)
+    return make(study["name"], study["caption"], study_experiments(study, overrides))
+
+
+def from_snakemake(config: dict) -> Plan:
+    """The plan for Snakemake's `--config`: `experiments` (a list of override strings), or `study` (default: default) with
+    `overrides` (a string) for all its members."""
+    known = {"experiments", "study", "overrides"}
+    if unknown := set(config) - known:
+        raise ValueError(f"--config {sorted(unknown)[0]}=: known are {', '.join(sorted(known))}")
+    overrides = shlex.split(str(config.get("overrides", "")))
+    if "experiments" in config:
+        lines = config["experiments"]
+        lines = [lines] if isinstance(lines, str) else lines
+        return for_overrides([*shlex.split(lines[0]), *overrides]) if len(lines) == 1 else make(
+            "experiments", f"{len(lines)} experiments.", study_experiments({"base": [], "experiments": lines}, overrides)
+        )
+    return for_study(config.get("study", "default"), overrides)
+
+
+__all__ = ["ROOT", "Plan", "for_overrides", "for_study", "from_snakemake", "make", "reference", "resolve"]

@@ -1,0 +1,1 @@
+"""Grids, error feedback, router calibration, the layer loop and the packed format."""

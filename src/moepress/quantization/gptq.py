@@ -1,0 +1,95 @@
+"""GPTQ (Frantar et al., arXiv 2210.17323), batched over matrices of any widths.
+
+Minimises `tr((W - Q) H (W - Q)^T)` for the curvature `H = mean x x^T` of each matrix's inputs: column by column, the
+rounding error is spread over the columns that are still to come, by the rows of U in `H^-1 = U^T U`.
+
+Legend: E matrices (experts), O output rows, I input columns, B columns of one block.
+"""
+
+import torch
+
+from moepress.quantization import grid
+from moepress.quantization.packing import Quantized
+
+
+class Curvature:
+    """Second moments of inputs, accumulated: `sum x x^T` and the count, for E matrices. `sum_EII [E, I, I]`, `count_E [E]`."""
+
+    def __init__(self, num_matrices: int, width: int, device=None):
+        self.sum_EII = torch.zeros(num_matrices, width, width, device=device)
+        self.count_E = torch.zeros(num_matrices, device=device)
+
+    def add(self, matrix: int, x_TI: torch.Tensor) -> None:
+        self.sum_EII[matrix].addmm_(x_TI.T.float(), x_TI.float())
+        self.count_E[matrix] += x_TI.shape[0]
+
+    def mean(self) -> torch.Tensor:
+        return self.sum_EII / self.count_E.clamp(min=1)[:, None, None]
+
+
+def shrunk(routed: Curvature, prior: Curvature) -> torch.Tensor:
+    """`(n H + n0 H0) / (n + n0)`, n0 = the input's width: an expert's curvature, drawn towards the layer's by how few
+    tokens it has; with none, the layer's altogether. prior: the layer's, of 1 or E matrices. Returns `[E, I, I]`."""
+    width = routed.sum_EII.shape[-1]
+    return (routed.sum_EII + width * prior.mean()) / (routed.count_E + width)[:, None, None]
+
+
+def inverse_factor(h_EII: torch.Tensor, damping: float) -> torch.Tensor:
+    """Upper triangular U `[E, I, I]` with `(H + damping * mean(diag H) * 1)^-1 = U^T U`; inputs that never occur get a
+    diagonal of their own, so they are merely rounded."""
+    h = h_EII.float().clone()
+    diagonal = h.diagonal(dim1=-2, dim2=-1)
+    mean = diagonal.mean(-1, keepdim=True)
+    mean = torch.where(mean > 0, mean, torch.ones_like(mean))
+    diagonal += damping * mean
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
+    return torch.linalg.cholesky(inverse, upper=True)
+
+
+def gptq(
+    w_EOI: torch.Tensor,
+    h_EII: torch.Tensor,
+    bits: list[int],
+    group_size: int,
+    damping: float,
+    clip_min: float,
+    steps: int,
+    block_size: int = 32,
+    factor_EII: torch.Tensor | None = None,
+) -> Quantized:
+    """Quantize E matrices, matrix e to bits[e], each group's grid searched when the group is reached.
+
+    w: `[E, O, I]`. h: curvature `[E, I, I]`. factor: `inverse_factor(h, damping)` where it is known already.
+    The result does not depend on block_size (up to rounding), which must divide group_size.
+    """
+    E, O, I = w_EOI.shape
+    w = w_EOI.float().clone()
+    u = inverse_factor(h_EII, damping) if factor_EII is None else factor_EII
+    importance = h_EII.diagonal(dim1=-2, dim2=-1).float()
+    top = grid.top_code(bits, w.device)
+    codes = torch.empty(E, O, I, dtype=torch.uint8, device=w.device)
+    scales = torch.empty(E, O, I // group_size, device=w.device)
+    zeros = torch.empty(E, O, I // group_size, device=w.device)
+    for start in range(0, I, block_size):
+        group, end = start // group_size, start + block_size
+        if start % group_size == 0:
+            columns = slice(start, start + group_size)
+            scale, zero = grid.search(w[:, :, columns], top, importance[:, columns], clip_min, steps)
+            scales[:, :, group], zeros[:, :, group] = scale, zero
+        block, factor = w[:, :, start:end], u[:, start:end, start:end]
+        errors = torch.empty_like(block)
+        for j in range(block_size):
+            column = block[:, :, j : j + 1]
+            code, value = grid.round_to_grid(column, scale, zero, top)
+            codes[:, :, start + j] = code[:, :, 0].to(torch.uint8)
+            errors[:, :, j] = ((column - value) / factor[:, j : j + 1, j : j + 1])[:, :, 0]
+            block[:, :, j + 1 :] -= errors[:, :, j : j + 1] * factor[:, j : j + 1, j + 1 :]
+        w[:, :, end:] -= errors @ u[:, start:end, end:]
+    return Quantized(codes, scales.half(), zeros.to(torch.int16), list(bits))
+
+
+def output_error(w_EOI: torch.Tensor, q_EOI: torch.Tensor, h_EII: torch.Tensor) -> torch.Tensor:
+    """Relative squared error of the outputs under the curvature, `tr(D H D^T) / tr(W H W^T)` with D = W - Q: `[E]`."""
+    d = w_EOI.float() - q_EOI.float()
+    error = torch.einsum("eoi,eoi->e", d @ h_EII, d)
+    return error / torch.einsum("eoi,eoi->e", w_EOI.float() @ h_EII, w_EOI.float()).clamp(min=1e-30)

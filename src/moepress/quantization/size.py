@@ -1,0 +1,84 @@
+"""How many bytes the packed format takes, as plain arithmetic: imports no torch, so that a budget is planned in a moment."""
+
+import json
+from pathlib import Path
+
+from moepress.models.families import FAMILIES, Shape, is_attention_linear, is_expert_matrix
+
+ZERO_STEPS = 4
+"""Zero points are kept in quarters of a quantization step, so they need two bits more than the codes."""
+
+
+def zero_width(bits: int) -> int:
+    return bits + 2
+
+
+def fields(width: int) -> list[int]:
+    """Powers of two that sum to `width`, largest first: 3 -> [2, 1]."""
+    assert 1 <= width <= 15, width
+    return [1 << power for power in range(3, -1, -1) if width >> power & 1]
+
+
+def packed_bytes(count: int, width: int) -> int:
+    """Bytes that `count` codes of `width` bits take; each stream of fields is filled to a whole byte."""
+    return sum(-(-count * field // 8) for field in fields(width))
+
+
+def matrix_bytes(rows: int, columns: int, bits: int, group_size: int) -> int:
+    """Bytes of one packed matrix: codes, zero points, float16 scales."""
+    groups = rows * columns // group_size
+    return packed_bytes(rows * columns, bits) + packed_bytes(groups, zero_width(bits)) + 2 * groups
+
+
+def expert_bytes(shape: Shape, bits: int, group_size: int) -> int:
+    """Bytes of one expert: its gate and up projections as one matrix, and its down projection."""
+    gate_up = matrix_bytes(2 * shape.intermediate_size, shape.hidden_size, bits, group_size)
+    return gate_up + matrix_bytes(shape.hidden_size, shape.intermediate_size, bits, group_size)
+
+
+def bytes_outside_experts(shape: Shape, tensors: dict[str, list[int]], attention_bits: int | None, group_size: int) -> int:
+    """Bytes of everything that is no expert: attention packed, the rest at 16 bits. tensors: on-disk name -> its shape."""
+    total = 0
+    family = FAMILIES[shape.family]
+    for name, size in tensors.items():
+        if is_expert_matrix(family, name):
+            continue
+        if attention_bits and is_attention_linear(family, name, size):
+            total += matrix_bytes(*size, attention_bits, group_size)
+        else:
+            total += 2 * _product(size)
+    return total
+
+
+def num_weights(tensors: dict[str, list[int]]) -> int:
+    return sum(_product(size) for size in tensors.values())
+
+
+def _product(size: list[int]) -> int:
+    total = 1
+    for side in size:
+        total *= side
+    return total
+
+
+def tensor_shapes(folder: Path) -> dict[str, list[int]]:
+    """Name -> shape of every tensor in a folder's safetensors files, from their headers alone.
+
+    Raises ValueError naming a file that is too short for what its header says.
+    """
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            try:
+                header = json.loads(file.read(length)) if length <= path.stat().st_size else None
+            except ValueError:
+                header = None
+        if header is None:
+            raise ValueError(f"{path}: not a whole safetensors file (its header cannot be read); fetch it again")
+        header.pop("__metadata__", None)
+        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        if 8 + length + end != path.stat().st_size:
+            raise ValueError(f"{path}: {path.stat().st_size} bytes, its header says {8 + length + end}; fetch it again")
+        found.update({name: entry["shape"] for name, entry in header.items()})
+    return found

@@ -1,0 +1,236 @@
+"""Types and ranges of every configuration value. The values themselves live in conf/ and nowhere else."""
+
+import math
+import re
+from dataclasses import dataclass
+
+WIDTHS = (1, 2, 3, 4, 8)
+"""Bit widths that the packed format knows."""
+
+
+def check(ok: bool, key: str, value, expected: str) -> None:
+    """Raise a ValueError that names the key, its value and what would do."""
+    if not ok:
+        raise ValueError(f"{key}={value!r}: {expected}")
+
+
+def parse_bytes(text: str | int) -> int:
+    """Bytes in `'12GiB'`, `'800MB'`, `'1e9'` or a plain number."""
+    match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([KMGT]?)(i?)B?\s*", str(text), re.IGNORECASE)
+    if not match:
+        raise ValueError(f"allocation.budget={text!r}: give a size as 12GiB, 800MB or a number of bytes")
+    number, prefix, binary = match.groups()
+    return int(float(number) * (1024 if binary else 1000) ** ("KMGT".index(prefix.upper()) + 1 if prefix else 0))
+
+
+@dataclass
+class PackagesCorpus:
+    kind: str
+    name: str
+    seed: int
+    python: str
+    fractions: dict[str, float]
+    overlap_words: int
+    overlap_share: float
+
+
+@dataclass
+class Calibration:
+    num_sequences: int
+    seq_len: int
+    domains: list[str] | None
+    seed: int
+
+    def __post_init__(self):
+        check(self.num_sequences >= 1, "calibration.num_sequences", self.num_sequences, "at least 1")
+        check(self.seq_len >= 8, "calibration.seq_len", self.seq_len, "at least 8 tokens")
+        check(self.domains is None or self.domains, "calibration.domains", self.domains, "null for all, or a list")
+
+
+@dataclass
+class Statistics:
+    widths: list[int]
+    quantizer: str
+
+    def __post_init__(self):
+        ok = bool(self.widths) and set(self.widths) <= set(WIDTHS)
+        check(ok, "statistics.widths", self.widths, f"a list of widths out of {list(WIDTHS)}")
+        check(self.quantizer in ("rtn", "gptq"), "statistics.quantizer", self.quantizer, "one of auto, rtn, gptq")
+
+
+@dataclass
+class Uniform:
+    method: str
+    bits: float
+    budget: str | None
+
+    def __post_init__(self):
+        if self.budget is None:
+            others = "for an average between two widths take allocation=pmq"
+            check(self.bits in WIDTHS, "allocation.bits", self.bits, f"uniform takes one of {list(WIDTHS)}; {others}")
+        else:
+            parse_bytes(self.budget)
+
+
+@dataclass
+class PMQ:
+    method: str
+    bits: float
+    budget: str | None
+    widths: list[int]
+    keep: list[int]
+    frequency_exponent: float
+    weight_exponent: float
+    error_exponent: float
+    weights: str
+
+    def __post_init__(self):
+        ok = bool(self.widths) and set(self.widths) <= set(WIDTHS)
+        check(ok, "allocation.widths", self.widths, f"a list of widths out of {list(WIDTHS)}")
+        check(set(self.keep) <= set(self.widths), "allocation.keep", self.keep, f"a part of widths={self.widths}")
+        for name in ("frequency_exponent", "weight_exponent", "error_exponent"):
+            value = getattr(self, name)
+            check(math.isfinite(value) and value >= 0, f"allocation.{name}", value, "a number that is not negative")
+        check(
+            self.weights in ("renormalized", "softmax"),
+            "allocation.weights",
+            self.weights,
+            "renormalized or softmax",
+        )
+        if self.budget is None:
+            low, high = min(self.widths), max(self.widths)
+            expected = f"between {low} and {high}, as allocation.widths={self.widths} has it"
+            check(low <= self.bits <= high, "allocation.bits", self.bits, expected)
+        else:
+            parse_bytes(self.budget)
+
+
+@dataclass
+class NoQuantization:
+    method: str
+    group_size: int
+
+
+@dataclass
+class RTN:
+    method: str
+    group_size: int
+    attention_bits: int | None
+    clip_min: float
+    clip_steps: int
+
+    def __post_init__(self):
+        ok = self.group_size >= 8 and self.group_size % 8 == 0
+        check(ok, "quantization.group_size", self.group_size, "a multiple of 8, at least 8")
+        ok = self.attention_bits is None or self.attention_bits in WIDTHS
+        check(ok, "quantization.attention_bits", self.attention_bits, f"null or one of {list(WIDTHS)}")
+        check(0 < self.clip_min <= 1, "quantization.clip_min", self.clip_min, "above 0 and at most 1")
+        check(1 <= self.clip_steps <= 64, "quantization.clip_steps", self.clip_steps, "between 1 and 64")
+
+
+@dataclass
+class GPTQ(RTN):
+    damping: float
+    block_size: int
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(0 < self.damping <= 1, "quantization.damping", self.damping, "above 0 and at most 1")
+        ok = self.block_size >= 1 and self.group_size % self.block_size == 0
+        expected = f"a divisor of quantization.group_size={self.group_size}"
+        check(ok, "quantization.block_size", self.block_size, expected)
+
+
+@dataclass
+class QESC(GPTQ):
+    router_candidates: int | None
+    router_ridge: float
+
+    def __post_init__(self):
+        super().__post_init__()
+        candidates = self.router_candidates
+        ok = candidates is None or candidates >= 1
+        check(ok, "quantization.router_candidates", candidates, "null, or at least 1")
+        check(self.router_ridge > 0, "quantization.router_ridge", self.router_ridge, "above 0")
+
+
+@dataclass
+class NoPruning:
+    method: str
+
+
+@dataclass
+class PESF:
+    method: str
+    alpha: float
+    renormalize: bool
+
+    def __post_init__(self):
+        ok = math.isfinite(self.alpha) and self.alpha >= 0
+        check(ok, "pruning.alpha", self.alpha, "a number that is not negative (the paper: 0.3 and 0.7)")
+
+
+@dataclass
+class Evaluation:
+    seq_len: int
+    num_blocks: int
+    domains: list[str] | None
+    batch_size: int
+
+    def __post_init__(self):
+        for name in ("num_blocks", "batch_size"):
+            check(getattr(self, name) >= 1, f"evaluation.{name}", getattr(self, name), "at least 1")
+        check(self.seq_len >= 8, "evaluation.seq_len", self.seq_len, "at least 8 tokens")
+        check(self.domains is None or self.domains, "evaluation.domains", self.domains, "null for all, or a list")
+
+
+@dataclass
+class Latency:
+    prefill_batch: int
+    prefill_len: int
+    decode_tokens: int
+    repeats: int
+    threads: int
+    hardware: str
+
+    def __post_init__(self):
+        for name in ("prefill_batch", "prefill_len", "decode_tokens", "repeats", "threads"):
+            check(getattr(self, name) >= 1, f"latency.{name}", getattr(self, name), "at least 1")
+
+
+@dataclass
+class Tracking:
+    mode: str
+    project: str
+
+    def __post_init__(self):
+        modes = ("disabled", "offline", "online")
+        check(self.mode in modes, "tracking", self.mode, "one of disabled, offline, online")
+
+
+@dataclass
+class LocalModel:
+    kind: str
+    name: str
+    path: str
+
+
+@dataclass
+class HubModel:
+    kind: str
+    name: str
+    id: str
+    revision: str
+
+
+SCHEMA = {
+    "calibration": Calibration,
+    "statistics": Statistics,
+    "allocation": {"uniform": Uniform, "pmq": PMQ},
+    "quantization": {"none": NoQuantization, "rtn": RTN, "gptq": GPTQ, "qesc": QESC},
+    "pruning": {"none": NoPruning, "pesf": PESF},
+    "evaluation": Evaluation,
+    "latency": Latency,
+    "tracking": Tracking,
+}
+"""Group -> its dataclass, or for groups with variants the dataclass of each `kind` or `method`."""

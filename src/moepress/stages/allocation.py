@@ -1,0 +1,51 @@
+"""Bits for every expert of every layer within the budget, and the solver's certificate."""
+
+from dataclasses import asdict
+
+from moepress import allocation
+from moepress.artefacts import Task, read_json, stage_main, write_json
+from moepress.models.families import locate, read_shape
+from moepress.quantization import size
+from moepress.schema import WIDTHS, parse_bytes
+
+
+def run(task: Task) -> None:
+    config, quantization = task.config["allocation"], task.config["quantization"]
+    group_size = quantization["group_size"]
+    folder = locate(task.inputs["model"])
+    shape = read_shape(folder, "model")
+    tensors = size.tensor_shapes(folder)
+    outside = size.bytes_outside_experts(shape, tensors, quantization.get("attention_bits"), group_size)
+    num_experts = shape.num_layers * shape.num_experts
+    in_bytes = config["budget"] is not None
+    sizes = {w: size.expert_bytes(shape, w, group_size) if in_bytes else w for w in config.get("widths", WIDTHS)}
+    total = parse_bytes(config["budget"]) - outside if in_bytes else config["bits"] * num_experts
+    keep = config.get("keep", [])
+    low, high = allocation.feasible_range(shape.num_experts, list(sizes), list(sizes.values()), keep)
+    allocation.check_budget(config, total, low * shape.num_layers, high * shape.num_layers, outside, num_experts)
+
+    if config["method"] == "uniform":
+        fitting = [width for width, one in sizes.items() if one * num_experts <= total]
+        bits, solutions = [[max(fitting)] * shape.num_experts] * shape.num_layers, []
+    else:
+        statistics = read_json(task.inputs["statistics"] / "statistics.json")
+        one_each = [sizes[width] for width in config["widths"]]
+        solutions = allocation.pmq(statistics["layers"], config, statistics["widths"], one_each, total)
+        bits = [solution.bits for solution in solutions]
+
+    used = [width for layer in bits for width in layer]
+    predicted = outside + sum(size.expert_bytes(shape, width, group_size) for width in used)
+    write_json(
+        task.out / "allocation.json",
+        {
+            "bits": bits,
+            "mean_bits": sum(used) / len(used),
+            "predicted_bytes": predicted,
+            "predicted_bits_effective": 8 * predicted / size.num_weights(tensors),
+            "solver": [{k: v for k, v in asdict(s).items() if k not in ("bits", "seconds")} for s in solutions],
+        },
+    )
+
+
+if __name__ == "__main__":
+    stage_main(run)

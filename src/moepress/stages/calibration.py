@@ -1,0 +1,27 @@
+"""The calibration sample: token ids `[num_sequences, seq_len]` and where each sequence came from."""
+
+import numpy as np
+import pandas as pd
+from safetensors.numpy import save_file
+
+from moepress.artefacts import Task, stage_main
+from moepress.data import sampling
+from moepress.models.families import locate
+
+
+def run(task: Task) -> None:
+    config = task.config["calibration"]
+    model = locate(task.inputs["model"])
+    tokenizer = sampling.load_tokenizer(model)
+    separator = sampling.end_of_document(model, tokenizer)
+    found = sampling.domain_blocks(
+        task.inputs["corpus"], tokenizer, separator, "calibration", config["seq_len"], config["domains"], "calibration"
+    )
+    blocks = {domain: blocks for domain, (blocks, _) in found.items()}
+    token_ids, origin = sampling.sample_calibration(blocks, config["num_sequences"], config["seed"])
+    save_file({"token_ids": np.ascontiguousarray(token_ids)}, task.out / "tokens.safetensors")
+    pd.DataFrame(origin, columns=["domain", "block"]).to_parquet(task.out / "origin.parquet")
+
+
+if __name__ == "__main__":
+    stage_main(run)

@@ -1,0 +1,90 @@
+"""Perplexity on every domain's test text and selection shift against the 16-bit model, with standard errors."""
+
+import hashlib
+
+import numpy as np
+import pandas as pd
+from safetensors.numpy import load_file, save_file
+from tqdm import tqdm
+
+from moepress.artefacts import Task, read_json, stage_main, write_json
+from moepress.data import sampling
+from moepress.evaluation import perplexity as ppl
+from moepress.inference.checkpoint import load
+from moepress.models.families import locate
+from moepress.pruning.policy import attach, routers
+
+
+def run(task: Task) -> None:
+    config = task.config["evaluation"]
+    folder = locate(task.inputs["checkpoint"])
+    tokenizer = sampling.load_tokenizer(folder)
+    separator = sampling.end_of_document(folder, tokenizer)
+    found = sampling.domain_blocks(
+        task.inputs["corpus"], tokenizer, separator, "test", config["seq_len"], config["domains"], "evaluation"
+    )
+    texts = {domain: _some(*text, config["num_blocks"]) for domain, text in found.items()}
+    empty = sorted(domain for domain, (blocks, _) in texts.items() if not len(blocks))
+    if empty:
+        raise ValueError(
+            f"evaluation.seq_len={config['seq_len']}: the test text of {empty} is shorter than one block; "
+            "lower it, choose evaluation.domains, or give more text"
+        )
+    reference = load_file(task.inputs["reference"] / "selections.safetensors") if "reference" in task.inputs else None
+
+    model, _ = load(folder, task.runtime["device"])
+    num_experts = len(routers(model)[0].weight)
+    before, after = ppl.RouterTap(), ppl.RouterTap()
+    before.watch(model)
+    if "pruning" in task.inputs:
+        attach(model, read_json(task.inputs["pruning"] / "policy.json"))
+    after.watch(model)
+
+    domains, rows, selections = {}, [], {}
+    num_blocks = sum(len(blocks) for blocks, _ in texts.values())
+    progress = tqdm(total=num_blocks, desc=f"evaluation {task.name}", unit="block", mininterval=1)
+    for domain, (blocks, num_bytes) in texts.items():
+        measured = ppl.measure(model, num_experts, before, after, blocks, config["batch_size"], progress)
+        selections[domain] = measured.selected_NSLK
+        value, error = ppl.perplexity(measured.nll_N)
+        entry = {
+            "ppl": value,
+            "ppl_stderr": error,
+            "nll": float(measured.nll_N.mean()),
+            "bits_per_byte": float(measured.nll_N.mean() / np.log(2) * blocks.size / num_bytes),
+            "num_blocks": len(blocks),
+            "num_tokens": int(blocks.size),
+            "tokens_sha256": hashlib.sha256(blocks.tobytes()).hexdigest(),
+            "active_slots": measured.active,
+            "expert_use": ppl.expert_use(measured.selected_NSLK, num_experts),
+        }
+        block_rows = pd.DataFrame({"domain": domain, "block": range(len(blocks)), "nll": measured.nll_N})
+        if reference is not None:
+            shift_NL = ppl.selection_shift(reference[domain], measured.selected_NSLK)
+            entry["selection_shift_by_layer"] = shift_NL.mean(0).tolist()
+            block_rows["selection_shift"] = shift_NL.mean(1)
+        domains[domain] = entry
+        rows.append(block_rows)
+
+    blocks = pd.concat(rows, ignore_index=True)
+    blocks.to_parquet(task.out / "blocks.parquet")
+    summary = {
+        "domains": domains,
+        "active_slots": float(np.mean([entry["active_slots"] for entry in domains.values()])),
+        "selection_shift": 0.0 if reference is None else float(blocks["selection_shift"].mean()),
+        "selection_shift_stderr": 0.0 if reference is None else float(blocks["selection_shift"].sem(ddof=1)),
+    }
+    write_json(task.out / "metrics.json", summary)
+    if reference is None:
+        save_file(selections, task.out / "selections.safetensors")
+
+
+def _some(blocks, num_bytes: int, wanted: int):
+    """At most `wanted` blocks, spread evenly over all of them, and the bytes they stand for."""
+    if len(blocks) <= wanted:
+        return blocks, num_bytes
+    return np.ascontiguousarray(blocks[sampling.spread(len(blocks), wanted)]), num_bytes * wanted / len(blocks)
+
+
+if __name__ == "__main__":
+    stage_main(run)

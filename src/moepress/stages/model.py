@@ -1,0 +1,48 @@
+"""The model: the trained small one, or a checked reference to a folder or a hub model."""
+
+import hashlib
+from pathlib import Path
+
+from moepress.artefacts import Task, stage_main, write_json
+from moepress.models.families import read_shape
+
+
+def run(task: Task) -> None:
+    config = task.config["model"]
+    if config["kind"] == "tiny":
+        from moepress.models import tiny
+
+        tiny.train(config, task.inputs["corpus"] / "documents.parquet", task.out)
+        return
+    if config["kind"] == "hub":
+        from huggingface_hub import snapshot_download
+
+        patterns = ["*.json", "*.safetensors", "*.model", "*.txt"]
+        folder = Path(snapshot_download(config["id"], revision=config["revision"], allow_patterns=patterns))
+    else:
+        folder = Path(task.runtime["model_path"]).resolve()
+    refer(folder, task.out)
+
+
+def refer(folder: Path, out: Path) -> None:
+    """Write `reference.json`: where the model is and the hash of each of its files; every weight is read and checked once."""
+    import torch
+    from tqdm import tqdm
+
+    from moepress.models.streaming import ModelStream
+
+    shape = read_shape(folder, "model")
+    stream = ModelStream(folder)
+    for name in tqdm(sorted(stream.files), desc="checking weights", unit="tensor", mininterval=1):
+        stream.read([name])
+    hashes = {}
+    for path in tqdm(sorted(p for p in folder.iterdir() if p.is_file()), desc="hashing", unit="file", mininterval=1):
+        with path.open("rb") as file:
+            hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    dtype = str(stream.storage_dtype).removeprefix("torch.")
+    assert isinstance(stream.storage_dtype, torch.dtype)
+    write_json(out / "reference.json", {"path": str(folder), "family": shape.family, "dtype": dtype, "files": hashes})
+
+
+if __name__ == "__main__":
+    stage_main(run)

@@ -1,0 +1,62 @@
+"""A small random Mixtral with its tokenizer, and a small corpus: what most tests run on."""
+
+import numpy as np
+import pytest
+
+
+def write_model(folder, *, layers=2, hidden=64, intermediate=32, experts=4, top_k=2, seed=0, dtype="bfloat16", vocab=300):
+    """A random Mixtral in Hugging Face form, with a byte-level tokenizer."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocab, special_tokens=["<eos>"], initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([" ".join(WORDS) * 3], trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>"}')
+    torch.manual_seed(seed)
+    config = MixtralConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=experts,
+        num_experts_per_tok=top_k,
+        eos_token_id=0,
+        bos_token_id=0,
+        max_position_embeddings=512,
+        initializer_range=0.2,
+    )
+    MixtralForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(folder)
+    return folder
+
+
+WORDS = "the a of to and in expert router layer token bits width scale zero group mixture press small fast proof cost".split()
+
+
+def write_texts(folder, documents=60, words=300, seed=0):
+    """Two domains of random words, a file a document."""
+    rng = np.random.default_rng(seed)
+    for domain, vocabulary in (("even", WORDS[::2]), ("odd", WORDS[1::2])):
+        (folder / domain).mkdir(parents=True, exist_ok=True)
+        for number in range(documents):
+            text = " ".join(rng.choice(vocabulary, words))
+            (folder / domain / f"{number}.txt").write_text(f"{domain} {number} {text}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def text_folder(tmp_path_factory):
+    return write_texts(tmp_path_factory.mktemp("texts"))

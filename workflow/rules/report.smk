@@ -1,0 +1,33 @@
+# One report over all experiments that were asked for, and its mirror at W&B.
+rule report:
+    input:
+        upstream("report"),
+        task=task("report"),
+    output:
+        report(
+            directory(f"{RESULTS}/report/{{id}}"),
+            patterns=["{name}.html", "figures/{name}.svg", "runs.csv"],
+            caption="../report/report.rst",
+            category="Results",
+        ),
+    log:
+        f"{RESULTS}/logs/report/{{id}}.log",
+    conda:
+        "../../environment.yml"
+    shell:
+        RUN
+
+
+rule tracking:
+    input:
+        report=f"{RESULTS}/report/{{id}}",
+    output:
+        f"{RESULTS}/tracking/{{mode}}/{{id}}.json",
+    log:
+        f"{RESULTS}/logs/tracking/{{mode}}-{{id}}.log",
+    params:
+        project=PLAN.project,
+    conda:
+        "../../environment.yml"
+    shell:
+        "python -m moepress.tracking {input.report} {output} {params.project} 2>&1 | tee {log}"
