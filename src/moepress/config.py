@@ -240,7 +240,7 @@ def _corpus_label(c):
     return {"packages": "default", "local": Path(group.get("path") or "").stem}.get(group["kind"], group.get("id"))
 
 
-_EXPERT_QUANTIZER = ("group_size", "clip_min", "clip_steps", "damping", "block_size")
+_EXPERT_QUANTIZER = ("group_size", "clip_min", "clip_steps", "fit_rounds", "damping", "block_size")
 
 STAGES: dict[str, Stage] = {
     "corpus": Stage(1, ("corpus",), lambda c: {}, _corpus_label),

@@ -118,6 +118,7 @@ class RTN:
     attention_bits: int | None
     clip_min: float
     clip_steps: int
+    fit_rounds: int
 
     def __post_init__(self):
         ok = self.group_size >= 8 and self.group_size % 8 == 0
@@ -126,6 +127,7 @@ class RTN:
         check(ok, "quantization.attention_bits", self.attention_bits, f"null or one of {list(WIDTHS)}")
         check(0 < self.clip_min <= 1, "quantization.clip_min", self.clip_min, "above 0 and at most 1")
         check(1 <= self.clip_steps <= 64, "quantization.clip_steps", self.clip_steps, "between 1 and 64")
+        check(0 <= self.fit_rounds <= 100, "quantization.fit_rounds", self.fit_rounds, "between 0 and 100")
 
 
 @dataclass

@@ -56,7 +56,8 @@ def measure(
         per_block = chosen_LTK.unflatten(1, ids_BS.shape).permute(1, 2, 0, 3)
         selected.append(per_block.to(torch.uint8 if num_experts <= 256 else torch.int16).cpu().numpy())
         progress.update(len(ids_BS))
-    return Measured(np.asarray(nll), np.concatenate(selected), active / slots)
+    # contiguous, for safetensors writes an array's memory as it lies
+    return Measured(np.asarray(nll), np.ascontiguousarray(np.concatenate(selected)), active / slots)
 
 
 def perplexity(nll_N: np.ndarray) -> tuple[float, float]:

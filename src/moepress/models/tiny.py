@@ -26,7 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
-from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moepress.data import corpus
@@ -62,18 +62,18 @@ def train(config: dict, documents: Path, out: Path, progress: bool = True) -> di
             save_state(out, config, model, optimizer, rows)
             saved = time.perf_counter()
     seconds = time.perf_counter() - began
-    model.set_experts_implementation("eager")
     model = model.to(torch.bfloat16).eval()
+    model.set_experts_implementation("eager")
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     with (out / "training.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=["step", "loss", "balance", "lr_scale"])
         writer.writeheader()
         writer.writerows(rows)
+    model.set_experts_implementation("moepress_sorted")
     found = specialisation(model, tokenizer, Path(documents).parent, config["held_out"], progress)
     (out / "specialisation.json").write_text(json.dumps(found, indent=2) + "\n")
     (out / STATE).unlink(missing_ok=True)
-    rate = (steps - len(bar)) and 0
     return found | {"training_seconds": seconds, "seconds": time.perf_counter() - started}
 
 
@@ -134,7 +134,7 @@ class Batches:
 
 def build(architecture: dict, tokenizer) -> MixtralForCausalLM:
     """A fresh fp32 Mixtral; what writes into the residual stream starts at zero."""
-    config = MixtralConfig(
+    config = AutoConfig.for_model(
         vocab_size=len(tokenizer),
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

@@ -52,9 +52,8 @@ def gptq(
     bits: list[int],
     group_size: int,
     damping: float,
-    clip_min: float,
-    steps: int,
-    block_size: int = 32,
+    how: grid.Search,
+    block_size: int,
     factor_EII: torch.Tensor | None = None,
 ) -> Quantized:
     """Quantize E matrices, matrix e to bits[e], each group's grid searched when the group is reached.
@@ -62,6 +61,7 @@ def gptq(
     w: `[E, O, I]`. h: curvature `[E, I, I]`. factor: `inverse_factor(h, damping)` where it is known already.
     The result does not depend on block_size (up to rounding), which must divide group_size.
     """
+    assert group_size % block_size == 0, (group_size, block_size)
     E, O, I = w_EOI.shape
     w = w_EOI.float().clone()
     u = inverse_factor(h_EII, damping) if factor_EII is None else factor_EII
@@ -74,7 +74,7 @@ def gptq(
         group, end = start // group_size, start + block_size
         if start % group_size == 0:
             columns = slice(start, start + group_size)
-            scale, zero = grid.search(w[:, :, columns], top, importance[:, columns], clip_min, steps)
+            scale, zero = grid.search(w[:, :, columns], top, importance[:, columns], how)
             scales[:, :, group], zeros[:, :, group] = scale, zero
         block, factor = w[:, :, start:end], u[:, start:end, start:end]
         errors = torch.empty_like(block)

@@ -1,16 +1,20 @@
-"""The grid of every method here: per group a scale and a zero point, both ends of the range searched.
+"""The grid of every method here: per group a scale and a zero point, both ends of the range searched, then fitted.
 
-For a group with extremes m <= 0 <= M the candidates are `lo = a m`, `hi = b M` with a and b in `steps` even steps of
-[clip_min, 1]; the pair with the smallest weighted squared error wins. The scale is what float16 holds, the zero point a
-multiple of a quarter step, so that what is searched is what is stored. With 1 bit this contains sign(w) * mean|w| up to
-the quarter step of the zero point.
+For a group with extremes m <= 0 <= M the candidates are `lo = a m`, `hi = b M` with a and b in `clip_steps` even steps of
+[clip_min, 1]; the pair with the smallest weighted squared error wins. From there, with the codes fixed, scale and zero
+point are the least-squares line from codes to weights; rounding and fitting alternate `fit_rounds` times. The scale is
+what float16 holds, the zero point a multiple of a quarter step, so that what is searched is what is stored. With 1 bit
+this contains sign(w) * mean|w| up to the quarter step of the zero point.
 
 Legend: E experts, O output rows, C columns of one group.
 """
 
+from dataclasses import dataclass
+
 import torch
 
-from moepress.quantization.packing import ZERO_STEPS, Quantized
+from moepress.quantization.packing import Quantized
+from moepress.quantization.size import ZERO_STEPS
 
 
 def top_code(bits: list[int], device=None) -> torch.Tensor:
@@ -18,27 +22,57 @@ def top_code(bits: list[int], device=None) -> torch.Tensor:
     return torch.tensor([[2.0**b - 1] for b in bits], device=device)
 
 
-def search(w_EOC: torch.Tensor, top_E1: torch.Tensor, importance_EC: torch.Tensor | None, clip_min: float, steps: int):
-    """Scale (float32 values that float16 holds) and zero point (in quarter steps), each `[E, O]`, for one group of columns.
+@dataclass(frozen=True)
+class Search:
+    """How a grid is looked for; the fields are those of conf/quantization/."""
 
-    importance: weight of each column's squared error (the curvature's diagonal), None for equal weights.
-    Both ends together first, then each alone from the best so far: 3 x steps trials instead of steps^2.
+    clip_min: float
+    clip_steps: int
+    fit_rounds: int
+
+
+def search(
+    w_EOC: torch.Tensor, top_E1: torch.Tensor, importance_EC: torch.Tensor | None, how: Search
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale (float32 values that float16 holds) and zero point (in quarter steps), each `[E, O]`, for one group.
+
+    importance: weight of each column's squared error (the curvature's diagonal), None for equal weights. The ends are
+    searched together, then each alone: 3 x clip_steps trials. No trial is kept that is worse than the one before.
     """
     w_EOC = w_EOC.float()
     low_EO, high_EO = w_EOC.amin(-1).clamp(max=0), w_EOC.amax(-1).clamp(min=0)
+    weight_EOC = torch.ones_like(w_EOC[:1, :1]) if importance_EC is None else importance_EC[:, None]
     ones = torch.ones_like(low_EO)
-    error, scale, zero, a, b = ones * torch.inf, ones, ones * 0, ones, ones
+
+    def better(trial, found):
+        """The trial `(scale, zero, ...)` where its error is smaller."""
+        _, value = round_to_grid(w_EOC, trial[0], trial[1], top_E1)
+        error = ((value - w_EOC).square_() * weight_EOC).sum(-1)
+        wins = error < found[0]
+        return tuple(torch.where(wins, new, old) for new, old in zip((error, *trial), found, strict=True))
+
+    found = (ones * torch.inf, ones, 0 * ones, ones, ones)
     for ends in ("both", "low", "high"):
-        for ratio in torch.linspace(1, clip_min, steps).tolist():
-            a_try = a if ends == "high" else ratio * ones
-            b_try = b if ends == "low" else ratio * ones
-            scale_try, zero_try = fit(a_try * low_EO, b_try * high_EO, top_E1)
-            _, value = round_to_grid(w_EOC, scale_try, zero_try, top_E1)
-            squared = (value - w_EOC).square_()
-            error_try = squared.sum(-1) if importance_EC is None else torch.einsum("eoc,ec->eo", squared, importance_EC)
-            better = error_try < error
-            trial, found = (error_try, scale_try, zero_try, a_try, b_try), (error, scale, zero, a, b)
-            error, scale, zero, a, b = (torch.where(better, new, old) for new, old in zip(trial, found, strict=True))
+        for ratio in torch.linspace(1, how.clip_min, how.clip_steps).tolist():
+            a = found[3] if ends == "high" else ratio * ones
+            b = found[4] if ends == "low" else ratio * ones
+            found = better((*fit(a * low_EO, b * high_EO, top_E1), a, b), found)
+    found = found[:3]
+    for _ in range(how.fit_rounds):
+        found = better(least_squares(w_EOC, *found[1:], top_E1, weight_EOC), found)
+    return found[1:]
+
+
+def least_squares(w_EOC, scale_EO, zero_EO, top_E1, weight_EOC) -> tuple[torch.Tensor, torch.Tensor]:
+    """The scale and zero point that fit the weights best with the codes of the given ones."""
+    codes, _ = round_to_grid(w_EOC, scale_EO, zero_EO, top_E1)
+    share = weight_EOC / weight_EOC.sum(-1, keepdim=True).clamp(min=1e-30)
+    mean_code, mean_w = (codes * share).sum(-1), (w_EOC * share).sum(-1)
+    spread = codes - mean_code[..., None]
+    slope = (spread * w_EOC * share).sum(-1) / (spread.square() * share).sum(-1)
+    scale = torch.where((slope > 0) & slope.isfinite(), slope, scale_EO).half().float()
+    scale = torch.where(scale > 0, scale, scale_EO)
+    zero = torch.round((mean_code - mean_w / scale) * ZERO_STEPS).clamp(min=0).minimum(ZERO_STEPS * top_E1)
     return scale, zero
 
 
@@ -57,12 +91,12 @@ def round_to_grid(w_EOC, scale_EO, zero_EO, top_E1) -> tuple[torch.Tensor, torch
     return codes, (codes - shift) * scale_EO.unsqueeze(-1)
 
 
-def rtn(w_EOI: torch.Tensor, bits: list[int], group_size: int, clip_min: float, steps: int) -> Quantized:
+def rtn(w_EOI: torch.Tensor, bits: list[int], group_size: int, how: Search) -> Quantized:
     """Round to nearest: every group on its own best grid, no text read. w: `[E, O, I]`, bits: E widths."""
     E, O, I = w_EOI.shape
     top = top_code(bits, w_EOI.device)
     as_rows = w_EOI.float().reshape(E, O * (I // group_size), group_size)
-    scale, zero = search(as_rows, top, None, clip_min, steps)
+    scale, zero = search(as_rows, top, None, how)
     codes, _ = round_to_grid(as_rows, scale, zero, top)
     shape = (E, O, I // group_size)
     return Quantized(

@@ -31,6 +31,7 @@ class Recipe:
     group_size: int
     clip_min: float
     clip_steps: int
+    fit_rounds: int
     attention_bits: int | None = None
     damping: float = 0.0
     block_size: int = 0
@@ -38,11 +39,10 @@ class Recipe:
     router_ridge: float = 0.0
 
     def quantize(self, w_EOI: torch.Tensor, h_EII: torch.Tensor | None, bits: list[int], factor=None) -> Quantized:
+        how = grid.Search(self.clip_min, self.clip_steps, self.fit_rounds)
         if h_EII is None:
-            return grid.rtn(w_EOI, bits, self.group_size, self.clip_min, self.clip_steps)
-        return gptq(
-            w_EOI, h_EII, bits, self.group_size, self.damping, self.clip_min, self.clip_steps, self.block_size, factor
-        )
+            return grid.rtn(w_EOI, bits, self.group_size, how)
+        return gptq(w_EOI, h_EII, bits, self.group_size, self.damping, how, self.block_size, factor)
 
 
 @dataclass

@@ -1,0 +1,1 @@
+"""From artefacts to what people read: one table, figures, one page."""

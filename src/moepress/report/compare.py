@@ -1,0 +1,184 @@
+"""Which method is best at each size, by how much, and whether that is more than noise."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from moepress.report.reading import Run, reference_of
+from moepress.report.table import increase, mean_over_domains
+
+SURE = 2.0
+"""A difference counts where it exceeds so many of its standard errors."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """One series of runs at one size. Each pair is a difference of nll in nats per token and its standard error.
+
+    delta, out_delta: above the 16-bit model, in and out of domain. gap, out_gap: above the series that is best in domain.
+    """
+
+    series: str
+    runs: list[Run]
+    is_best: bool
+    delta: tuple[float, float]
+    gap: tuple[float, float]
+    out_delta: tuple[float, float]
+    out_gap: tuple[float, float]
+
+    @property
+    def is_tied(self) -> bool:
+        """Not to be told from the best: within noise, or noise unknown."""
+        return not self.is_best and not self.gap[0] > SURE * self.gap[1]
+
+
+def places(runs: list[Run]) -> dict[str, list[Place]]:
+    """Size asked for -> its series, best first. Only quantized runs without pruning, which trades speed and not size."""
+    measured = [run for run in runs if run.is_quantized and not run.is_pruned]
+    targets = dict.fromkeys(run.target for run in measured)
+    return {target: ranked([run for run in measured if run.target == target], runs) for target in targets}
+
+
+def ranked(members: list[Run], runs: list[Run]) -> list[Place]:
+    """Runs of one size by series, the smallest nll first."""
+    groups: dict[str, list[Run]] = {}
+    for run in members:
+        groups.setdefault(run.series, []).append(run)
+    inside, outside = members[0].domains
+    nll = {name: np.mean([mean_over_domains(run.blocks, inside)[0] for run in group]) for name, group in groups.items()}
+    order = sorted(groups, key=nll.__getitem__)
+    best = groups[order[0]]
+    found = []
+    for name in order:
+        group, reference = groups[name], reference_of(groups[name][0], runs)
+        pairs = []
+        for domains in (inside, outside):
+            pairs.append(increase(group, [reference], domains) if reference else (np.nan, np.nan))
+            pairs.append((0.0, 0.0) if group is best else increase(group, best, domains))
+        found.append(Place(name, group, group is best, *pairs))
+    return found
+
+
+def marks(runs: list[Run]) -> dict[str, str]:
+    """Run's name -> 'best', 'tied' (within noise of the best) or '' at its size; sizes with a single series have none."""
+    found = dict.fromkeys((run.name for run in runs), "")
+    for ranking in places(runs).values():
+        for place in ranking if len(ranking) > 1 else []:
+            found.update({run.name: "best" if place.is_best else "tied" if place.is_tied else "" for run in place.runs})
+    return found
+
+
+def percent(delta: float, error: float) -> str:
+    """A difference of nll (nats) and its error as the change of perplexity: `+1.2 % ± 0.3`."""
+    ratio = np.exp(delta)
+    error *= 100 * ratio
+    digits = 1 if np.isnan(error) or error >= 0.1 else 2
+    value = f"{100 * (ratio - 1):+.{digits}f} %"
+    return value if np.isnan(error) else f"{value} ± {error:.{digits}f}"
+
+
+def summary(runs: list[Run]) -> list[str]:
+    """Sentences on what the runs show, computed from them."""
+    sentences = [_sixteen_bit(run) for run in runs if run.is_reference]
+    for target, ranking in places(runs).items():
+        sentences.append(_size(target, ranking, runs))
+    sentences += _shifts(runs)
+    sentences += _pruned(runs)
+    sentences += _speed(runs)
+    return sentences
+
+
+def _sixteen_bit(run: Run) -> str:
+    inside, outside = run.domains
+    where = f"over {len(inside)} domains" if len(inside) > 1 else f"on {inside[0]}"
+    text = f"At 16 bits the model takes {mebibytes(run.checkpoint_bytes)} and has a perplexity of "
+    text += f"{np.exp(mean_over_domains(run.blocks, inside)[0]):.4g} {where}"
+    if outside:
+        text += f" and of {np.exp(mean_over_domains(run.blocks, outside)[0]):.4g} on text from elsewhere"
+        text += f" ({', '.join(outside)})"
+    return text + "."
+
+
+def _size(target: str, ranking: list[Place], runs: list[Run]) -> str:
+    best = ranking[0]
+    smaller = ""
+    if reference := reference_of(best.runs[0], runs):
+        smaller = f", {reference.checkpoint_bytes / best.runs[0].checkpoint_bytes:.1f}× smaller"
+    head = f"At {target} ({mebibytes(best.runs[0].checkpoint_bytes)}{smaller})"
+    cost = f"perplexity {percent(*best.delta)}"
+    if best.runs[0].domains[1]:
+        cost += f", {percent(*best.out_delta)} out of domain"
+    if len(ranking) == 1:
+        return f"{head} {best.series} costs {cost}."
+    second = ranking[1]
+    text = f"{head} {best.series} is best: {cost}; {second.series} is behind by {percent(*second.gap)}, "
+    if np.isnan(second.gap[1]):
+        text += "with too few blocks to tell whether that is noise"
+    else:
+        text += "within the noise of the test text" if second.is_tied else "more than the noise of the test text"
+    outside = [place for place in ranking[1:] if place.out_gap[0] < -SURE * place.out_gap[1]]
+    if outside:
+        ahead = min(outside, key=lambda place: place.out_gap[0])
+        text += f"; out of domain {ahead.series} is ahead of it by {percent(-ahead.out_gap[0], ahead.out_gap[1])}"
+    return text + "."
+
+
+def _shifts(runs: list[Run]) -> list[str]:
+    """QESC's purpose: fewer changed selections than GPTQ's with the same widths."""
+    pairs = []
+    for run in runs:
+        if run.quantization["method"] != "qesc" or run.is_pruned:
+            continue
+        twin = run.series.replace("QESC", "GPTQ", 1)
+        other = [r for r in runs if r.series == twin and r.target == run.target and r.seed == run.seed]
+        pairs += [(run, other[0])] if other else []
+    if not pairs:
+        return []
+    lower = sum(q.metrics["selection_shift"] < g.metrics["selection_shift"] for q, g in pairs)
+    shifts = [np.mean([100 * pair[side].metrics["selection_shift"] for pair in pairs]) for side in (0, 1)]
+    count = (
+        f"{lower} of {len(pairs)} comparisons"
+        if len(pairs) > 1
+        else ("the one comparison" if lower else "no comparison")
+    )
+    return [
+        f"Calibrating the router lowers the share of changed expert selections in {count} with GPTQ at the same widths: "
+        f"on average {shifts[0]:.1f} % of the slots change with QESC and {shifts[1]:.1f} % with GPTQ."
+    ]
+
+
+def _pruned(runs: list[Run]) -> list[str]:
+    found = []
+    for run in runs:
+        twins = [r for r in runs if not r.is_pruned and r.series == run.series.replace(f" + {run.pruning_label}", "")]
+        same = [r for r in twins if r.target == run.target and r.seed == run.seed]
+        if run.is_pruned and same:
+            cost = percent(*increase([run], same, run.domains[0]))
+            active = run.shape.top_k * run.metrics["active_slots"]
+            found.append(
+                f"{run.pruning_label} on {same[0].title} computes {active:.2f} of {run.shape.top_k} experts per token "
+                f"for {cost} in perplexity."
+            )
+    return found
+
+
+def _speed(runs: list[Run]) -> list[str]:
+    devices = dict.fromkeys(run.latency["device"] for run in runs if not run.is_reference)
+    found = []
+    for device in devices:
+        own = [r.latency for r in runs if not r.is_reference and r.latency["device"] == device]
+        parts = []
+        for phase in ("prefill", "decode"):
+            low, high = (f"{pick(one[f'speedup_{phase}'] for one in own):.2f}" for pick in (min, max))
+            parts.append(f"{phase} {low}×" if low == high else f"{phase} between {low}× and {high}×")
+        found.append(f"Speed against 16 bits on {device}: {', '.join(parts)}.")
+    return found
+
+
+def mebibytes(count: float) -> str:
+    """Bytes for people: three digits with the largest binary unit."""
+    for unit, scale in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20)):
+        if count >= scale:
+            value = count / scale
+            return f"{value:.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
+    return f"{count / 1024:.3g} KiB"

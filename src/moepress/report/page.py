@@ -1,0 +1,45 @@
+"""index.html: one self-contained page, and summary.md, the same table for a terminal."""
+
+import base64
+from pathlib import Path
+
+import jinja2
+import pandas as pd
+
+from moepress.report import compare, facts, readable
+from moepress.report.figures import FIGURES
+from moepress.report.reading import Run
+from moepress.report.template import PAGE
+
+
+def write(name: str, caption: str, runs: list[Run], table: pd.DataFrame, out: Path, figures: list[str]) -> None:
+    """Write index.html and summary.md into `out`, which holds figures/NAME.svg of each of `figures` already."""
+    sentences = compare.summary(runs)
+    groups = readable.groups(runs, table)
+    domains, domain_rows = readable.domain_table(runs)
+    source_headings, source_rows = facts.sources(runs)
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    html = environment.from_string(PAGE).render(
+        name=name,
+        caption=caption,
+        sentences=sentences,
+        groups=groups,
+        headings=list(groups[0].rows[0].cells),
+        marks=readable.MARKS,
+        legend=readable.LEGEND,
+        domains=domains,
+        domain_rows=domain_rows,
+        figures=[_figure(figure, out / "figures") for figure in figures],
+        facts=facts.all_facts(runs),
+        source_headings=source_headings,
+        source_rows=source_rows,
+        runs=runs,
+    )
+    (out / "index.html").write_text(html, encoding="utf-8")
+    (out / "summary.md").write_text(readable.markdown(name, caption, sentences, groups), encoding="utf-8")
+
+
+def _figure(name: str, folder: Path) -> dict:
+    entry = FIGURES[name]
+    encoded = base64.b64encode((folder / f"{name}.svg").read_bytes()).decode("ascii")
+    return {"name": name, "title": entry.title, "caption": entry.caption, "base64": encoded}

@@ -1,0 +1,132 @@
+"""The table for people: rounded, with standard errors, grouped by size. The page and summary.md both show it."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from moepress.report.compare import marks, mebibytes, percent
+from moepress.report.reading import Run, reference_of
+
+MARKS = {"best": "★", "tied": "≈", "": ""}
+LEGEND = (
+    "★ lowest perplexity at its size, ≈ not to be told from it (less than two standard errors of the paired difference). "
+    "± is one standard error over blocks of test text; those of changes are paired with the same blocks at 16 bits, and say "
+    "nothing about another calibration sample. Size counts everything in the checkpoint's weight files; bits on disk are "
+    "that size in bits per weight."
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """mark: a key of MARKS. cells: column heading -> text."""
+
+    run: str
+    mark: str
+    cells: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Group:
+    """The rows of one size."""
+
+    title: str
+    rows: list[Row]
+
+
+def groups(runs: list[Run], table: pd.DataFrame) -> list[Group]:
+    """Rows by the size asked for, largest first; columns that say nothing in this report are left out."""
+    marked = marks(runs)
+    rows = [
+        Row(run.name, marked[run.name], _cells(run, row, runs))
+        for run, (_, row) in zip(runs, table.iterrows(), strict=True)
+    ]
+    empty = {heading for heading in rows[0].cells if all(row.cells[heading] == "" for row in rows)}
+    if not any(run.is_pruned for run in runs):
+        empty.add("experts per token")
+    rows = [Row(row.run, row.mark, {k: v for k, v in row.cells.items() if k not in empty}) for row in rows]
+    found: dict[str, list[Row]] = {}
+    for run, row in sorted(zip(runs, rows, strict=True), key=lambda pair: -_width(pair[0])):
+        found.setdefault(run.target, []).append(row)
+    return [Group(title, members) for title, members in found.items()]
+
+
+def _width(run: Run) -> float:
+    if not run.is_quantized:
+        return 16.0
+    return 8 * run.checkpoint_bytes / run.num_weights if run.allocation.get("budget") else run.allocation["bits"]
+
+
+def _cells(run: Run, row: pd.Series, runs: list[Run]) -> dict[str, str]:
+    reference = reference_of(run, runs)
+    smaller = (
+        f" ({reference.checkpoint_bytes / run.checkpoint_bytes:.1f}×)" if reference and not run.is_reference else ""
+    )
+    compressed = not run.is_reference
+    return {
+        "method": run.series,
+        "bits": f"{row['bits_nominal']:.3g}",
+        "bits on disk": f"{row['bits_effective']:.2f}",
+        "size (× smaller)": f"{mebibytes(run.checkpoint_bytes)}{smaller}",
+        "perplexity": _number(row["ppl_mean"]),
+        "against 16 bit": _change(row, "delta_nll") if compressed else "",
+        "out of domain": _number(row["ppl_ood"]),
+        "out of domain, against 16 bit": _change(row, "delta_nll_ood") if compressed else "",
+        "changed selections": _share(row["selection_shift"], row["selection_shift_stderr"]) if compressed else "",
+        "experts per token": f"{row['activated_experts']:.2f}",
+        "prefill": f"{row['speedup_prefill']:.2f}×" if compressed else "1",
+        "decode": f"{row['speedup_decode']:.2f}×" if compressed else "1",
+        "quantized in": "" if np.isnan(row["quantize_seconds"]) else seconds(row["quantize_seconds"]),
+    }
+
+
+def domain_table(runs: list[Run]) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """Perplexity by domain: the domains, out-of-domain ones last, and each run's numbers."""
+    inside, outside = runs[0].domains
+    rows = []
+    for run in runs:
+        found = [run.metrics["domains"][domain] for domain in inside + outside]
+        rows.append((run.title, [f"{_number(one['ppl'])} ± {_number(one['ppl_stderr'], 2)}" for one in found]))
+    return [*inside, *(f"{domain} (out)" for domain in outside)], rows
+
+
+def markdown(name: str, caption: str, sentences: list[str], found: list[Group]) -> str:
+    """The report for a terminal."""
+    headings = list(found[0].rows[0].cells)
+    lines = [f"# {_flat(name)}", "", _flat(caption), "", *(f"- {_flat(sentence)}" for sentence in sentences), ""]
+    lines += [_pipes(["", *headings]), _pipes(["---"] * (len(headings) + 1))]
+    for group in found:
+        lines += [_pipes([MARKS[row.mark], *row.cells.values()]) for row in group.rows]
+    return "\n".join([*lines, "", LEGEND, ""])
+
+
+def _pipes(cells: list[str]) -> str:
+    return "| " + " | ".join(_flat(cell).replace("|", "\\|") for cell in cells) + " |"
+
+
+def _flat(text: str) -> str:
+    return " ".join(str(text).split())
+
+
+def _number(value: float, digits: int = 4) -> str:
+    """A few significant digits without an exponent below a million: 36.31, 1204."""
+    if np.isnan(value):
+        return ""
+    return (
+        f"{value:.{digits}g}"
+        if value >= 1e6
+        else f"{value:.{max(0, digits - 1 - int(np.floor(np.log10(max(value, 1e-9)))))}f}"
+    )
+
+
+def _change(row: pd.Series, column: str) -> str:
+    return "" if np.isnan(row[column]) else percent(row[column], row[f"{column}_stderr"])
+
+
+def _share(value: float, error: float) -> str:
+    text = f"{100 * value:.1f} %"
+    return text if error is None or np.isnan(error) else f"{text} ± {100 * error:.1f}"
+
+
+def seconds(value: float) -> str:
+    return f"{value:.1f} s" if value < 90 else f"{value / 60:.1f} min" if value < 5400 else f"{value / 3600:.1f} h"

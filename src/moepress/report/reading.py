@@ -1,0 +1,203 @@
+"""The runs of a report and their artefacts, read once and only where asked for. Imports no torch."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import pandas as pd
+
+from moepress.artefacts import read_config, read_json
+from moepress.models import families
+from moepress.quantization import size
+
+LABELS = {"none": "16 bit", "rtn": "RTN", "gptq": "GPTQ", "qesc": "QESC", "pmq": "PMQ", "pesf": "PESF", "odp": "ODP"}
+"""Methods as people write them; any other is written in capitals."""
+
+
+def label(method: str) -> str:
+    return LABELS.get(method, method.upper())
+
+
+@dataclass(frozen=True)
+class Run:
+    """One row of the report. folders: stage -> its artefact's folder, keys: stage -> its key.
+
+    quantization, allocation, pruning: the run's configuration groups.
+    """
+
+    name: str
+    seed: int
+    is_reference: bool
+    quantization: dict
+    allocation: dict
+    pruning: dict
+    artefacts: dict[str, str]
+    results: Path
+
+    def folder(self, stage: str) -> Path:
+        return self.results / self.artefacts[stage]
+
+    def json(self, stage: str, name: str):
+        """One of the run's JSON files; ValueError naming it where it is missing."""
+        path = self.folder(stage) / name
+        if not path.is_file():
+            raise ValueError(
+                f"{path}: not there, but the report's run {self.name!r} needs it; run its stage {stage} again"
+            )
+        return read_json(path)
+
+    @property
+    def keys(self) -> dict[str, str]:
+        return {stage: folder.rpartition("-")[2] for stage, folder in self.artefacts.items()}
+
+    @property
+    def is_quantized(self) -> bool:
+        return self.quantization["method"] != "none"
+
+    @property
+    def is_pruned(self) -> bool:
+        return self.pruning["method"] != "none"
+
+    @property
+    def is_mixed(self) -> bool:
+        return self.is_quantized and len({width for layer in self.bits for width in layer}) > 1
+
+    @property
+    def target(self) -> str:
+        """The size asked for: `'2.5 bits'`, `'12GiB'`, `'16 bits'`. Runs with one target are compared with each other."""
+        if not self.is_quantized:
+            return "16 bits"
+        return str(self.allocation["budget"]) if self.allocation.get("budget") else f"{self.allocation['bits']:g} bits"
+
+    @property
+    def pruning_label(self) -> str:
+        alpha = f" {self.pruning['alpha']:g}" if "alpha" in self.pruning else ""
+        return f"{label(self.pruning['method'])}{alpha}" if self.is_pruned else ""
+
+    @property
+    def series(self) -> str:
+        """What stays the same along one line of a figure: the methods, and overrides that the name lists, but not the
+        size and the seed."""
+        allocation = self.allocation["method"] if self.is_quantized else "uniform"
+        parts = [label(self.quantization["method"])]
+        parts += [label(allocation)] if allocation != "uniform" else []
+        parts += [self.pruning_label] if self.is_pruned else []
+        extras = [extra for extra in self.name.split(" ")[1:] if not extra.startswith("seed=")]
+        return " ".join([" + ".join(parts), *extras])
+
+    @property
+    def title(self) -> str:
+        """The run in a heading or a row: its series and size."""
+        if self.is_reference:
+            return self.series
+        seed = next((f", {part}" for part in self.name.split(" ")[1:] if part.startswith("seed=")), "")
+        return f"{self.series}, {self.target}{seed}"
+
+    @cached_property
+    def metrics(self) -> dict:
+        return self.json("evaluation", "metrics.json")
+
+    @cached_property
+    def blocks(self) -> pd.DataFrame:
+        """One row per evaluation block: domain, block, nll (nats per token), selection_shift (not for the reference)."""
+        return pd.read_parquet(self.folder("evaluation") / "blocks.parquet")
+
+    @cached_property
+    def latency(self) -> dict:
+        return self.json("latency", "latency.json")
+
+    @cached_property
+    def bits(self) -> list[list[int]]:
+        """`[layers][experts]`."""
+        return self.json("allocation", "allocation.json")["bits"]
+
+    @cached_property
+    def diagnostics(self) -> list[dict]:
+        return self.json("quantization", "diagnostics.json")["layers"]
+
+    @cached_property
+    def statistics(self) -> dict:
+        return self.json("statistics", "statistics.json")
+
+    @cached_property
+    def corpus(self) -> dict:
+        return self.json("corpus", "summary.json")
+
+    @cached_property
+    def model(self) -> Path:
+        """The 16-bit model's own folder."""
+        folder = families.locate(self.folder("model"))
+        if not list(folder.glob("*.safetensors")):
+            raise ValueError(
+                f"{folder}: no *.safetensors there any more, but the run {self.name!r} is measured against it"
+            )
+        return folder
+
+    @cached_property
+    def model_config(self) -> dict:
+        """The model's config.json."""
+        return read_json(self.model / "config.json")
+
+    @cached_property
+    def shape(self) -> families.Shape:
+        return families.shape_of(self.model_config, "model")
+
+    @cached_property
+    def num_weights(self) -> int:
+        return size.num_weights(size.tensor_shapes(self.model))
+
+    @cached_property
+    def checkpoint_bytes(self) -> int:
+        if self.is_quantized:
+            return self.json("quantization", "size.json")["checkpoint_bytes"]
+        return sum(path.stat().st_size for path in self.model.glob("*.safetensors"))
+
+    def stage_config(self, stage: str) -> dict:
+        return read_config(self.folder(stage))
+
+    @cached_property
+    def domains(self) -> tuple[list[str], list[str]]:
+        """Evaluated domains, (in domain, out of domain): a domain is out where the corpus keeps neither training nor
+        calibration text of it while it does of others."""
+        splits = self.corpus["domains"]
+        seen = [d for d in self.metrics["domains"] if {"train", "calibration"} & set(splits.get(d, {}))]
+        out = [d for d in self.metrics["domains"] if d not in seen]
+        return (seen, out) if seen else (out, [])
+
+
+def load(runs: list[dict], results: Path) -> list[Run]:
+    """The runs as the report's configuration lists them. Raises ValueError where they were not measured on the same text."""
+    fields = ("seed", "is_reference", "quantization", "allocation", "pruning", "artefacts")
+    found = [Run(name=run["run"], **{field: run[field] for field in fields}, results=results) for run in runs]
+    if not found:
+        raise ValueError("a report needs at least one run")
+    check_same_text(found)
+    return found
+
+
+def check_same_text(runs: list[Run]) -> None:
+    """Raise ValueError naming the runs whose test text differs: their perplexities cannot stand in one table."""
+    first = runs[0]
+    for run in runs[1:]:
+        own, other = ({d: m["tokens_sha256"] for d, m in r.metrics["domains"].items()} for r in (run, first))
+        if set(own) != set(other):
+            differ = f"{', '.join(sorted(set(own) ^ set(other)))} (in one of them only)"
+        else:
+            differ = ", ".join(domain for domain in own if own[domain] != other[domain])
+        if differ:
+            raise ValueError(
+                f"the runs {first.name!r} and {run.name!r} were evaluated on different text of {differ}, so one table "
+                "cannot compare them; report them apart, or give them one corpus, tokenizer and evaluation.*"
+            )
+
+
+def reference_of(run: Run, runs: Iterable[Run]) -> Run | None:
+    """The 16-bit run of the same model, which `run` is measured against."""
+    found = [other for other in runs if other.is_reference and other.artefacts["model"] == run.artefacts["model"]]
+    return found[0] if found else None
+
+
+def compact_json(value) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))

@@ -1,0 +1,89 @@
+"""How figures look, and how they are written: the same bytes for the same numbers."""
+
+from pathlib import Path
+
+import matplotlib
+import pandas as pd
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+
+from moepress.report.reading import Run  # noqa: E402
+
+RC = {
+    "figure.dpi": 100,
+    "savefig.dpi": 150,
+    "figure.constrained_layout.use": True,
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "axes.titlesize": 10.5,
+    "axes.titlelocation": "left",
+    "axes.titlepad": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#8a8a8a",
+    "axes.labelcolor": "#333333",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e6e6e6",
+    "grid.linewidth": 0.8,
+    "xtick.color": "#555555",
+    "ytick.color": "#555555",
+    "xtick.labelcolor": "#333333",
+    "ytick.labelcolor": "#333333",
+    "lines.linewidth": 1.8,
+    "lines.markersize": 6,
+    "legend.frameon": False,
+    "svg.hashsalt": "moepress",
+    "svg.fonttype": "path",
+    "text.parse_math": False,
+}
+
+# Okabe and Ito's palette, which the colour-blind can tell apart.
+METHOD_COLOURS = {"none": "#4d4d4d", "rtn": "#009e73", "gptq": "#0072b2", "qesc": "#d55e00"}
+OTHER_COLOURS = ("#cc79a7", "#e69f00", "#56b4e9", "#7a5195", "#8c6d31", "#1b7837", "#a50f15", "#525252")
+ALLOCATION_STYLES = {"uniform": ("o", "-"), "pmq": ("D", (0, (4, 1.5)))}
+OTHER_STYLES = (("s", (0, (1, 1.2))), ("^", (0, (6, 1, 1, 1))), ("v", (0, (3, 1, 1, 1, 1, 1))))
+PRUNED_MARKERS = ("P", "X", "*", "p", "h")
+INK, MUTED = "#222222", "#767676"
+
+
+def series_styles(runs: list[Run]) -> dict[str, dict]:
+    """Series -> colour (its quantization method's), marker and line (its allocation's); pruned series have hollow markers
+    of their own. A series that would look like one before it takes a colour that is left."""
+    styles, taken, colours = {}, set(), list(OTHER_COLOURS)
+    allocations, methods = dict(ALLOCATION_STYLES), dict(METHOD_COLOURS)
+    pruned = 0
+    for run in runs:
+        if run.series in styles or run.is_reference:
+            continue
+        method, allocation = run.quantization["method"], run.allocation["method"] if run.is_quantized else "uniform"
+        if method not in methods:
+            methods[method] = colours.pop(0) if colours else MUTED
+        if allocation not in allocations:
+            allocations[allocation] = OTHER_STYLES[(len(allocations) - len(ALLOCATION_STYLES)) % len(OTHER_STYLES)]
+        colour, (marker, line) = methods[method], allocations[allocation]
+        if run.is_pruned:
+            marker, line, pruned = PRUNED_MARKERS[pruned % len(PRUNED_MARKERS)], ":", pruned + 1
+        if (colour, marker, line) in taken:
+            colour = colours.pop(0) if colours else MUTED
+        taken.add((colour, marker, line))
+        face = "white" if run.is_pruned else colour
+        styles[run.series] = {"color": colour, "marker": marker, "linestyle": line, "markerfacecolor": face}
+    return styles
+
+
+def shorten(text: str, length: int = 34) -> str:
+    text = " ".join(str(text).split())
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
+def save(figure: Figure, data: pd.DataFrame, folder: Path, name: str) -> None:
+    """Write `name`.png, .svg and .csv (the numbers shown) without dates or versions in them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(folder / f"{name}.png", metadata={"Software": None})
+    figure.savefig(folder / f"{name}.svg", metadata={"Date": None, "Creator": None})
+    plt.close(figure)
+    data.to_csv(folder / f"{name}.csv", index=False, lineterminator="\n")

@@ -1,0 +1,106 @@
+"""runs.csv: one row per run. Means over several domains give every domain the same weight.
+
+Standard errors are over blocks of text, domain by domain: they say what another draw of test text would change, not what
+another calibration sample would. Errors of a difference (`delta_*`) are paired, block by block, so they are much smaller
+than those of the perplexities themselves.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from moepress.report.reading import Run, compact_json, load, reference_of
+
+
+def rows(runs: list[dict], results: Path) -> pd.DataFrame:
+    """The table of the runs that a report's configuration lists, in its order; see `tabulate`.
+
+    runs: `[{run, seed, is_reference, quantization, allocation, pruning, artefacts}]`; results: the folder of artefacts.
+    """
+    return tabulate(load(runs, results))
+
+
+def tabulate(runs: list[Run]) -> pd.DataFrame:
+    """One row per run. Beside the columns whose names say it:
+
+    bits_nominal: mean width of the expert weights. bits_effective: bytes on disk x 8 / number of weights.
+    activated_experts: routed experts computed per token. ppl_mean: geometric mean of the perplexities of the domains that
+    the corpus has training or calibration text of; ppl_ood: of the others. delta_nll: mean increase over the 16-bit model
+    in nats per token on the same blocks, over the domains of ppl_mean (exp(delta_nll) is the ratio of the two ppl_mean);
+    delta_nll_ood: over those of ppl_ood. selection_shift: share of selected slots that changed.
+    """
+    return pd.DataFrame([row(run, reference_of(run, runs)) for run in runs])
+
+
+def row(run: Run, reference: Run | None) -> dict:
+    quantized = run.is_quantized
+    found = {
+        "run": run.name,
+        "model": Path(run.artefacts["model"]).name.rpartition("-")[0],
+        "method": run.quantization["method"],
+        "allocation": run.allocation["method"] if quantized else "none",
+        "bits_nominal": float(np.mean([width for layer in run.bits for width in layer])) if quantized else 16.0,
+        "bits_effective": 8 * run.checkpoint_bytes / run.num_weights,
+        "checkpoint_bytes": run.checkpoint_bytes,
+        "pruning": run.pruning_label.lower().replace(" ", "-") or "none",
+        "activated_experts": run.shape.top_k * run.metrics["active_slots"],
+    }
+    for domain, measured in run.metrics["domains"].items():
+        found[f"ppl_{domain}"] = measured["ppl"]
+        found[f"ppl_{domain}_stderr"] = measured["ppl_stderr"]
+    inside, outside = run.domains
+    for name, domains in (("mean", inside), ("ood", outside)):
+        nll, error = mean_over_domains(run.blocks, domains)
+        found[f"ppl_{name}"], found[f"ppl_{name}_stderr"] = np.exp(nll), np.exp(nll) * error
+    for name, domains in (("delta_nll", inside), ("delta_nll_ood", outside)):
+        found[name], found[f"{name}_stderr"] = increase([run], [reference], domains) if reference else (np.nan, np.nan)
+    provenance = run.json("quantization", "provenance.json") if quantized else {}
+    return found | {
+        "selection_shift": run.metrics["selection_shift"],
+        "selection_shift_stderr": run.metrics["selection_shift_stderr"],
+        "quantize_seconds": run.json("quantization", "timing.json")["quantize_seconds"] if quantized else np.nan,
+        "peak_memory_bytes": provenance.get("peak_memory_bytes", np.nan),
+        "prefill_ms": run.latency["prefill_ms"]["median"],
+        "decode_ms": run.latency["decode_ms"]["median"],
+        "speedup_prefill": run.latency["speedup_prefill"],
+        "speedup_decode": run.latency["speedup_decode"],
+        "device": run.latency["device"],
+        "seed": run.seed,
+        "keys": compact_json(run.keys),
+    }
+
+
+def mean_over_domains(blocks: pd.DataFrame, domains: list[str], column: str = "nll") -> tuple[float, float]:
+    """Mean of a column over blocks, then over domains, and its standard error over blocks within domains.
+
+    blocks: columns domain and `column`. (nan, nan) without domains; the error is nan where a domain has one block only.
+    """
+    if not domains:
+        return np.nan, np.nan
+    groups = blocks[blocks["domain"].isin(domains)].groupby("domain")[column]
+    return float(groups.mean().mean()), float(np.sqrt(groups.sem(ddof=1).pow(2).sum(skipna=False)) / len(domains))
+
+
+def increase(runs: list[Run], others: list[Run], domains: list[str]) -> tuple[float, float]:
+    """Mean nll of `runs` above that of `others`, paired by block, in nats per token, and its standard error.
+
+    Each list holds one configuration under one or more seeds; its blocks are averaged over them. Where both sides have
+    several, or the others are the one 16-bit model, the scatter between seeds is added to that between blocks.
+    """
+    means = []
+    for side in (runs, others):
+        together = pd.concat([run.blocks for run in side])
+        means.append(together.groupby(["domain", "block"])["nll"].mean())
+    difference = (means[0] - means[1]).rename("nll").reset_index()
+    mean, error = mean_over_domains(difference, domains)
+    between = sum(_seed_variance(side, domains) for side in (runs, others))
+    return mean, float(np.sqrt(error**2 + between))
+
+
+def _seed_variance(runs: list[Run], domains: list[str]) -> float:
+    """Squared standard error of the mean over seeds; 0 for a single run, whose scatter is unknown."""
+    if len(runs) < 2 or not domains:
+        return 0.0
+    values = [mean_over_domains(run.blocks, domains)[0] for run in runs]
+    return float(np.var(values, ddof=1) / len(values))

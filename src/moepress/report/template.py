@@ -1,0 +1,139 @@
+"""The page's HTML. Rendered with autoescape on; the only values put in unescaped are base64 images."""
+
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{{ name }} · moepress</title>
+<style>
+:root { --ground: #fbfaf8; --card: #ffffff; --ink: #1f2328; --soft: #5c6570; --line: #e1ded8; --accent: #b84e00;
+  --best: #fdf1e4; --code: #f1efea; }
+@media (prefers-color-scheme: dark) {
+  :root { --ground: #16181b; --card: #1e2125; --ink: #e6e4df; --soft: #a2a9b1; --line: #34383e; --accent: #ff9d5c;
+    --best: #35281c; --code: #282c31; }
+}
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--ground); color: var(--ink); font: 16px/1.6 system-ui, -apple-system, "Segoe UI",
+  Roboto, "Helvetica Neue", Arial, sans-serif; -webkit-text-size-adjust: 100%; }
+main { max-width: 1120px; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
+h1 { font-size: 2rem; line-height: 1.2; margin: 0 0 .4rem; overflow-wrap: anywhere; }
+h2 { font-size: 1.25rem; margin: 3rem 0 .6rem; }
+h3 { font-size: 1rem; margin: 1.6rem 0 .3rem; }
+p { max-width: 75ch; margin: .5rem 0; overflow-wrap: anywhere; }
+.kind { color: var(--accent); font-weight: 600; letter-spacing: .02em; margin: 0 0 .3rem; }
+.caption { font-size: 1.1rem; color: var(--soft); }
+.summary { margin-top: 1.5rem; padding: .4rem 1.1rem; border-left: 4px solid var(--accent); background: var(--card); }
+.summary p { max-width: 90ch; }
+.note, figcaption { color: var(--soft); font-size: .9rem; }
+.scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: 8px; background: var(--card); margin: .8rem 0; }
+table { border-collapse: collapse; width: 100%; font-size: .875rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .42rem .7rem; text-align: right; white-space: nowrap; border-top: 1px solid var(--line);
+  background: var(--card); }
+thead th { border-top: 0; color: var(--soft); font-weight: 600; white-space: normal; vertical-align: bottom;
+  line-height: 1.3; }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0; z-index: 1; max-width: 46vw;
+  white-space: normal; overflow-wrap: anywhere; }
+table.plain td, table.plain th { text-align: left; }
+table.plain td { white-space: normal; overflow-wrap: anywhere; }
+tr.size th { background: var(--code); text-align: left; font-weight: 600; padding: .3rem .7rem; max-width: none; }
+tr.best td { background: var(--best); }
+tr.best td:first-child { font-weight: 650; }
+.mark { color: var(--accent); }
+small { display: block; color: var(--soft); font-weight: 400; font-size: .75rem; line-height: 1.3; }
+figure { margin: .8rem 0 0; }
+.picture { overflow-x: auto; background: #fff; border: 1px solid var(--line); border-radius: 8px; padding: .8rem; }
+.picture img { display: block; width: 100%; min-width: 620px; max-width: 1060px; height: auto; margin: 0 auto; }
+figcaption { max-width: 85ch; margin-top: .5rem; }
+dl { display: grid; grid-template-columns: minmax(9rem, 15rem) 1fr; gap: .25rem 1.2rem; margin: .4rem 0; font-size: .92rem; }
+dt { color: var(--soft); }
+dd { margin: 0; overflow-wrap: anywhere; }
+code { background: var(--code); border-radius: 4px; padding: .05rem .3rem; font-size: .85em; overflow-wrap: anywhere; }
+summary { cursor: pointer; font-weight: 600; margin-top: 1rem; }
+@media (max-width: 640px) {
+  main { padding: 1.5rem .9rem 3rem; }
+  h1 { font-size: 1.6rem; }
+  dl { grid-template-columns: 1fr; gap: 0; }
+  dd { margin-bottom: .6rem; }
+  .summary { padding: .3rem .9rem; }
+}
+@media print { .scroll, .picture { overflow: visible; border: 0; } details > * { display: block; } }
+</style>
+</head>
+<body>
+<main>
+<p class="kind">moepress · what compression costs</p>
+<h1>{{ name }}</h1>
+{% if caption %}<p class="caption">{{ caption }}</p>{% endif %}
+<section class="summary"><p>{{ sentences | join(" ") }}</p></section>
+
+<h2>Results</h2>
+<div class="scroll" tabindex="0"><table>
+<thead><tr>{% for heading in headings %}<th scope="col">{{ heading }}</th>{% endfor %}</tr></thead>
+<tbody>
+{% for group in groups %}
+<tr class="size"><th colspan="{{ headings | length }}" scope="rowgroup">{{ group.title }}</th></tr>
+{% for row in group.rows %}
+<tr class="{{ row.mark }}">
+{% for cell in row.cells.values() %}
+<td>{% if loop.first %}{{ cell }}{% if row.mark %} <span class="mark">{{ marks[row.mark] }}</span>{% endif %}
+<small>{{ row.run }}</small>{% else %}{{ cell }}{% endif %}</td>
+{% endfor %}
+</tr>
+{% endfor %}
+{% endfor %}
+</tbody>
+</table></div>
+<p class="note">{{ legend }} All columns at full precision: <code>runs.csv</code>.</p>
+<details>
+<summary>Perplexity by domain</summary>
+<div class="scroll" tabindex="0"><table>
+<thead><tr><th scope="col">run</th>{% for domain in domains %}<th scope="col">{{ domain }}</th>{% endfor %}</tr></thead>
+<tbody>
+{% for title, cells in domain_rows %}
+<tr><td>{{ title }}</td>{% for cell in cells %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}
+</tbody>
+</table></div>
+<p class="note">Per token, with one standard error over blocks (how much the text varies, which all runs share).</p>
+</details>
+
+{% for figure in figures %}
+<h2>{{ figure.title }}</h2>
+<figure>
+<div class="picture" tabindex="0"><img alt="{{ figure.title }}. {{ figure.caption }}"
+src="data:image/svg+xml;base64,{{ figure.base64 }}"></div>
+<figcaption>{{ figure.caption }} <code>figures/{{ figure.name }}.csv</code></figcaption>
+</figure>
+{% endfor %}
+
+<h2>How the numbers were made</h2>
+{% for heading, rows in facts.items() %}
+<h3>{{ heading }}</h3>
+<dl>
+{% for term, text in rows %}<dt>{{ term }}</dt><dd>{{ text }}</dd>
+{% endfor %}
+</dl>
+{% endfor %}
+<h3>Sources of the text</h3>
+<div class="scroll" tabindex="0"><table class="plain">
+<thead><tr>{% for heading in source_headings %}<th scope="col">{{ heading }}</th>{% endfor %}</tr></thead>
+<tbody>
+{% for row in source_rows %}
+<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}
+</tbody>
+</table></div>
+<details>
+<summary>Artefacts of each run</summary>
+<p class="note">Folders below the results folder; each has its <code>config.yaml</code> and <code>provenance.json</code>.</p>
+{% for run in runs %}
+<h3>{{ run.name }}</h3>
+<dl>{% for stage, folder in run.artefacts.items() %}<dt>{{ stage }}</dt><dd><code>{{ folder }}</code></dd>{% endfor %}</dl>
+{% endfor %}
+</details>
+</main>
+</body>
+</html>
+"""

@@ -1,0 +1,140 @@
+"""The layer loop and the packed checkpoint: what was measured is what loads."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from conftest import write_model
+from moepress.inference.checkpoint import load
+from moepress.models.streaming import ModelStream
+from moepress.quantization import size, writer
+from moepress.quantization.qesc import Recipe, quantize_model
+
+COMMON = {"group_size": 32, "clip_min": 0.25, "clip_steps": 8, "fit_rounds": 2, "attention_bits": 4}
+FEEDBACK = {"damping": 0.01, "block_size": 16}
+RECIPES = {
+    "rtn": Recipe("rtn", **COMMON),
+    "gptq": Recipe("gptq", **COMMON, **FEEDBACK),
+    "qesc": Recipe("qesc", **COMMON, **FEEDBACK, router_ridge=0.01),
+}
+TOKENS = torch.randint(1, 250, (6, 48), generator=torch.Generator().manual_seed(0))
+
+
+def compress(folder, out, recipe, bits):
+    stream = ModelStream(folder)
+    modules, last = {}, None
+    for last in quantize_model(stream, None if recipe.method == "rtn" else TOKENS, bits, recipe):
+        writer.write_shard(out, last.index, stream.shape.num_layers, last.tensors)
+        modules.update(last.modules)
+    writer.finish(out, stream, recipe.group_size, modules)
+    return last
+
+
+@pytest.mark.parametrize("method", RECIPES)
+def test_what_was_measured_is_what_loads(model_folder, tmp_path, method):
+    bits = [[1, 2, 3, 4], [8, 3, 3, 2]]
+    last = compress(model_folder, tmp_path, RECIPES[method], bits)
+    model, _ = load(tmp_path, "cpu")
+    with torch.inference_mode():
+        hidden = model.model(TOKENS).last_hidden_state
+        if last.x_hat is not None:
+            assert torch.equal(hidden, model.model.norm(last.x_hat))
+    original, _ = load(model_folder, "cpu")
+    with torch.inference_mode():
+        if last.x is not None:
+            assert torch.allclose(original.model(TOKENS).last_hidden_state, original.model.norm(last.x), atol=1e-5)
+    experts = model.get_submodule("model.layers.1.mlp.experts")
+    assert experts.gate_up.bits == bits[1] and experts.gate_up.codes.dtype == torch.uint8
+    assert experts.gate_up.scales.dtype == torch.float16
+
+
+def test_every_quantized_weight_occupies_its_bits(model_folder, tmp_path):
+    bits = [[1, 2, 3, 4], [2, 2, 3, 3]]
+    compress(model_folder, tmp_path, RECIPES["rtn"], bits)
+    shape = ModelStream(model_folder).shape
+    outside = size.bytes_outside_experts(shape, size.tensor_shapes(model_folder), 4, 32)
+    predicted = outside + sum(size.expert_bytes(shape, b, 32) for layer in bits for b in layer)
+    tensors = {k: t for path in tmp_path.glob("*.safetensors") for k, t in load_file(path).items()}
+    assert sum(t.numel() * t.element_size() for t in tensors.values()) == predicted
+
+
+def test_packed_experts_are_the_unpacked_ones(model_folder, tmp_path):
+    """The packed module against transformers' own on the dequantized weights, with and without "no expert"."""
+    compress(model_folder, tmp_path, RECIPES["rtn"], [[1, 2, 3, 4]] * 2)
+    packed = load(tmp_path, "cpu")[0].get_submodule("model.layers.0.mlp.experts")
+    original = load(model_folder, "cpu")[0]
+    original.set_experts_implementation("eager")
+    plain = original.get_submodule("model.layers.0.mlp.experts")
+    with torch.inference_mode():
+        for name in ("gate_up", "down"):
+            weights = torch.stack([getattr(packed, name).matrix(e, torch.float32) for e in range(4)])
+            getattr(plain, f"{name}_proj").copy_(weights)
+        g = torch.Generator().manual_seed(1)
+        for tokens in (1, 2, 33):
+            x = torch.randn(tokens, 64, generator=g)
+            index = torch.stack([torch.randperm(5, generator=g)[:2] for _ in range(tokens)])
+            weight = torch.rand(tokens, 2, generator=g) * (index < 4)
+            assert torch.allclose(packed(x, index, weight), plain(x, index, weight), atol=1e-4)
+
+
+def test_goes_on_from_any_layer_with_the_same_bytes(model_folder):
+    recipe, bits = RECIPES["qesc"], [[2, 2, 3, 3]] * 2
+    whole = list(quantize_model(ModelStream(model_folder), TOKENS, bits, recipe))
+    first = whole[0]
+    (rest,) = quantize_model(ModelStream(model_folder), TOKENS, bits, recipe, 1, (first.x, first.x_hat))
+    assert all(torch.equal(rest.tensors[name], tensor) for name, tensor in whole[1].tensors.items())
+
+
+def test_methods_keep_their_order_on_calibration_text(tmp_path):
+    folder = write_model(tmp_path / "model", layers=3, hidden=64, intermediate=64, experts=8, seed=1)
+    error, moved = {}, {}
+    for method in ("gptq", "qesc"):
+        results = list(quantize_model(ModelStream(folder), TOKENS, [[2] * 8] * 3, RECIPES[method]))
+        error[method] = results[-1].diagnostics["output_error"]
+        moved[method] = sum(r.diagnostics["selection_shift"] for r in results)
+    assert moved["qesc"] < moved["gptq"]
+
+
+def test_starved_experts_are_named_and_sound(tmp_path):
+    """A router that never picks expert 3."""
+    folder = write_model(tmp_path / "model", seed=2)
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    for name in tensors:
+        if name.endswith("gate.weight"):
+            tensors[name][3] = 0
+            tensors[name][:3] = tensors[name][:3].abs() + 1
+            tensors[name.replace("block_sparse_moe.gate", "post_attention_layernorm")] *= 0
+            tensors[name.replace("block_sparse_moe.gate", "post_attention_layernorm")] += 1
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].abs() + 1
+    save_file(tensors, path, {"format": "pt"})
+    results = list(quantize_model(ModelStream(folder), TOKENS, [[3] * 4] * 2, RECIPES["gptq"]))
+    first = results[0].diagnostics
+    assert first["tokens"][3] == 0 and 3 in first["starved"]
+    assert first["expert_errors"][3] < 0.2
+
+
+def test_nan_in_the_weights_is_refused(tmp_path):
+    folder = write_model(tmp_path / "model", seed=3)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.self_attn.k_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"model\.safetensors.*k_proj.*NaN"):
+        list(quantize_model(ModelStream(folder), None, [[3] * 4] * 2, RECIPES["rtn"]))
+
+
+def test_load_refuses_what_does_not_fit(model_folder, tmp_path):
+    compress(model_folder, tmp_path, RECIPES["rtn"], [[3] * 4] * 2)
+    shard = tmp_path / writer.shard_name(0, 2)
+    tensors = load_file(shard)
+    tensors.pop("model.layers.0.mlp.experts.down.codes")
+    save_file(tensors, shard, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"missing keys .*down\.codes"):
+        load(tmp_path, "cpu")
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"]["format_version"] = 99
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="format version 99.*update moepress"):
+        load(tmp_path, "cpu")

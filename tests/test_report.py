@@ -1,0 +1,339 @@
+"""The report over hand-made artefacts: values of the table, refusals, escaping, and the same bytes twice."""
+
+import hashlib
+import json
+import re
+import shutil
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from safetensors.numpy import save_file
+
+from moepress.artefacts import Task
+from moepress.report import compare, figures, heatmaps, reading, table
+from moepress.stages import report
+
+ROOT = Path(__file__).parents[1]
+DOMAINS = ("prose", "code", "elsewhere")
+STUDY = (
+    "16bit", "rtn-2", "rtn-3", "gptq-2", "gptq-3", "gptq-pmq-2", "gptq-pmq-2.5", "gptq-pmq-3", "qesc-2", "qesc-3",
+    "qesc-pmq-2", "qesc-pmq-2.5", "qesc-pmq-3", "qesc-3-pesf-0.3", "qesc-3-pesf-0.7",
+)  # fmt: skip
+
+
+class Results:
+    """A results folder of made-up artefacts of one model."""
+
+    def __init__(self, root: Path, layers: int = 2, experts: int = 4, domains=DOMAINS, blocks: int = 5):
+        self.root, self.layers, self.experts, self.domains, self.blocks = root, layers, experts, domains, blocks
+        self.random = np.random.default_rng(0)
+        self.text = self.random.uniform(3, 4, (len(domains), blocks))
+        model = self.folder("model/tiny-aaaa")
+        self.num_weights = 4096 * layers * experts
+        save_file({"weights": np.zeros(self.num_weights, np.float16)}, model / "model.safetensors")
+        config = {"model_type": "mixtral", "num_hidden_layers": layers, "hidden_size": 8, "intermediate_size": 16}
+        self.write(model / "config.json", config | {"num_local_experts": experts, "num_experts_per_tok": 2})
+        splits = {name: {"documents": 3, "characters": 1000} for name in ("train", "calibration", "test")}
+        summary = {domain: dict(splits) for domain in domains}
+        summary[domains[-1]] = {"test": splits["test"]}
+        source = {"package": "some-text", "version": "1.0", "licence": "CC BY-SA 4.0", "sha256": "0"}
+        overlap = {"words": 13, "test": {domain: {"dropped": 1, "mean_share_kept": 0.01} for domain in domains}}
+        corpus = {"domains": summary, "sources": dict.fromkeys(domains, source), "overlap": overlap}
+        self.write(self.folder("corpus/default-bbbb") / "summary.json", corpus)
+        calibration = {"num_sequences": 8, "seq_len": 64, "domains": None, "seed": 0}
+        self.config("calibration/8x64-cccc", {"calibration": calibration})
+        self.use = self.random.dirichlet(np.full(experts, 3.0), (len(domains), layers))
+        frequency = (2 * self.use.mean(0)).tolist()
+        self.write(
+            self.folder("statistics/tiny-dddd") / "statistics.json",
+            {"widths": [1, 2, 3], "layers": [{"frequency": f, "mutual_information": 0.1} for f in frequency]},
+        )
+
+    def folder(self, name: str) -> Path:
+        path = self.root / name
+        path.mkdir(parents=True, exist_ok=True)
+        self.write(
+            path / "provenance.json",
+            {"stage": name.split("/")[0], "seconds": 2.0, "peak_memory_bytes": 2**30, "git_commit": "c0ffee"}
+            | {"machine": {"system": "Linux"}, "versions": {"python": "3.11", "torch": "2.13.0"}},
+        )
+        return path
+
+    def write(self, path: Path, value) -> None:
+        path.write_text(json.dumps(value))
+
+    def config(self, name: str, config: dict, inputs: dict | None = None) -> None:
+        text = yaml.safe_dump({"config": config, "inputs": inputs or {}})
+        (self.folder(name) / "config.yaml").write_text(text)
+
+    def run(
+        self, name: str, above: float | None = None, shift: float = 0.1, seed: int = 0, title: str | None = None
+    ) -> dict:
+        """The artefacts of one run named like `qesc-pmq-2.5-pesf-0.3`, its nll `above` the 16-bit model's on each block."""
+        found = re.fullmatch(r"([a-z0-9]+?)(?:-(pmq))?(?:-([\d.]+))?(?:-(pesf)-([\d.]+))?", name)
+        method, allocation, bits, pruning, alpha = found.groups()
+        method = "none" if method == "16bit" else method
+        reference = method == "none" and not pruning
+        key = f"{hashlib.sha256(f'{name} {seed}'.encode()).hexdigest()[:12]}"
+        artefacts = {"corpus": "corpus/default-bbbb", "model": "model/tiny-aaaa"}
+        above = 0.0 if reference else 0.3 / float(bits or 16) ** 2 if above is None else above
+        self.evaluate(f"evaluation/{name}-{key}", above, None if reference else shift, 0.8 if pruning else 1.0)
+        self.time(f"latency/{name}-{key}")
+        artefacts |= {stage: f"{stage}/{name}-{key}" for stage in ("evaluation", "latency")}
+        if method != "none":
+            checkpoint = f"{method}-{allocation or 'uniform'}-{bits}"
+            self.quantize(f"quantization/{checkpoint}", method, float(bits), allocation is not None)
+            artefacts |= {stage: f"{stage}/{checkpoint}" for stage in ("quantization", "allocation")}
+            if method != "rtn":
+                artefacts["statistics"] = "statistics/tiny-dddd"
+        if pruning:
+            artefacts["pruning"] = f"pruning/{name}-{key}"
+            self.folder(artefacts["pruning"])
+        policy = {"method": "pesf", "alpha": float(alpha), "renormalize": True} if pruning else {"method": "none"}
+        return {
+            "run": title or name,
+            "seed": seed,
+            "is_reference": reference,
+            "quantization": {"method": method, "group_size": 8, "attention_bits": 4},
+            "allocation": {"method": allocation or "uniform", "bits": float(bits or 3), "budget": None},
+            "pruning": policy,
+            "artefacts": artefacts,
+        }
+
+    def evaluate(self, name: str, above: float, shift: float | None, active: float) -> None:
+        domains, frames = {}, []
+        noise = 0.02 * above * np.linspace(-1, 1, self.blocks)
+        for index, domain in enumerate(self.domains):
+            nll = self.text[index] + above * (1 + (index == len(self.domains) - 1)) + noise
+            mean, error = nll.mean(), pd.Series(nll).sem()
+            entry = {"ppl": np.exp(mean), "ppl_stderr": np.exp(mean) * error, "nll": mean, "num_blocks": self.blocks}
+            entry |= {"num_tokens": 64 * self.blocks, "tokens_sha256": domain, "active_slots": active}
+            entry |= {"expert_use": self.use[index].tolist()}
+            frame = pd.DataFrame({"domain": domain, "block": range(self.blocks), "nll": nll})
+            if shift is not None:
+                entry["selection_shift_by_layer"] = (shift * (0.5 + self.random.random(self.layers))).tolist()
+                frame["selection_shift"] = shift
+            domains[domain] = entry
+            frames.append(frame)
+        folder = self.folder(name)
+        summary = {"active_slots": active, "selection_shift": shift or 0.0, "selection_shift_stderr": 0.002}
+        self.write(folder / "metrics.json", {"domains": domains, **summary})
+        pd.concat(frames).to_parquet(folder / "blocks.parquet")
+
+    def time(self, name: str) -> None:
+        def spread(median):
+            return {"median": median, "q1": 0.95 * median, "q3": 1.1 * median, "min": 0.9 * median}
+
+        times = {"prefill_ms": spread(50.0), "decode_ms": spread(4.0)}
+        times |= {"prefill_ms_16bit": spread(60.0), "decode_ms_16bit": spread(3.0)}
+        speed = {"speedup_prefill": 1.2, "speedup_decode": 0.75}
+        machine = {"device": "Some CPU", "threads": 2, "dtype": "float32"}
+        self.write(self.folder(name) / "latency.json", machine | times | speed)
+
+    def quantize(self, name: str, method: str, bits: float, mixed: bool) -> None:
+        low = int(bits) - (bits == int(bits))
+        row = [low if e % 2 else 2 * bits - low for e in range(self.experts)] if mixed else [bits] * self.experts
+        widths = [[int(width) for width in np.roll(row, layer)] for layer in range(self.layers)]
+        plan = {"bits": widths, "mean_bits": bits, "solver": []}
+        self.write(self.folder(name.replace("quantization", "allocation")) / "allocation.json", plan)
+        inputs = {} if method == "rtn" else {"calibration": "calibration/8x64-cccc"}
+        self.config(name, {"quantization": {"method": method}}, inputs)
+        layers = []
+        for layer in range(self.layers):
+            fit = {"selection_shift_before_fit": 0.05 + 0.01 * layer, "selection_shift": 0.03 + 0.005 * layer}
+            layers.append({"layer": layer, "bits": widths[layer]} | ({} if method == "rtn" else fit | {"starved": [0]}))
+        folder = self.root / name
+        self.write(folder / "diagnostics.json", {"layers": layers})
+        count = int(self.num_weights * (bits + 0.5) / 8)
+        self.write(folder / "size.json", {"checkpoint_bytes": count, "bits_effective": 8 * count / self.num_weights})
+        self.write(folder / "timing.json", {"quantize_seconds": 1.5})
+
+    def report(self, runs: list[dict], name: str = "study", caption: str = "A caption.") -> Path:
+        out = self.root / "report" / "study-eeee.partial"
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir(parents=True)
+        report.run(Task("report", "eeee", {"name": name, "caption": caption, "runs": runs}, {}, {}, out))
+        return out
+
+
+@pytest.fixture
+def results(tmp_path) -> Results:
+    return Results(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory) -> tuple[Results, list[dict], Path]:
+    """A report over every kind of run."""
+    made = Results(tmp_path_factory.mktemp("study"))
+    runs = [made.run(name) for name in STUDY]
+    return made, runs, made.report(runs)
+
+
+def test_columns_and_values(study):
+    made, runs, out = study
+    found = pd.read_csv(out / "runs.csv", keep_default_na=False, na_values=[""])
+    assert list(found["run"]) == list(STUDY)
+    expected = (
+        "run model method allocation bits_nominal bits_effective checkpoint_bytes pruning activated_experts".split()
+    )
+    for domain in DOMAINS:
+        expected += [f"ppl_{domain}", f"ppl_{domain}_stderr"]
+    for name in ("ppl_mean", "ppl_ood", "delta_nll", "delta_nll_ood", "selection_shift"):
+        expected += [name, f"{name}_stderr"]
+    expected += "quantize_seconds peak_memory_bytes prefill_ms decode_ms speedup_prefill speedup_decode".split()
+    assert list(found.columns) == [*expected, "device", "seed", "keys"]
+
+    sixteen, row = found.iloc[0], found.set_index("run").loc["qesc-pmq-2.5"]
+    assert (sixteen["model"], sixteen["method"], sixteen["allocation"], sixteen["pruning"]) == ("tiny", *["none"] * 3)
+    assert sixteen["bits_nominal"] == 16
+    size = sum(path.stat().st_size for path in (made.root / "model/tiny-aaaa").glob("*.safetensors"))
+    assert sixteen["checkpoint_bytes"] == size
+    assert sixteen["bits_effective"] == pytest.approx(8 * size / made.num_weights)
+    assert sixteen[["delta_nll", "delta_nll_stderr", "selection_shift"]].tolist() == [0, 0, 0]
+    assert (row["method"], row["allocation"], row["bits_nominal"]) == ("qesc", "pmq", 2.5)
+    above = 0.3 / 2.5**2
+    assert row["delta_nll"] == pytest.approx(above)
+    assert row["delta_nll_ood"] == pytest.approx(2 * above)
+    noise = pd.Series(0.02 * above * np.linspace(-1, 1, made.blocks)).sem()
+    assert row["delta_nll_stderr"] == pytest.approx(noise / np.sqrt(2))  # two domains in, each with this error
+    assert row["delta_nll_ood_stderr"] == pytest.approx(noise)
+    assert row["ppl_mean"] == pytest.approx(np.sqrt(row["ppl_prose"] * row["ppl_code"]))
+    assert row["ppl_mean"] / sixteen["ppl_mean"] == pytest.approx(np.exp(row["delta_nll"]))
+    assert row["ppl_ood"] == pytest.approx(row["ppl_elsewhere"])
+    assert (row["quantize_seconds"], row["peak_memory_bytes"], row["prefill_ms"]) == (1.5, 2**30, 50)
+    pruned = found.set_index("run").loc["qesc-3-pesf-0.3"]
+    assert (pruned["pruning"], pruned["activated_experts"]) == ("pesf-0.3", pytest.approx(1.6))
+    keys = json.loads(row["keys"])
+    assert keys["model"] == "aaaa" and set(keys) >= {
+        "quantization",
+        "allocation",
+        "statistics",
+        "evaluation",
+        "latency",
+    }
+    pd.testing.assert_frame_equal(table.rows(runs, made.root), table.tabulate(reading.load(runs, made.root)))
+
+
+def test_every_figure_and_its_caption(study):
+    out = study[2]
+    names = sorted(path.stem for path in (out / "figures").glob("*.svg"))
+    assert names == sorted(figures.FIGURES)
+    for name in names:
+        assert (out / f"figures/{name}.png").stat().st_size > 5000
+        assert len(pd.read_csv(out / f"figures/{name}.csv"))
+        ElementTree.parse(out / f"figures/{name}.svg")
+        assert (ROOT / f"workflow/report/{name}.rst").is_file()
+
+
+def test_page_is_self_contained(study):
+    page = (study[2] / "index.html").read_text()
+    assert not re.search(r"""(src|href)\s*=\s*["']?(?!data:)""", page)
+    assert "<script" not in page and "url(" not in page
+    for text in ("CC BY-SA 4.0", "torch 2.13.0", "8 sequences of 64 tokens", "least used expert", "evaluation/16bit-"):
+        assert text in page
+    markdown = (study[2] / "summary.md").read_text()
+    rows = [line for line in markdown.splitlines() if line.startswith("|")]
+    assert len(rows) == len(STUDY) + 2 and len({row.count("|") for row in rows}) == 1
+
+
+def test_same_bytes_twice(study):
+    made, runs, out = study
+    before = {path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    out = made.report(runs)
+    assert before == {path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+def test_unequal_text_is_refused(results):
+    runs = [results.run("16bit"), results.run("rtn-2"), results.run("gptq-2")]
+    path = results.root / runs[2]["artefacts"]["evaluation"] / "metrics.json"
+    metrics = json.loads(path.read_text())
+    metrics["domains"]["code"]["tokens_sha256"] = "another"
+    path.write_text(json.dumps(metrics))
+    with pytest.raises(ValueError, match="'16bit' and 'gptq-2'.*different text of code"):
+        results.report(runs)
+    del metrics["domains"]["code"]
+    path.write_text(json.dumps(metrics))
+    with pytest.raises(ValueError, match="'16bit' and 'gptq-2'.*code"):
+        results.report(runs)
+
+
+def test_missing_artefact_is_named(results):
+    runs = [results.run("16bit"), results.run("rtn-2")]
+    (results.root / runs[1]["artefacts"]["latency"] / "latency.json").unlink()
+    with pytest.raises(ValueError, match="latency.json.*'rtn-2'.*stage latency"):
+        results.report(runs)
+
+
+def test_hostile_names_stay_text(results):
+    evil = '<script>alert(1)</script> $\\frac{ | " onload=x &amp;'
+    runs = [results.run("16bit"), results.run("qesc-2", title=f"qesc-2 {evil}"), results.run("rtn-2")]
+    out = results.report(runs, name=evil, caption=f"</p>{evil}")
+    page = (out / "index.html").read_text()
+    assert "<script" not in page and "&lt;script&gt;" in page and "</p><" not in page.replace("</p>\n", "")
+    assert list(pd.read_csv(out / "runs.csv")["run"])[1] == f"qesc-2 {evil}"
+    for svg in (out / "figures").glob("*.svg"):
+        ElementTree.parse(svg)
+        assert "<script" not in svg.read_text()
+
+
+@pytest.mark.parametrize("names", [["16bit"], ["16bit", "qesc-pmq-2.5"], ["16bit", "16bit-pesf-0.3"], ["rtn-3"]])
+def test_few_runs(results, names):
+    out = results.report([results.run(name) for name in names])
+    assert len(pd.read_csv(out / "runs.csv")) == len(names)
+    assert (out / "figures/expert_use.png").is_file()
+    assert (out / "figures/bits.png").is_file() == ("qesc-pmq-2.5" in names)
+    assert (out / "index.html").is_file()
+
+
+def test_best_is_best_only_outside_noise(results):
+    runs = [results.run("16bit"), results.run("rtn-2", 0.2), results.run("gptq-2", 0.1), results.run("qesc-2", 0.1001)]
+    found = reading.load(runs, results.root)
+    assert compare.marks(found) == {"16bit": "", "rtn-2": "", "gptq-2": "best", "qesc-2": "tied"}
+    ranking = compare.places(found)["2 bits"]
+    assert [place.series for place in ranking] == ["GPTQ", "QESC", "RTN"]
+    assert ranking[2].gap[0] == pytest.approx(0.1)
+    text = " ".join(compare.summary(found))
+    assert "GPTQ is best" in text and "within the noise" in text
+
+
+def test_scatter_between_seeds_is_noise(results):
+    runs = [results.run("16bit")]
+    for seed, (gptq, qesc) in enumerate([(0.10, 0.14), (0.20, 0.11), (0.15, 0.20)]):
+        runs += [results.run("gptq-2", gptq, seed=seed, title=f"gptq-2 seed={seed}")]
+        runs += [results.run("qesc-2", qesc, seed=seed, title=f"qesc-2 seed={seed}")]
+    found = reading.load(runs, results.root)
+    ranking = compare.places(found)["2 bits"]
+    assert [len(place.runs) for place in ranking] == [3, 3] and ranking[1].is_tied
+    delta, error = ranking[0].delta
+    assert delta == pytest.approx(0.15) and error > np.std([0.1, 0.2, 0.15], ddof=1) / np.sqrt(3)
+    assert (results.report(runs) / "figures/quality.csv").is_file()
+
+
+def test_mutual_information():
+    assert heatmaps.mutual_information(np.full((3, 4), 0.25)) == 0
+    assert heatmaps.mutual_information(np.eye(4)) == pytest.approx(2)
+
+
+def test_one_block_has_no_error(tmp_path):
+    made = Results(tmp_path, blocks=1)
+    out = made.report([made.run("16bit"), made.run("rtn-2"), made.run("gptq-2")])
+    assert pd.read_csv(out / "runs.csv")["delta_nll_stderr"].isna().all()
+    assert "nan" not in (out / "summary.md").read_text()
+
+
+def test_large_model_and_unknown_methods(tmp_path):
+    made = Results(tmp_path, layers=30, experts=128, domains=("wikitext", "c4"))
+    out = made.report([made.run(name) for name in ("16bit", "hqq-2", "hqq-pmq-2.5")])
+    assert len(pd.read_csv(out / "figures/bits.csv")) == 30 * 128
+
+
+def test_report_imports_no_torch():
+    import subprocess
+
+    code = "import sys; import moepress.stages.report; assert not {'torch', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
