@@ -38,7 +38,29 @@ def write_model(folder, *, layers=2, hidden=64, intermediate=32, experts=4, top_
     return folder
 
 
-WORDS = "the a of to and in expert router layer token bits width scale zero group mixture press small fast proof cost".split()
+WORDS = [
+    "the",
+    "a",
+    "of",
+    "to",
+    "and",
+    "in",
+    "expert",
+    "router",
+    "layer",
+    "token",
+    "bits",
+    "width",
+    "scale",
+    "zero",
+    "group",
+    "mixture",
+    "press",
+    "small",
+    "fast",
+    "proof",
+    "cost",
+]
 
 
 def write_texts(folder, documents=60, words=300, seed=0):

@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
+from conftest import write_model
 from safetensors.torch import load_file, save_file
 
-from conftest import write_model
 from moepress.inference.checkpoint import load
 from moepress.models.streaming import ModelStream
 from moepress.quantization import size, writer
@@ -136,5 +136,5 @@ def test_load_refuses_what_does_not_fit(model_folder, tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     config["quantization_config"]["format_version"] = 99
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="format version 99.*update moepress"):
+    with pytest.raises(ValueError, match=r"format version 99.*update moepress"):
         load(tmp_path, "cpu")

@@ -71,9 +71,7 @@ class Results:
         text = yaml.safe_dump({"config": config, "inputs": inputs or {}})
         (self.folder(name) / "config.yaml").write_text(text)
 
-    def run(
-        self, name: str, above: float | None = None, shift: float = 0.1, seed: int = 0, title: str | None = None
-    ) -> dict:
+    def run(self, name: str, above: float | None = None, shift: float = 0.1, seed: int = 0, title: str | None = None) -> dict:
         """The artefacts of one run named like `qesc-pmq-2.5-pesf-0.3`, its nll `above` the 16-bit model's on each block."""
         found = re.fullmatch(r"([a-z0-9]+?)(?:-(pmq))?(?:-([\d.]+))?(?:-(pesf)-([\d.]+))?", name)
         method, allocation, bits, pruning, alpha = found.groups()
@@ -178,14 +176,22 @@ def test_columns_and_values(study):
     made, runs, out = study
     found = pd.read_csv(out / "runs.csv", keep_default_na=False, na_values=[""])
     assert list(found["run"]) == list(STUDY)
-    expected = (
-        "run model method allocation bits_nominal bits_effective checkpoint_bytes pruning activated_experts".split()
-    )
+    expected = [
+        "run",
+        "model",
+        "method",
+        "allocation",
+        "bits_nominal",
+        "bits_effective",
+        "checkpoint_bytes",
+        "pruning",
+        "activated_experts",
+    ]
     for domain in DOMAINS:
         expected += [f"ppl_{domain}", f"ppl_{domain}_stderr"]
     for name in ("ppl_mean", "ppl_ood", "delta_nll", "delta_nll_ood", "selection_shift"):
         expected += [name, f"{name}_stderr"]
-    expected += "quantize_seconds peak_memory_bytes prefill_ms decode_ms speedup_prefill speedup_decode".split()
+    expected += ["quantize_seconds", "peak_memory_bytes", "prefill_ms", "decode_ms", "speedup_prefill", "speedup_decode"]
     assert list(found.columns) == [*expected, "device", "seed", "keys"]
 
     sixteen, row = found.iloc[0], found.set_index("run").loc["qesc-pmq-2.5"]

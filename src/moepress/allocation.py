@@ -7,6 +7,7 @@ For each MoE block, with x_ij = 1 where expert i takes width j:
 
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -86,7 +87,7 @@ def check_budget(config: dict, total: float, low: float, high: float, outside: i
 def shares(total: float, num_layers: int, unit: float = 1.0) -> list[float]:
     """A total split over layers in whole units, as evenly as they allow: the running sum is never above its even share."""
     edges = [np.floor(total / unit * layer / num_layers + 1e-9) for layer in range(num_layers + 1)]
-    return [unit * float(after - before) for before, after in zip(edges, edges[1:], strict=False)]
+    return [unit * float(after - before) for before, after in pairwise(edges)]
 
 
 def pmq_cost(frequency_E, weight_E, errors_EJ, a: float, b: float, g: float) -> np.ndarray:

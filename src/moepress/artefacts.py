@@ -1,11 +1,12 @@
 """Folders of results: whole or absent, with their configuration and where they came from.
 
-A stage is run as `python -m moepress.stages.<stage> TASK.yaml OUT`: the task file, written when the DAG is planned, holds
+A stage is run as `python -m moepress.stages TASK.yaml OUT`: the task file, written when the DAG is planned, holds
 the stage's slice of the configuration and the folders it reads. The stage fills `OUT.partial`, which survives a kill so
 that long stages can go on from it, and the folder gets its name only when it is complete.
 """
 
 import hashlib
+import importlib
 import json
 import os
 import platform
@@ -14,7 +15,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -24,7 +24,17 @@ import yaml
 
 from moepress.config import ROOT, Artefact, everything
 
-PACKAGES = ("moepress", "torch", "transformers", "tokenizers", "safetensors", "datasets", "numpy", "scipy", "hydra-core")
+PACKAGES = (
+    "moepress",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "datasets",
+    "numpy",
+    "scipy",
+    "hydra-core",
+)
 
 
 @dataclass(frozen=True)
@@ -81,19 +91,19 @@ def write_if_changed(path: Path, text: str) -> None:
     beside.replace(path)
 
 
-def stage_main(run: Callable[[Task], None]) -> None:
-    """Entry point of every stage module."""
+def stage_main() -> None:
+    """`python -m moepress.stages TASK.yaml OUT`: the stage that the task file names, with errors in one line."""
     if len(sys.argv) != 3:
-        sys.exit(f"usage: python -m {run.__module__} TASK.yaml OUT (the DAG writes the task files: results/tasks/)")
+        sys.exit("usage: python -m moepress.stages TASK.yaml OUT (the DAG writes the task files: results/tasks/)")
     try:
-        run_stage(run, Path(sys.argv[1]), Path(sys.argv[2]))
+        run_stage(Path(sys.argv[1]), Path(sys.argv[2]))
     except ValueError as error:
         sys.exit(f"moepress: {error}")
     except KeyboardInterrupt:
         sys.exit("moepress: interrupted; what is whole is kept, and the next run goes on from there")
 
 
-def run_stage(run: Callable[[Task], None], task_file: Path, out: Path) -> None:
+def run_stage(task_file: Path, out: Path) -> None:
     """Run one stage into `out` unless it is there already."""
     if out.exists():
         return
@@ -107,11 +117,13 @@ def run_stage(run: Callable[[Task], None], task_file: Path, out: Path) -> None:
             raise ValueError(f"{folder}: the input {role!r} is not there; run the DAG, or delete the folder if it is broken")
     task = Task(described["stage"], described["key"], described["config"], inputs, described["runtime"], partial)
     start = time.time()
-    run(task)
+    print(f"{task.stage} {task.name}: started", file=sys.stderr)
+    importlib.import_module(f"moepress.stages.{task.stage}").run(task)
     config = {"config": task.config, "inputs": described["inputs"], "stage": task.stage, "key": task.key}
     (partial / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=True, allow_unicode=True), encoding="utf-8")
     write_json(partial / "provenance.json", provenance(task, start))
     partial.rename(out)
+    print(f"{task.stage} {task.name}: done in {time.time() - start:.1f} s", file=sys.stderr)
 
 
 def provenance(task: Task, start: float) -> dict:

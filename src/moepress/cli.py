@@ -16,7 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
 from moepress import plan as planning
-from moepress.config import ROOT
+from moepress.config import ROOT, resolve
 
 
 @hydra.main(config_path=str(ROOT / "conf"), config_name="config", version_base="1.3")
@@ -40,10 +40,10 @@ def run(plan: planning.Plan, overrides: list[str]) -> int:
     if all(Path(target).exists() for target in plan.targets):
         print("everything is computed already", file=sys.stderr)
         return 0
-    cores = planning.resolve([o for o in overrides if not o.startswith("study=")])["cores"] or os.cpu_count()
+    cores = resolve([o for o in overrides if not o.startswith("study=")])["cores"] or os.cpu_count()
     experiments = json.dumps([" ".join(map(shlex.quote, overrides))])
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--cores", str(cores)]
-    command += ["--config", f"experiments={experiments}", "--rerun-incomplete", "--quiet", "rules"]
+    command += ["--config", f"experiments={experiments}", "--rerun-incomplete", "--quiet", "host", "rules", "reason"]
     return subprocess.run(command, check=False).returncode
 
 

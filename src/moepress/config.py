@@ -304,29 +304,34 @@ def make_artefact(stage: str, version: int, label: str, config: dict, inputs: di
 
 @dataclass(frozen=True)
 class Experiment:
-    """name: how its row is called. config: resolved. artefacts: stage -> Artefact of the stages with a row to fill."""
+    """config: resolved. artefacts: stage -> Artefact of the stages with a row to fill."""
 
-    name: str
     overrides: tuple[str, ...]
     config: dict
     artefacts: dict[str, Artefact]
 
+    @property
+    def beside_label(self) -> list[str]:
+        """The overrides that the label does not tell."""
+        told = ("quantization", "allocation", "allocation.bits", "allocation.budget", "pruning", "pruning.alpha")
+        of_all = ("paths.", "tracking", "device", "cores", "model", "corpus", "experiment")
+        return [o for o in self.overrides if o.split("=")[0] not in told and not o.startswith(of_all)]
+
 
 def experiment(overrides: list[str] | tuple[str, ...]) -> Experiment:
-    """One experiment from its overrides. What its label does not say of them is appended to its name."""
+    """One experiment from its overrides."""
     config = resolve(overrides)
     stages = ["evaluation", "latency"]
     if config["quantization"]["method"] != "none":
         stages += ["quantization", "allocation"]
-    in_label = ("quantization", "allocation", "allocation.bits", "allocation.budget", "pruning", "pruning.alpha")
-    shared = ("paths.", "tracking", "device", "cores", "model", "corpus")
-    extra = [o for o in overrides if o.split("=")[0] not in in_label and not o.startswith(shared)]
-    return Experiment(
-        " ".join([run_label(config), *extra]),
-        tuple(overrides),
-        config,
-        {stage: artefact(stage, config) for stage in stages},
-    )
+    return Experiment(tuple(overrides), config, {stage: artefact(stage, config) for stage in stages})
+
+
+def run_names(experiments: list[Experiment]) -> list[str]:
+    """A name for each row: its label, and the overrides beyond it that not all of the compressed ones share."""
+    compressed = [set(e.beside_label) for e in experiments if not is_reference(e.config)]
+    shared = set.intersection(*compressed) if compressed else set()
+    return [" ".join([run_label(e.config), *(o for o in e.beside_label if o not in shared)]) for e in experiments]
 
 
 def load_study(name: str) -> dict:
@@ -357,7 +362,7 @@ def report_artefact(name: str, caption: str, experiments: list[Experiment]) -> A
     """The report over many experiments: one folder with the table, the figures and the page."""
     inputs: dict[str, Artefact] = {}
     runs = []
-    for member in experiments:
+    for member, run_name in zip(experiments, run_names(experiments), strict=True):
         stages = dict(member.artefacts)
         stages["model"] = artefact("model", member.config)
         stages["corpus"] = artefact("corpus", member.config)
@@ -370,7 +375,7 @@ def report_artefact(name: str, caption: str, experiments: list[Experiment]) -> A
         describe = {group: member.config[group] for group in ("quantization", "allocation", "pruning")}
         runs.append(
             {
-                "run": member.name,
+                "run": run_name,
                 "seed": member.config["seed"],
                 "is_reference": is_reference(member.config),
                 **describe,

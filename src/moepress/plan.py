@@ -6,15 +6,14 @@ from pathlib import Path
 
 from moepress.artefacts import write_tasks
 from moepress.config import (
-    ROOT,
     Artefact,
     Experiment,
     everything,
     experiment,
+    is_reference,
     load_study,
-    reference,
     report_artefact,
-    resolve,
+    run_label,
     study_experiments,
 )
 
@@ -30,10 +29,21 @@ class Plan:
     gpus: int
     project: str
 
-    def inputs(self, folder: str) -> list[str]:
-        """The folders that an artefact of the plan reads; none for one of another plan."""
-        item = self.artefacts.get(folder)
-        return [] if item is None else [f"{self.results}/{found.folder}" for found in item.inputs.values()]
+    def task(self, stage: str):
+        """Snakemake input: the task file of a stage's job. Ancient, as all inputs here: a change is another key."""
+        from snakemake.io import ancient
+
+        return ancient(f"{self.results}/tasks/{stage}/{{id}}.yaml")
+
+    def upstream(self, stage: str):
+        """Snakemake input function: the folders that a stage's job reads; none for an artefact of another plan."""
+        from snakemake.io import ancient
+
+        def folders(wildcards):
+            item = self.artefacts.get(f"{stage}/{wildcards.id}")
+            return [ancient(f"{self.results}/{found.folder}") for found in item.inputs.values()] if item else []
+
+        return folders
 
 
 def make(name: str, caption: str, experiments: list[Experiment]) -> Plan:
@@ -64,8 +74,9 @@ def for_overrides(overrides: list[str]) -> Plan:
     member = experiment(rest)
     own = [o for o in rest if o.split("=")[0].split(".")[0] not in ("quantization", "allocation", "pruning", "experiment")]
     base = experiment([*own, "quantization=none"])
-    members = [member] if member.name == base.name else [base, member]
-    return make(member.name.split()[0], f"{member.name} beside the 16-bit model.", members)
+    label = run_label(member.config)
+    members = [member] if is_reference(member.config) else [base, member]
+    return make(label, f"{label} beside the 16-bit model.", members)
 
 
 def for_study(name: str, overrides: list[str]) -> Plan:
@@ -82,11 +93,9 @@ def from_snakemake(config: dict) -> Plan:
     overrides = shlex.split(str(config.get("overrides", "")))
     if "experiments" in config:
         lines = config["experiments"]
-        lines = [lines] if isinstance(lines, str) else lines
-        return for_overrides([*shlex.split(lines[0]), *overrides]) if len(lines) == 1 else make(
-            "experiments", f"{len(lines)} experiments.", study_experiments({"base": [], "experiments": lines}, overrides)
-        )
+        lines = [lines] if isinstance(lines, str) else list(lines)
+        if len(lines) == 1:
+            return for_overrides([*shlex.split(lines[0]), *overrides])
+        members = study_experiments({"base": [], "experiments": lines}, overrides)
+        return make("experiments", f"{len(lines)} experiments.", members)
     return for_study(config.get("study", "default"), overrides)
-
-
-__all__ = ["ROOT", "Plan", "for_overrides", "for_study", "from_snakemake", "make", "reference", "resolve"]

@@ -1,24 +1,24 @@
 # From a model to a packed checkpoint and the policy it runs under.
 rule statistics:
     input:
-        upstream("statistics"),
-        task=task("statistics"),
+        PLAN.upstream("statistics"),
+        task=PLAN.task("statistics"),
     output:
         directory(f"{RESULTS}/statistics/{{id}}"),
     log:
         f"{RESULTS}/logs/statistics/{{id}}.log",
-    resources:
-        gpu=PLAN.gpus,
     conda:
         "../../environment.yml"
+    resources:
+        gpu=PLAN.gpus,
     shell:
         RUN
 
 
 rule allocation:
     input:
-        upstream("allocation"),
-        task=task("allocation"),
+        PLAN.upstream("allocation"),
+        task=PLAN.task("allocation"),
     output:
         directory(f"{RESULTS}/allocation/{{id}}"),
     log:
@@ -31,24 +31,24 @@ rule allocation:
 
 rule quantization:
     input:
-        upstream("quantization"),
-        task=task("quantization"),
+        PLAN.upstream("quantization"),
+        task=PLAN.task("quantization"),
     output:
         directory(f"{RESULTS}/quantization/{{id}}"),
     log:
         f"{RESULTS}/logs/quantization/{{id}}.log",
-    resources:
-        gpu=PLAN.gpus,
     conda:
         "../../environment.yml"
+    resources:
+        gpu=PLAN.gpus,
     shell:
         RUN
 
 
 rule pruning:
     input:
-        upstream("pruning"),
-        task=task("pruning"),
+        PLAN.upstream("pruning"),
+        task=PLAN.task("pruning"),
     output:
         directory(f"{RESULTS}/pruning/{{id}}"),
     log:

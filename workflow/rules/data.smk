@@ -1,7 +1,7 @@
 # Text and model: what everything else starts from.
 rule corpus:
     input:
-        task=task("corpus"),
+        task=PLAN.task("corpus"),
     output:
         directory(f"{RESULTS}/corpus/{{id}}"),
     log:
@@ -14,23 +14,23 @@ rule corpus:
 
 rule model:
     input:
-        upstream("model"),
-        task=task("model"),
+        PLAN.upstream("model"),
+        task=PLAN.task("model"),
     output:
         directory(f"{RESULTS}/model/{{id}}"),
     log:
         f"{RESULTS}/logs/model/{{id}}.log",
-    threads: workflow.cores or 1
     conda:
         "../../environment.yml"
+    threads: workflow.cores or 1
     shell:
         RUN
 
 
 rule calibration:
     input:
-        upstream("calibration"),
-        task=task("calibration"),
+        PLAN.upstream("calibration"),
+        task=PLAN.task("calibration"),
     output:
         directory(f"{RESULTS}/calibration/{{id}}"),
     log:

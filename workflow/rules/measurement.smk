@@ -1,16 +1,16 @@
 # What compression cost, and what it brought.
 rule evaluation:
     input:
-        upstream("evaluation"),
-        task=task("evaluation"),
+        PLAN.upstream("evaluation"),
+        task=PLAN.task("evaluation"),
     output:
         directory(f"{RESULTS}/evaluation/{{id}}"),
     log:
         f"{RESULTS}/logs/evaluation/{{id}}.log",
-    resources:
-        gpu=PLAN.gpus,
     conda:
         "../../environment.yml"
+    resources:
+        gpu=PLAN.gpus,
     shell:
         RUN
 
@@ -18,16 +18,16 @@ rule evaluation:
 # Timings are taken alone on the machine.
 rule latency:
     input:
-        upstream("latency"),
-        task=task("latency"),
+        PLAN.upstream("latency"),
+        task=PLAN.task("latency"),
     output:
         directory(f"{RESULTS}/latency/{{id}}"),
     log:
         f"{RESULTS}/logs/latency/{{id}}.log",
+    conda:
+        "../../environment.yml"
     threads: workflow.cores or 1
     resources:
         gpu=PLAN.gpus,
-    conda:
-        "../../environment.yml"
     shell:
         RUN

@@ -1,8 +1,8 @@
 # One report over all experiments that were asked for, and its mirror at W&B.
 rule report:
     input:
-        upstream("report"),
-        task=task("report"),
+        PLAN.upstream("report"),
+        task=PLAN.task("report"),
     output:
         report(
             directory(f"{RESULTS}/report/{{id}}"),
@@ -25,9 +25,9 @@ rule tracking:
         f"{RESULTS}/tracking/{{mode}}/{{id}}.json",
     log:
         f"{RESULTS}/logs/tracking/{{mode}}-{{id}}.log",
-    params:
-        project=PLAN.project,
     conda:
         "../../environment.yml"
+    params:
+        project=PLAN.project,
     shell:
         "python -m moepress.tracking {input.report} {output} {params.project} 2>&1 | tee {log}"

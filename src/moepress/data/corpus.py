@@ -228,7 +228,10 @@ def _drop_overlap(table: pd.DataFrame, words: int, max_share: float | None) -> t
             kept = shares.drop(over)
             per_domain = Counter(group.loc[over, "domain"])
             result[split] = {
-                domain: {"dropped": per_domain[domain], "mean_share_kept": float(kept[names.intersection(kept.index)].mean())}
+                domain: {
+                    "dropped": per_domain[domain],
+                    "mean_share_kept": float(kept[names.intersection(kept.index)].mean()),
+                }
                 for domain, names in group.groupby("domain", sort=False).groups.items()
             }
             group = group.drop(over)

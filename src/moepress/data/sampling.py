@@ -43,7 +43,9 @@ def token_blocks(tokenizer, separator: int, texts: list[str], seq_len: int) -> t
     return blocks, round(num_bytes * blocks.size / max(1, len(stream)))
 
 
-def domain_blocks(folder: Path, tokenizer, separator: int, split: str, seq_len: int, domains: list[str] | None, key: str) -> dict:
+def domain_blocks(
+    folder: Path, tokenizer, separator: int, split: str, seq_len: int, domains: list[str] | None, key: str
+) -> dict:
     """Domain -> `(blocks [count, seq_len], bytes)` of a corpus folder's split, for the domains that have any text there."""
     documents = corpus.read(folder, split)
     present = list(dict.fromkeys(documents["domain"]))
@@ -51,9 +53,7 @@ def domain_blocks(folder: Path, tokenizer, separator: int, split: str, seq_len: 
     if unknown:
         raise ValueError(f"{key}.domains={domains}: the corpus has no {split} text of {unknown}; it has {present}")
     return {
-        domain: token_blocks(
-            tokenizer, separator, documents.loc[documents["domain"] == domain, "text"].tolist(), seq_len
-        )
+        domain: token_blocks(tokenizer, separator, documents.loc[documents["domain"] == domain, "text"].tolist(), seq_len)
         for domain in domains or present
     }
 

@@ -1,6 +1,6 @@
 """A person's own text: .txt, .md and .jsonl files of a file or folder.
 
-    textfiles.read({"path": "notes/", "field": "text", ...})  ->  [(domain, document, text), ...]
+textfiles.read({"path": "notes/", "field": "text", ...})  ->  [(domain, document, text), ...]
 """
 
 import hashlib
@@ -87,9 +87,7 @@ def _rows(file: Path, field: str) -> list[tuple[int, str]]:
             raise ValueError(f"corpus.path: {file} line {number} is not JSON: {error}.") from None
         if not isinstance(row, dict) or not isinstance(row.get(field), str):
             has = sorted(row) if isinstance(row, dict) else type(row).__name__
-            raise ValueError(
-                f"corpus.path: {file} line {number} has no text field {field!r} (it has {has}): set corpus.field."
-            )
+            raise ValueError(f"corpus.path: {file} line {number} has no text field {field!r} (it has {has}): set corpus.field.")
         rows.append((number, row[field]))
     return rows
 

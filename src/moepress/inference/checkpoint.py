@@ -5,7 +5,7 @@ nothing of the packed experts.
 """
 
 import json
-import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
+from transformers.utils import logging as hf_logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from moepress.inference.packed import PackedExperts, PackedLinear
@@ -79,8 +80,7 @@ def load(folder, device: str = "auto", dtype: torch.dtype | None = None, pruning
     families.shape_of(json.loads(config_file.read_text()), str(folder))
     device = pick_device(device)
     dtype = dtype or (torch.float32 if device == "cpu" else "auto")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with _quiet():
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
         )
@@ -93,3 +93,18 @@ def load(folder, device: str = "auto", dtype: torch.dtype | None = None, pruning
 
         attach(model, pruning)
     return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+@contextmanager
+def _quiet():
+    """No progress bar and no warnings of transformers while weights load; what is wrong is raised by `load` itself."""
+    bars = hf_logging.is_progress_bar_enabled()
+    verbosity = hf_logging.get_verbosity()
+    hf_logging.disable_progress_bar()
+    hf_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+        if bars:
+            hf_logging.enable_progress_bar()

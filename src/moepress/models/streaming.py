@@ -171,7 +171,7 @@ def load_state(folder: Path) -> tuple[int, dict[str, torch.Tensor]]:
     if not path.is_file():
         return 0, {}
     with safe_open(path, framework="pt") as file:
-        return int(file.metadata()["next_layer"]), {name: file.get_tensor(name) for name in file.keys()}
+        return int(file.metadata()["next_layer"]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 def drop_state(folder: Path) -> None:

@@ -235,7 +235,8 @@ class Optimizer:
                 unbiased = v.div(1 - beta2 ** (step + 1)).sqrt_().add_(1e-10)
                 update = m.div(1 - beta1 ** (step + 1)).div_(unbiased)
                 rate = scale * training["adam_lr"]
-                if "gate.weight" in name: rate = scale * training["router_lr"]
+                if "gate.weight" in name:
+                    rate = scale * training["router_lr"]
             p.sub_(update, alpha=rate)
             p.grad = None
         return scale
@@ -287,7 +288,9 @@ def specialisation(model, tokenizer, folder: Path, held_out: dict, progress: boo
 
     Shares and mutual information are over the domains that were trained on, weighted alike.
     """
-    trained = set(pd.read_parquet(folder / "documents.parquet", columns=["domain"], filters=[("split", "==", "train")])["domain"])
+    trained = set(
+        pd.read_parquet(folder / "documents.parquet", columns=["domain"], filters=[("split", "==", "train")])["domain"]
+    )
     counts, quality = {}, {}
     for domain, group in corpus.read(folder, "test").groupby("domain"):
         sequences = tokenize(tokenizer, group["text"], held_out["seq_len"])[: held_out["num_sequences"]]

@@ -13,10 +13,11 @@ import torch
 
 from moepress.quantization.size import ZERO_STEPS, fields, zero_width
 
+
 def pack(codes: torch.Tensor, width: int) -> torch.Tensor:
     """uint8 stream `[packed_bytes(codes.numel(), width)]` of integer codes below `2 ** width`, in row-major order."""
     flat = codes.reshape(-1).to(torch.int32)
-    assert flat.numel() == 0 or (0 <= int(flat.min()) and int(flat.max()) < 1 << width), "codes exceed their width"
+    assert flat.numel() == 0 or (int(flat.min()) >= 0 and int(flat.max()) < 1 << width), "codes exceed their width"
     streams, shift = [], 0
     for field in sorted(fields(width)):
         per_byte = 8 // field

@@ -199,7 +199,12 @@ def quantize_layer(stream, layer, index: int, bits: list[int], recipe: Recipe, x
 
 @torch.inference_mode()
 def quantize_model(
-    stream: ModelStream, tokens_NS: torch.Tensor | None, bits_LE: list[list[int]], recipe: Recipe, start: int = 0, streams=None
+    stream: ModelStream,
+    tokens_NS: torch.Tensor | None,
+    bits_LE: list[list[int]],
+    recipe: Recipe,
+    start: int = 0,
+    streams=None,
 ) -> Iterator[LayerResult]:
     """Every layer's result in turn, from layer `start` with the streams `(x, x_hat)` that entered it.
 

@@ -1,4 +1,4 @@
-"""Router calibration: QESC's TopK-MSE (EAC-MoE, arXiv 2508.01625, section on expert-selection calibration), solved in closed form.
+"""Router calibration: QESC's TopK-MSE (EAC-MoE, arXiv 2508.01625, expert-selection calibration), in closed form.
 
 With the mask fixed by the original logits, `min sum over the K' candidates i of ((W x)_i - (W' x_hat)_i)^2` separates by
 expert into a least-squares problem over the tokens that have it among their candidates: no learning rate, no epochs.

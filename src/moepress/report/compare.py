@@ -15,7 +15,7 @@ SURE = 2.0
 class Place:
     """One series of runs at one size. Each pair is a difference of nll in nats per token and its standard error.
 
-    delta, out_delta: above the 16-bit model, in and out of domain. gap, out_gap: above the series that is best in domain.
+    delta, out_delta: above the 16-bit model, in and out of domain. gap, out_gap: above the one that is best in domain.
     """
 
     series: str
@@ -33,8 +33,9 @@ class Place:
 
 
 def places(runs: list[Run]) -> dict[str, list[Place]]:
-    """Size asked for -> its series, best first. Only quantized runs without pruning, which trades speed and not size."""
+    """Size asked for -> its series, best first. Without pruned runs: pruning trades speed, not size."""
     measured = [run for run in runs if run.is_quantized and not run.is_pruned]
+    measured.sort(key=lambda run: -run.width)
     targets = dict.fromkeys(run.target for run in measured)
     return {target: ranked([run for run in measured if run.target == target], runs) for target in targets}
 
@@ -60,7 +61,7 @@ def ranked(members: list[Run], runs: list[Run]) -> list[Place]:
 
 
 def marks(runs: list[Run]) -> dict[str, str]:
-    """Run's name -> 'best', 'tied' (within noise of the best) or '' at its size; sizes with a single series have none."""
+    """Run's name -> 'best', 'tied' (within noise of the best) or ''; a size with a single series has none."""
     found = dict.fromkeys((run.name for run in runs), "")
     for ranking in places(runs).values():
         for place in ranking if len(ranking) > 1 else []:
@@ -68,12 +69,12 @@ def marks(runs: list[Run]) -> dict[str, str]:
     return found
 
 
-def percent(delta: float, error: float) -> str:
+def percent(delta: float, error: float, sign: bool = True) -> str:
     """A difference of nll (nats) and its error as the change of perplexity: `+1.2 % ± 0.3`."""
     ratio = np.exp(delta)
     error *= 100 * ratio
-    digits = 1 if np.isnan(error) or error >= 0.1 else 2
-    value = f"{100 * (ratio - 1):+.{digits}f} %"
+    digits = 1 if not error > 0 else int(np.clip(-np.floor(np.log10(error)), 1, 3))
+    value = f"{100 * (ratio - 1):{'+' if sign else ''}.{digits}f} %"
     return value if np.isnan(error) else f"{value} ± {error:.{digits}f}"
 
 
@@ -111,7 +112,7 @@ def _size(target: str, ranking: list[Place], runs: list[Run]) -> str:
     if len(ranking) == 1:
         return f"{head} {best.series} costs {cost}."
     second = ranking[1]
-    text = f"{head} {best.series} is best: {cost}; {second.series} is behind by {percent(*second.gap)}, "
+    text = f"{head} {best.series} is best: {cost}; {second.series} is behind by {percent(*second.gap, sign=False)}, "
     if np.isnan(second.gap[1]):
         text += "with too few blocks to tell whether that is noise"
     else:
@@ -119,7 +120,7 @@ def _size(target: str, ranking: list[Place], runs: list[Run]) -> str:
     outside = [place for place in ranking[1:] if place.out_gap[0] < -SURE * place.out_gap[1]]
     if outside:
         ahead = min(outside, key=lambda place: place.out_gap[0])
-        text += f"; out of domain {ahead.series} is ahead of it by {percent(-ahead.out_gap[0], ahead.out_gap[1])}"
+        text += f"; out of domain {ahead.series} is ahead of it by {percent(-ahead.out_gap[0], ahead.out_gap[1], sign=False)}"
     return text + "."
 
 
@@ -136,11 +137,7 @@ def _shifts(runs: list[Run]) -> list[str]:
         return []
     lower = sum(q.metrics["selection_shift"] < g.metrics["selection_shift"] for q, g in pairs)
     shifts = [np.mean([100 * pair[side].metrics["selection_shift"] for pair in pairs]) for side in (0, 1)]
-    count = (
-        f"{lower} of {len(pairs)} comparisons"
-        if len(pairs) > 1
-        else ("the one comparison" if lower else "no comparison")
-    )
+    count = f"{lower} of {len(pairs)} comparisons" if len(pairs) > 1 else ("the one comparison" if lower else "no comparison")
     return [
         f"Calibrating the router lowers the share of changed expert selections in {count} with GPTQ at the same widths: "
         f"on average {shifts[0]:.1f} % of the slots change with QESC and {shifts[1]:.1f} % with GPTQ."

@@ -118,9 +118,7 @@ def methods(runs: list[Run]) -> Facts:
         starved = sum(len(layer.get("starved", [])) for layer in run.diagnostics)
         if starved:
             total = run.shape.num_layers * run.shape.num_experts
-            facts.append(
-                (f"starved experts, {run.title}", f"{starved} of {total} saw fewer calibration tokens than inputs")
-            )
+            facts.append((f"starved experts, {run.title}", f"{starved} of {total} saw fewer calibration tokens than inputs"))
     return facts
 
 

@@ -1,4 +1,4 @@
-"""Heat maps over experts: the bits they get, how often they are selected, and by which text. 2 to hundreds of experts."""
+"""Heat maps over experts, few or hundreds: the bits they get, how often they are selected, and by which text."""
 
 import numpy as np
 import pandas as pd
@@ -16,7 +16,7 @@ MOST_LAYERS = 8
 def bits(runs: list[Run]) -> tuple[Figure, pd.DataFrame] | None:
     """Width of every expert of every layer, a panel for each mixed-precision allocation, beside selection frequency."""
     mixed: dict[str, list[Run]] = {}
-    for run in runs:
+    for run in sorted(runs, key=lambda run: run.width):
         if run.is_mixed:
             mixed.setdefault(run.artefacts["allocation"], []).append(run)
     if not mixed:
@@ -93,7 +93,7 @@ def expert_use(runs: list[Run]) -> tuple[Figure, pd.DataFrame] | None:
     figure, axes = plt.subplots(lines, columns, figsize=size, sharex=True, sharey=True, squeeze=False)
     for axis, layer in zip(axes.flat, shown, strict=False):
         mesh = _mesh(axis, 100 * use_DLE[:, layer], cmap="Blues", vmin=0, vmax=100 * use_DLE.max())
-        axis.set_title(f"layer {layer}: mutual information {information[layer]:.2f} bit")
+        axis.set_title(f"layer {layer}: {information[layer]:.2f} bit")
         axis.set_yticks(range(len(domains)), [shorten(domain, 22) for domain in domains])
         if inside and outside:
             axis.axhline(len(inside) - 0.5, color=INK, linewidth=1)
@@ -112,7 +112,7 @@ def expert_use(runs: list[Run]) -> tuple[Figure, pd.DataFrame] | None:
 
 
 def mutual_information(share_DE: np.ndarray) -> float:
-    """Mutual information in bits of domain and selected expert, `[domains, experts]` of shares, domains counted alike."""
+    """Mutual information in bits of domain and selected expert; `[domains, experts]` of shares, domains alike."""
     joint = share_DE / share_DE.sum(1, keepdims=True) / len(share_DE)
     apart = joint.sum(1, keepdims=True) * joint.sum(0, keepdims=True)
     seen = joint > 0

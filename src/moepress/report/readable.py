@@ -38,30 +38,21 @@ def groups(runs: list[Run], table: pd.DataFrame) -> list[Group]:
     """Rows by the size asked for, largest first; columns that say nothing in this report are left out."""
     marked = marks(runs)
     rows = [
-        Row(run.name, marked[run.name], _cells(run, row, runs))
-        for run, (_, row) in zip(runs, table.iterrows(), strict=True)
+        Row(run.name, marked[run.name], _cells(run, row, runs)) for run, (_, row) in zip(runs, table.iterrows(), strict=True)
     ]
     empty = {heading for heading in rows[0].cells if all(row.cells[heading] == "" for row in rows)}
     if not any(run.is_pruned for run in runs):
         empty.add("experts per token")
     rows = [Row(row.run, row.mark, {k: v for k, v in row.cells.items() if k not in empty}) for row in rows]
     found: dict[str, list[Row]] = {}
-    for run, row in sorted(zip(runs, rows, strict=True), key=lambda pair: -_width(pair[0])):
+    for run, row in sorted(zip(runs, rows, strict=True), key=lambda pair: -pair[0].width):
         found.setdefault(run.target, []).append(row)
     return [Group(title, members) for title, members in found.items()]
 
 
-def _width(run: Run) -> float:
-    if not run.is_quantized:
-        return 16.0
-    return 8 * run.checkpoint_bytes / run.num_weights if run.allocation.get("budget") else run.allocation["bits"]
-
-
 def _cells(run: Run, row: pd.Series, runs: list[Run]) -> dict[str, str]:
     reference = reference_of(run, runs)
-    smaller = (
-        f" ({reference.checkpoint_bytes / run.checkpoint_bytes:.1f}×)" if reference and not run.is_reference else ""
-    )
+    smaller = f" ({reference.checkpoint_bytes / run.checkpoint_bytes:.1f}×)" if reference and not run.is_reference else ""
     compressed = not run.is_reference
     return {
         "method": run.series,
@@ -113,9 +104,7 @@ def _number(value: float, digits: int = 4) -> str:
     if np.isnan(value):
         return ""
     return (
-        f"{value:.{digits}g}"
-        if value >= 1e6
-        else f"{value:.{max(0, digits - 1 - int(np.floor(np.log10(max(value, 1e-9)))))}f}"
+        f"{value:.{digits}g}" if value >= 1e6 else f"{value:.{max(0, digits - 1 - int(np.floor(np.log10(max(value, 1e-9)))))}f}"
     )
 
 

@@ -43,9 +43,7 @@ class Run:
         """One of the run's JSON files; ValueError naming it where it is missing."""
         path = self.folder(stage) / name
         if not path.is_file():
-            raise ValueError(
-                f"{path}: not there, but the report's run {self.name!r} needs it; run its stage {stage} again"
-            )
+            raise ValueError(f"{path}: not there, but the report's run {self.name!r} needs it; run its stage {stage} again")
         return read_json(path)
 
     @property
@@ -70,6 +68,14 @@ class Run:
         if not self.is_quantized:
             return "16 bits"
         return str(self.allocation["budget"]) if self.allocation.get("budget") else f"{self.allocation['bits']:g} bits"
+
+    @property
+    def width(self) -> float:
+        """Bits asked for, or those on disk where bytes were asked for: for sorting."""
+        if not self.is_quantized:
+            return 16.0
+        by_bytes = self.allocation.get("budget")
+        return 8 * self.checkpoint_bytes / self.num_weights if by_bytes else float(self.allocation["bits"])
 
     @property
     def pruning_label(self) -> str:
@@ -130,9 +136,7 @@ class Run:
         """The 16-bit model's own folder."""
         folder = families.locate(self.folder("model"))
         if not list(folder.glob("*.safetensors")):
-            raise ValueError(
-                f"{folder}: no *.safetensors there any more, but the run {self.name!r} is measured against it"
-            )
+            raise ValueError(f"{folder}: no *.safetensors there any more, but the run {self.name!r} is measured against it")
         return folder
 
     @cached_property

@@ -7,10 +7,10 @@ import pandas as pd
 
 matplotlib.use("Agg")
 
-from matplotlib import pyplot as plt  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 
-from moepress.report.reading import Run  # noqa: E402
+from moepress.report.reading import Run
 
 RC = {
     "figure.dpi": 100,

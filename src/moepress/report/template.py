@@ -25,18 +25,20 @@ p { max-width: 75ch; margin: .5rem 0; overflow-wrap: anywhere; }
 .kind { color: var(--accent); font-weight: 600; letter-spacing: .02em; margin: 0 0 .3rem; }
 .caption { font-size: 1.1rem; color: var(--soft); }
 .summary { margin-top: 1.5rem; padding: .4rem 1.1rem; border-left: 4px solid var(--accent); background: var(--card); }
-.summary p { max-width: 90ch; }
+.summary ul { margin: .5rem 0; padding-left: 1.1rem; }
+.summary li { margin: .25rem 0; max-width: 95ch; overflow-wrap: anywhere; }
 .note, figcaption { color: var(--soft); font-size: .9rem; }
-.scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: 8px; background: var(--card); margin: .8rem 0; }
+.scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: 8px; background: var(--card);
+  margin: .8rem 0; }
 table { border-collapse: collapse; width: 100%; font-size: .875rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .42rem .7rem; text-align: right; white-space: nowrap; border-top: 1px solid var(--line);
   background: var(--card); }
 thead th { border-top: 0; color: var(--soft); font-weight: 600; white-space: normal; vertical-align: bottom;
   line-height: 1.3; }
-th:first-child, td:first-child { text-align: left; position: sticky; left: 0; z-index: 1; max-width: 46vw;
-  white-space: normal; overflow-wrap: anywhere; }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0; z-index: 1; min-width: 8.5rem;
+  max-width: 46vw; white-space: normal; overflow-wrap: break-word; }
 table.plain td, table.plain th { text-align: left; }
-table.plain td { white-space: normal; overflow-wrap: anywhere; }
+table.plain td { white-space: normal; overflow-wrap: break-word; }
 tr.size th { background: var(--code); text-align: left; font-weight: 600; padding: .3rem .7rem; max-width: none; }
 tr.best td { background: var(--best); }
 tr.best td:first-child { font-weight: 650; }
@@ -46,7 +48,8 @@ figure { margin: .8rem 0 0; }
 .picture { overflow-x: auto; background: #fff; border: 1px solid var(--line); border-radius: 8px; padding: .8rem; }
 .picture img { display: block; width: 100%; min-width: 620px; max-width: 1060px; height: auto; margin: 0 auto; }
 figcaption { max-width: 85ch; margin-top: .5rem; }
-dl { display: grid; grid-template-columns: minmax(9rem, 15rem) 1fr; gap: .25rem 1.2rem; margin: .4rem 0; font-size: .92rem; }
+dl { display: grid; grid-template-columns: minmax(9rem, 15rem) 1fr; gap: .25rem 1.2rem; margin: .4rem 0;
+  font-size: .92rem; }
 dt { color: var(--soft); }
 dd { margin: 0; overflow-wrap: anywhere; }
 code { background: var(--code); border-radius: 4px; padding: .05rem .3rem; font-size: .85em; overflow-wrap: anywhere; }
@@ -66,7 +69,7 @@ summary { cursor: pointer; font-weight: 600; margin-top: 1rem; }
 <p class="kind">moepress · what compression costs</p>
 <h1>{{ name }}</h1>
 {% if caption %}<p class="caption">{{ caption }}</p>{% endif %}
-<section class="summary"><p>{{ sentences | join(" ") }}</p></section>
+<section class="summary"><ul>{% for sentence in sentences %}<li>{{ sentence }}</li>{% endfor %}</ul></section>
 
 <h2>Results</h2>
 <div class="scroll" tabindex="0"><table>
@@ -127,10 +130,13 @@ src="data:image/svg+xml;base64,{{ figure.base64 }}"></div>
 </table></div>
 <details>
 <summary>Artefacts of each run</summary>
-<p class="note">Folders below the results folder; each has its <code>config.yaml</code> and <code>provenance.json</code>.</p>
+<p class="note">Folders below the results folder; each has its <code>config.yaml</code> and
+<code>provenance.json</code>.</p>
 {% for run in runs %}
 <h3>{{ run.name }}</h3>
-<dl>{% for stage, folder in run.artefacts.items() %}<dt>{{ stage }}</dt><dd><code>{{ folder }}</code></dd>{% endfor %}</dl>
+<dl>{% for stage, folder in run.artefacts.items() %}
+<dt>{{ stage }}</dt><dd><code>{{ folder }}</code></dd>{% endfor %}
+</dl>
 {% endfor %}
 </details>
 </main>

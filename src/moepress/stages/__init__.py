@@ -1,4 +1,4 @@
-"""Thin entry points, one module per stage: read the inputs, call the library, write the outputs.
+"""Thin entry points, one module per stage, each with `run(task)`: read the inputs, call the library, write the outputs.
 
-Each runs as `python -m moepress.stages.<stage> TASK.yaml OUT` and knows nothing of Snakemake.
+`python -m moepress.stages TASK.yaml OUT` runs the stage that the task file names. They know nothing of Snakemake.
 """

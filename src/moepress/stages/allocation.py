@@ -3,7 +3,7 @@
 from dataclasses import asdict
 
 from moepress import allocation
-from moepress.artefacts import Task, read_json, stage_main, write_json
+from moepress.artefacts import Task, read_json, write_json
 from moepress.models.families import locate, read_shape
 from moepress.quantization import size
 from moepress.schema import WIDTHS, parse_bytes
@@ -45,7 +45,3 @@ def run(task: Task) -> None:
             "solver": [{k: v for k, v in asdict(s).items() if k not in ("bits", "seconds")} for s in solutions],
         },
     )
-
-
-if __name__ == "__main__":
-    stage_main(run)

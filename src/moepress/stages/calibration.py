@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 from safetensors.numpy import save_file
 
-from moepress.artefacts import Task, stage_main
+from moepress.artefacts import Task
 from moepress.data import sampling
 from moepress.models.families import locate
 
@@ -21,7 +21,3 @@ def run(task: Task) -> None:
     token_ids, origin = sampling.sample_calibration(blocks, config["num_sequences"], config["seed"])
     save_file({"token_ids": np.ascontiguousarray(token_ids)}, task.out / "tokens.safetensors")
     pd.DataFrame(origin, columns=["domain", "block"]).to_parquet(task.out / "origin.parquet")
-
-
-if __name__ == "__main__":
-    stage_main(run)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from moepress.artefacts import Task, stage_main
+from moepress.artefacts import Task
 from moepress.data import corpus
 
 
@@ -11,7 +11,3 @@ def run(task: Task) -> None:
     if task.runtime["corpus_path"]:
         config = {**config, "path": task.runtime["corpus_path"]}
     corpus.build(config, task.out, Path(task.runtime["cache"]))
-
-
-if __name__ == "__main__":
-    stage_main(run)

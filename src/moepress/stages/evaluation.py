@@ -7,7 +7,7 @@ import pandas as pd
 from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
-from moepress.artefacts import Task, read_json, stage_main, write_json
+from moepress.artefacts import Task, read_json, write_json
 from moepress.data import sampling
 from moepress.evaluation import perplexity as ppl
 from moepress.inference.checkpoint import load
@@ -84,7 +84,3 @@ def _some(blocks, num_bytes: int, wanted: int):
     if len(blocks) <= wanted:
         return blocks, num_bytes
     return np.ascontiguousarray(blocks[sampling.spread(len(blocks), wanted)]), num_bytes * wanted / len(blocks)
-
-
-if __name__ == "__main__":
-    stage_main(run)

@@ -5,7 +5,7 @@ import torch
 from tqdm import tqdm
 
 from moepress import latency
-from moepress.artefacts import Task, read_json, stage_main, write_json
+from moepress.artefacts import Task, read_json, write_json
 from moepress.config import hardware
 from moepress.data import sampling
 from moepress.inference.checkpoint import load
@@ -63,7 +63,3 @@ def real_prompts(task: Task, batch: int, length: int) -> torch.Tensor:
             "lower them, or give more text"
         )
     return torch.from_numpy(blocks[sampling.spread(len(blocks), batch)])
-
-
-if __name__ == "__main__":
-    stage_main(run)

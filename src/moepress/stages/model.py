@@ -3,7 +3,7 @@
 import hashlib
 from pathlib import Path
 
-from moepress.artefacts import Task, stage_main, write_json
+from moepress.artefacts import Task, write_json
 from moepress.models.families import read_shape
 
 
@@ -42,7 +42,3 @@ def refer(folder: Path, out: Path) -> None:
     dtype = str(stream.storage_dtype).removeprefix("torch.")
     assert isinstance(stream.storage_dtype, torch.dtype)
     write_json(out / "reference.json", {"path": str(folder), "family": shape.family, "dtype": dtype, "files": hashes})
-
-
-if __name__ == "__main__":
-    stage_main(run)

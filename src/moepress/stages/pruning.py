@@ -1,11 +1,7 @@
 """The pruning policy that evaluation and latency run under. PESF has nothing to fit: its threshold follows each sequence."""
 
-from moepress.artefacts import Task, stage_main, write_json
+from moepress.artefacts import Task, write_json
 
 
 def run(task: Task) -> None:
     write_json(task.out / "policy.json", task.config["pruning"])
-
-
-if __name__ == "__main__":
-    stage_main(run)

@@ -5,7 +5,7 @@ import time
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from moepress.artefacts import Task, read_json, stage_main, write_json
+from moepress.artefacts import Task, read_json, write_json
 from moepress.inference.checkpoint import pick_device
 from moepress.models.families import locate
 from moepress.models.streaming import ModelStream, drop_state, load_state, save_state
@@ -51,7 +51,3 @@ def run(task: Task) -> None:
     size = writer.size_on_disk(task.out, writer.weights_of(stream.folder))
     write_json(task.out / "size.json", size)
     write_json(task.out / "timing.json", {"quantize_seconds": round(seconds, 3)})
-
-
-if __name__ == "__main__":
-    stage_main(run)

@@ -1,6 +1,6 @@
 """The table, the figures and the page over any number of runs."""
 
-from moepress.artefacts import Task, stage_main
+from moepress.artefacts import Task
 from moepress.report import figures, page, reading, table
 
 
@@ -11,7 +11,3 @@ def run(task: Task) -> None:
     rows.to_csv(task.out / "runs.csv", index=False, lineterminator="\n")
     drawn = figures.draw_all(runs, task.out / "figures")
     page.write(config["name"], config["caption"], runs, rows, task.out, drawn)
-
-
-if __name__ == "__main__":
-    stage_main(run)

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from moepress.artefacts import Task, read_json, stage_main, write_json
+from moepress.artefacts import Task, read_json, write_json
 from moepress.inference.checkpoint import pick_device
 from moepress.models.families import locate
 from moepress.models.streaming import ModelStream, drop_state, load_state, save_state
@@ -38,7 +38,3 @@ def run(task: Task) -> None:
     drop_state(task.out)
     (task.out / "layers.json").unlink()
     write_json(task.out / "statistics.json", {"widths": widths, "num_tokens": tokens.numel(), "layers": found})
-
-
-if __name__ == "__main__":
-    stage_main(run)

@@ -1,0 +1,233 @@
+"""Figures of lines and dots. Each function takes the runs; it gives a figure with its numbers, or None if there are none."""
+
+import numpy as np
+import pandas as pd
+from matplotlib import ticker
+from matplotlib.figure import Figure
+
+from moepress.report.reading import Run, reference_of
+from moepress.report.style import MUTED, plt, series_styles, shorten
+from moepress.report.table import increase, mean_over_domains
+
+Drawn = tuple[Figure, pd.DataFrame] | None
+LEADER = {"arrowstyle": "-", "linewidth": 0.6, "alpha": 0.6, "shrinkA": 1, "shrinkB": 4, "relpos": (0, 0.5)}
+
+
+def quality(runs: list[Run]) -> Drawn:
+    """Perplexity against the checkpoint's size; a panel for the domains of the corpus and one for those out of it."""
+    points = [point for run in runs for point in _quality_points(run, runs)]
+    data = pd.DataFrame(points)
+    shown = data[~data["is_reference"]]
+    if shown.empty:
+        return None
+    largest = shown["checkpoint_bytes"].max()
+    scale, unit = next(found for found in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")) if largest >= found[0])
+    panels = list(dict.fromkeys(data["text"]))
+    figure, axes = plt.subplots(1, len(panels), figsize=(6.4 * len(panels), 4.8), squeeze=False)
+    styles = series_styles(runs)
+    for axis, panel in zip(axes[0], panels, strict=True):
+        here = shown[shown["text"] == panel]
+        ends = []
+        for series, rows in here.groupby("series", sort=False):
+            style = styles[series]
+            rows = rows.sort_values("checkpoint_bytes")
+            x = rows["checkpoint_bytes"] / scale
+            marks = {key: style[key] for key in ("color", "marker", "markerfacecolor")}
+            axis.errorbar(x, rows["ppl"], rows["paired_stderr"], linestyle="none", capsize=3, elinewidth=1.2, **marks)
+            line = rows.groupby("target", sort=False)[["checkpoint_bytes", "ppl"]].mean()
+            axis.plot(line["checkpoint_bytes"] / scale, line["ppl"], color=style["color"], linestyle=style["linestyle"])
+            ends.append((x.iloc[-1], rows["ppl"].iloc[-1], series, style["color"]))
+        levels = data[data["is_reference"] & (data["text"] == panel)]
+        for level in levels["ppl"].unique():
+            axis.axhline(level, color=MUTED, linestyle=(0, (5, 3)), linewidth=1.2)
+            axis.annotate(
+                "16 bit",
+                (0, level),
+                (6, 3),
+                xycoords=("axes fraction", "data"),
+                textcoords="offset points",
+                color=MUTED,
+            )
+        values = pd.concat([here["ppl"], levels["ppl"]])
+        if values.max() > 3 * values.min():
+            axis.set_yscale("log")
+            axis.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.yaxis.set_minor_formatter(ticker.NullFormatter())
+        axis.xaxis.set_major_locator(ticker.MaxNLocator(6))
+        axis.margins(x=0.08, y=0.08)
+        axis.set(title=f"Perplexity, {panel}", xlabel=f"checkpoint size ({unit})", ylabel="")
+        if data["num_weights"].nunique() == 1:
+            factor = 8 * scale / data["num_weights"].iloc[0]
+            above = axis.secondary_xaxis("top", functions=(lambda s, f=factor: s * f, lambda b, f=factor: b / f))
+            above.set_xlabel("bits per weight, everything counted", fontsize=9)
+            above.spines["top"].set_visible(True)
+        if len(ends) <= 12:
+            _label_ends(axis, ends)
+    if len(styles) > 12:
+        _legend(figure, styles, lines=True)
+    return figure, data
+
+
+def _quality_points(run: Run, runs: list[Run]) -> list[dict]:
+    inside, outside = run.domains
+    reference = reference_of(run, runs)
+    found = []
+    for title, domains in (
+        (_named("domains of the corpus", inside), inside),
+        (_named("out of domain", outside), outside),
+    ):
+        if domains:
+            nll = mean_over_domains(run.blocks, domains)[0]
+            error = increase([run], [reference], domains)[1] if reference else np.nan
+            row = {"text": title, "series": run.series, "run": run.name, "target": run.target, "seed": run.seed}
+            row |= {"is_reference": run.is_reference, "checkpoint_bytes": run.checkpoint_bytes}
+            row |= {"num_weights": run.num_weights, "ppl": np.exp(nll), "paired_stderr": np.exp(nll) * error}
+            found.append(row)
+    return found
+
+
+def _named(title: str, domains: list[str]) -> str:
+    return f"{title} ({', '.join(domains)})" if len(domains) < 3 else f"mean over {len(domains)} {title}"
+
+
+def _label_ends(axis, ends: list[tuple[float, float, str, str]]) -> None:
+    """Write each line's name right of the panel, at its last point's height, pushed apart where they would overlap."""
+    axis.figure.canvas.draw()
+    to_axes = axis.transData + axis.transAxes.inverted()
+    gap = 15 / (axis.get_window_extent().height * 72 / axis.figure.dpi)
+    ends = sorted(ends, key=lambda end: end[1])
+    heights = [to_axes.transform((x, y))[1] for x, y, _, _ in ends]
+    for index in range(1, len(heights)):
+        heights[index] = max(heights[index], heights[index - 1] + gap)
+    heights[-1] = min(heights[-1], max(1.0, gap * (len(heights) - 1)))
+    for index in range(len(heights) - 2, -1, -1):
+        heights[index] = min(heights[index], heights[index + 1] - gap)
+    for (x, y, text, colour), height in zip(ends, heights, strict=True):
+        axis.annotate(
+            shorten(text),
+            (x, y),
+            (1.04, height),
+            textcoords="axes fraction",
+            color=colour,
+            va="center",
+            fontsize=9.5,
+            arrowprops={**LEADER, "color": colour},
+        )
+
+
+def _legend(figure: Figure, styles: dict[str, dict], lines: bool) -> None:
+    keep = ("color", "marker", "markerfacecolor", "linestyle") if lines else ("color", "marker", "markerfacecolor")
+    handles = [
+        plt.Line2D([], [], label=shorten(series), **{key: style[key] for key in keep}) for series, style in styles.items()
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 4), handlelength=3)
+
+
+def selection_shift(runs: list[Run]) -> Drawn:
+    """Share of selected slots that differ from the 16-bit model's, by layer; a panel for each size."""
+    found = []
+    for run in sorted(runs, key=lambda run: run.width):
+        domains = run.metrics["domains"].values()
+        if run.is_reference or not all("selection_shift_by_layer" in domain for domain in domains):
+            continue
+        by_layer = np.average(
+            [domain["selection_shift_by_layer"] for domain in domains],
+            axis=0,
+            weights=[d["num_blocks"] for d in domains],
+        )
+        row = {"target": run.target, "series": run.series, "run": run.name}
+        found += [row | {"layer": layer, "selection_shift": value} for layer, value in enumerate(by_layer)]
+    if not found:
+        return None
+    data, styles = pd.DataFrame(found), series_styles(runs)
+    figure, panels = _grid(list(dict.fromkeys(data["target"])), width=4.2, height=3.4)
+    for target, axis in panels.items():
+        for (series, _), rows in data[data["target"] == target].groupby(["series", "run"], sort=False):
+            few = len(rows) <= 32
+            style = styles[series] if few else {**styles[series], "marker": "none"}
+            style = {**style, "linewidth": 1.1} if style["markerfacecolor"] == "white" else style
+            axis.plot(rows["layer"], 100 * rows["selection_shift"], **style)
+        axis.set(title=target, xlabel="layer")
+        axis.set_ylim(bottom=0)
+        _whole_numbers(axis, rows["layer"])
+    next(iter(panels.values())).set_ylabel("changed selections (%)")
+    _legend(figure, {series: styles[series] for series in dict.fromkeys(data["series"])}, lines=True)
+    return figure, data
+
+
+def speed(runs: list[Run]) -> Drawn:
+    """Prefill and decode against the 16-bit model in the same process: medians, and the middle half of the repeats."""
+    found = []
+    for run in runs:
+        for phase in ("prefill", "decode") if not run.is_reference else ():
+            own, base = run.latency[f"{phase}_ms"], run.latency[f"{phase}_ms_16bit"]["median"]
+            row = {"run": run.name, "title": run.title, "series": run.series, "phase": phase}
+            row |= {"milliseconds": own["median"], "milliseconds_16bit": base, "speedup": base / own["median"]}
+            found.append(row | {"low": base / own["q3"], "high": base / own["q1"], "device": run.latency["device"]})
+    if not found:
+        return None
+    data, styles = pd.DataFrame(found), series_styles(runs)
+    names = list(dict.fromkeys(data["run"]))
+    figure, axes = plt.subplots(1, 2, figsize=(10, 1.4 + 0.28 * len(names)), sharey=True)
+    for axis, phase in zip(axes, ("prefill", "decode"), strict=True):
+        axis.axvline(1, color=MUTED, linestyle=(0, (5, 3)), linewidth=1.2)
+        for place, (_, row) in enumerate(data[data["phase"] == phase].iterrows()):
+            style = {key: styles[row["series"]][key] for key in ("color", "marker", "markerfacecolor")}
+            axis.plot([row["low"], row["high"]], [place, place], color=style["color"], linewidth=2.5, alpha=0.45)
+            axis.plot([row["speedup"]], [place], linestyle="none", **style)
+        axis.set(title=f"{phase} speed, 16 bit = 1", xlabel="times as fast as 16 bit")
+        axis.grid(axis="x", visible=False)
+    titles = data.drop_duplicates("run")["title"]
+    axes[0].set_yticks(range(len(names)), [shorten(title, 44) for title in titles])
+    axes[0].set_ylim(len(names) - 0.4, -0.6)
+    return figure, data
+
+
+def router_fit(runs: list[Run]) -> Drawn:
+    """What re-fitting the router repairs in each layer, on the calibration text; a panel for each QESC checkpoint."""
+    found, seen = [], set()
+    for run in sorted(runs, key=lambda run: run.width):
+        if run.quantization["method"] != "qesc" or run.is_pruned or run.artefacts["quantization"] in seen:
+            continue
+        seen.add(run.artefacts["quantization"])
+        for layer in run.diagnostics:
+            row = {"run": run.name, "title": run.title, "layer": layer["layer"]}
+            found.append(row | {"before": layer["selection_shift_before_fit"], "after": layer["selection_shift"]})
+    if not found:
+        return None
+    data = pd.DataFrame(found)
+    figure, panels = _grid(list(dict.fromkeys(data["title"])), width=3.6, height=2.9)
+    colour = "#d55e00"
+    for title, axis in panels.items():
+        rows = data[data["title"] == title]
+        before, after = 100 * rows["before"], 100 * rows["after"]
+        dots = {"marker": "o"} if len(rows) <= 32 else {}
+        axis.fill_between(rows["layer"], before, after, color=colour, alpha=0.12, linewidth=0)
+        axis.plot(rows["layer"], before, color=MUTED, linestyle=(0, (4, 1.5)), markerfacecolor="white", **dots)
+        axis.plot(rows["layer"], after, color=colour, **dots)
+        axis.set(title=f"{shorten(title)}\n{before.mean():.1f} % before, {after.mean():.1f} % after", xlabel="layer")
+        axis.set_ylim(bottom=0)
+        _whole_numbers(axis, rows["layer"])
+    next(iter(panels.values())).set_ylabel("changed selections (%)")
+    handles = [
+        plt.Line2D([], [], color=MUTED, linestyle=(0, (4, 1.5)), label="router as it was"),
+        plt.Line2D([], [], color=colour, label="router fitted"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2)
+    return figure, data
+
+
+def _grid(names: list[str], width: float, height: float):
+    """A figure with a panel for each name, at most three in a row, on one y axis."""
+    columns = min(3, len(names))
+    lines = -(-len(names) // columns)
+    size = (max(width * columns, 6.4), height * lines + 0.7)
+    figure, axes = plt.subplots(lines, columns, figsize=size, sharey=True, squeeze=False)
+    for axis in axes.flat[len(names) :]:
+        axis.set_visible(False)
+    return figure, dict(zip(names, axes.flat, strict=False))
+
+
+def _whole_numbers(axis, values) -> None:
+    axis.xaxis.set_major_locator(ticker.MaxNLocator(integer=True, min_n_ticks=1))
+    axis.set_xlim(min(values) - 0.3, max(values) + 0.3)
