@@ -22,7 +22,8 @@ from pathlib import Path
 
 import yaml
 
-from moepress.config import ROOT, Artefact, everything
+from moepress.config import ROOT
+from moepress.dag import Artefact, everything
 
 PACKAGES = (
     "moepress",

@@ -58,6 +58,11 @@ def print_row(report: Path) -> None:
 
 
 def main() -> None:
+    if not any(argument.startswith("-") for argument in sys.argv[1:]):
+        try:  # before Hydra composes, whose own message says less
+            resolve([argument for argument in sys.argv[1:] if not argument.startswith("study=")])
+        except ValueError as error:
+            sys.exit(f"moepress: {error}")
     app()
 
 

@@ -1,11 +1,13 @@
 """What Snakemake is to build: the artefacts of the experiments that were asked for, their task files, the targets."""
 
 import shlex
+import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from moepress.artefacts import write_tasks
-from moepress.config import (
+from moepress.dag import (
     Artefact,
     Experiment,
     everything,
@@ -28,6 +30,13 @@ class Plan:
     targets: list[str]
     gpus: int
     project: str
+
+    @property
+    def shell_prefix(self) -> str:
+        """Lets the jobs' `python` be this one where the shell would find another: an environment that is not activated."""
+        if Path(shutil.which("python") or "") == Path(sys.executable).with_name("python"):
+            return ""
+        return f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH; "
 
     def task(self, stage: str):
         """Snakemake input: the task file of a stage's job. Ancient, as all inputs here: a change is another key."""

@@ -5,6 +5,8 @@ PLAN = from_snakemake(config)
 RESULTS = PLAN.results
 RUN = "python -m moepress.stages {input.task} {output} 2>&1 | tee {log}"
 
+shell.prefix(PLAN.shell_prefix)
+
 
 wildcard_constraints:
     id=r"[A-Za-z0-9._-]+",

@@ -52,10 +52,7 @@ def read(config: dict) -> list[tuple[str, str, str]]:
     for file in find(config["path"]):
         domain = file.stem if file.parent == root or file == root else file.parent.name
         name = file.relative_to(root).as_posix() if file != root else file.name
-        if file.suffix.lower() == ".jsonl":
-            rows = _rows(file, config["field"])
-        else:
-            rows = [(None, _decode(file))]
+        rows = _rows(file, config["field"]) if file.suffix.lower() == ".jsonl" else [(None, _decode(file))]
         domains[domain] += [(name if row is None else f"{name}:{row}", text) for row, text in rows if text.strip()]
     domains = {domain: documents for domain, documents in domains.items() if documents}
     if not domains:

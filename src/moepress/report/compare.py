@@ -74,8 +74,8 @@ def percent(delta: float, error: float, sign: bool = True) -> str:
     ratio = np.exp(delta)
     error *= 100 * ratio
     digits = 1 if not error > 0 else int(np.clip(-np.floor(np.log10(error)), 1, 3))
-    value = f"{100 * (ratio - 1):{'+' if sign else ''}.{digits}f} %"
-    return value if np.isnan(error) else f"{value} ± {error:.{digits}f}"
+    value = f"{100 * (ratio - 1):{'+' if sign else ''}.{digits}f}\u00a0%"
+    return value if np.isnan(error) else f"{value} ±\u00a0{error:.{digits}f}"
 
 
 def summary(runs: list[Run]) -> list[str]:
@@ -106,13 +106,14 @@ def _size(target: str, ranking: list[Place], runs: list[Run]) -> str:
     if reference := reference_of(best.runs[0], runs):
         smaller = f", {reference.checkpoint_bytes / best.runs[0].checkpoint_bytes:.1f}× smaller"
     head = f"At {target} ({mebibytes(best.runs[0].checkpoint_bytes)}{smaller})"
-    cost = f"perplexity {percent(*best.delta)}"
+    cost = percent(*best.delta)
     if best.runs[0].domains[1]:
         cost += f", {percent(*best.out_delta)} out of domain"
     if len(ranking) == 1:
-        return f"{head} {best.series} costs {cost}."
+        return f"{head} {best.series} changes perplexity by {cost}."
     second = ranking[1]
-    text = f"{head} {best.series} is best: {cost}; {second.series} is behind by {percent(*second.gap, sign=False)}, "
+    gap = percent(*second.gap, sign=False)
+    text = f"{head} {best.series} is best, perplexity {cost}; {second.series} is behind by {gap}, "
     if np.isnan(second.gap[1]):
         text += "with too few blocks to tell whether that is noise"
     else:
@@ -120,7 +121,8 @@ def _size(target: str, ranking: list[Place], runs: list[Run]) -> str:
     outside = [place for place in ranking[1:] if place.out_gap[0] < -SURE * place.out_gap[1]]
     if outside:
         ahead = min(outside, key=lambda place: place.out_gap[0])
-        text += f"; out of domain {ahead.series} is ahead of it by {percent(-ahead.out_gap[0], ahead.out_gap[1], sign=False)}"
+        gap = percent(-ahead.out_gap[0], ahead.out_gap[1], sign=False)
+        text += f"; out of domain {ahead.series} is ahead of it by {gap}"
     return text + "."
 
 
@@ -137,10 +139,9 @@ def _shifts(runs: list[Run]) -> list[str]:
         return []
     lower = sum(q.metrics["selection_shift"] < g.metrics["selection_shift"] for q, g in pairs)
     shifts = [np.mean([100 * pair[side].metrics["selection_shift"] for pair in pairs]) for side in (0, 1)]
-    count = f"{lower} of {len(pairs)} comparisons" if len(pairs) > 1 else ("the one comparison" if lower else "no comparison")
     return [
-        f"Calibrating the router lowers the share of changed expert selections in {count} with GPTQ at the same widths: "
-        f"on average {shifts[0]:.1f} % of the slots change with QESC and {shifts[1]:.1f} % with GPTQ."
+        f"Calibrating the router lowers the share of changed expert selections in {lower} of {len(pairs)} comparisons "
+        f"with GPTQ: on average {shifts[0]:.1f} % of the slots change with QESC, {shifts[1]:.1f} % with GPTQ."
     ]
 
 

@@ -1,5 +1,6 @@
-"""How the numbers were made, as far as the artefacts say it: text, model, methods, machine."""
+"""How the numbers were made, as far as the artefacts say it: model, text, methods, machine."""
 
+import csv
 from collections.abc import Iterable
 
 import numpy as np
@@ -9,65 +10,59 @@ from moepress.artefacts import read_config, read_json
 from moepress.report.compare import mebibytes
 from moepress.report.heatmaps import mutual_information
 from moepress.report.readable import seconds
-from moepress.report.reading import Run, label
+from moepress.report.reading import Run
 
-Facts = list[tuple[str, str]]
+SPLITS = ("train", "calibration", "test")
 
 
-def all_facts(runs: list[Run]) -> dict[str, Facts]:
-    """Heading -> what there is to say under it, as (term, text)."""
+def all_facts(runs: list[Run]) -> dict[str, dict[str, str]]:
+    """Heading -> what there is to say under it, term -> text."""
     return {"Model": model(runs), "Text": text(runs), "Methods": methods(runs), "Machine": machine(runs)}
 
 
-def model(runs: list[Run]) -> Facts:
+def model(runs: list[Run]) -> dict[str, str]:
     run = next((run for run in runs if run.is_reference), runs[0])
     shape = run.shape
-    facts = [
-        ("architecture", f"{shape.family}, {shape.num_layers} layers, hidden size {shape.hidden_size}"),
-        ("experts", f"{shape.num_experts} per layer of width {shape.intermediate_size}, {shape.top_k} for each token"),
-        ("weights", f"{run.num_weights:,} in {mebibytes(run.checkpoint_bytes)}"),
-    ]
-    inside = run.domains[0]
-    use_DLE = np.array([run.metrics["domains"][domain]["expert_use"] for domain in inside])
+    facts = {
+        "architecture": f"{shape.family}, {shape.num_layers} layers, hidden size {shape.hidden_size}",
+        "experts": f"{shape.num_experts} in a layer, of width {shape.intermediate_size}; {shape.top_k} for each token",
+        "weights": f"{run.num_weights:,}",
+    }
+    log = run.model / "training.csv"
+    if log.is_file():
+        with log.open(newline="") as file:
+            losses = [float(row["loss"]) for row in csv.DictReader(file)]
+        facts["training"] = f"{len(losses)} steps, to a loss of {np.mean(losses[-50:]):.3f} nats per token"
+    use_DLE = np.array([run.metrics["domains"][domain]["expert_use"] for domain in run.domains[0]])
     share_LE = use_DLE.mean(0)
     layer, expert = np.unravel_index(share_LE.argmin(), share_LE.shape)
-    facts.append(
-        (
-            "least used expert",
-            f"{100 * share_LE.min():.1f} % of a layer's selections (layer {layer}, expert {expert}; even would be "
-            f"{100 / shape.num_experts:.3g} %), on test text of the corpus's domains",
-        )
+    facts["least used expert"] = (
+        f"{100 * share_LE.min():.1f} % of its layer's selections (layer {layer}, expert {expert}; an even share is "
+        f"{100 / shape.num_experts:.3g} %), at 16 bits on the test text of the corpus's domains"
     )
-    if len(inside) > 1:
-        by_layer = [f"{mutual_information(use_DLE[:, layer]):.2f}" for layer in range(use_DLE.shape[1])]
-        facts.append(("mutual information of domain and expert", f"{', '.join(by_layer)} bit, by layer, on test text"))
+    if len(use_DLE) > 1:
+        by_layer = ", ".join(f"{mutual_information(use_DLE[:, layer]):.2f}" for layer in range(use_DLE.shape[1]))
+        facts["mutual information of domain and expert"] = f"{by_layer} bit, by layer, on the same text"
     return facts
 
 
-def text(runs: list[Run]) -> Facts:
-    run = runs[0]
-    domains = run.metrics["domains"]
+def text(runs: list[Run]) -> dict[str, str]:
+    domains = runs[0].metrics["domains"]
     tokens, blocks = (sum(domain[name] for domain in domains.values()) for name in ("num_tokens", "num_blocks"))
     by_domain = ", ".join(f"{name} {domain['num_blocks']}" for name, domain in domains.items())
-    facts = [
-        (
-            "test text",
-            f"{tokens:,} tokens in {blocks} blocks of {tokens // max(blocks, 1)} ({by_domain}), the same for every run",
-        )
-    ]
+    each = tokens // max(blocks, 1)
+    facts = {"test text": f"{tokens:,} tokens in {blocks} blocks of {each} ({by_domain}), the same for every run"}
     calibrated = dict.fromkeys(found for run in runs if (found := calibration(run)))
     if calibrated:
-        facts.append(("calibration text", "; ".join(calibrated)))
-    overlap = run.corpus.get("overlap", {})
+        facts["calibration text"] = "; ".join(calibrated)
+    overlap = runs[0].corpus.get("overlap", {})
     if "words" in overlap:
-        kept = [one["mean_share_kept"] for name in ("calibration", "test") for one in overlap.get(name, {}).values()]
-        dropped = sum(one["dropped"] for name in ("calibration", "test") for one in overlap.get(name, {}).values())
-        worst = f"; of what is left at most {100 * max(kept):.1f} % on average in any domain" if kept else ""
-        facts.append(
-            (
-                "overlap",
-                f"held-out documents that share runs of {overlap['words']} words with earlier text: {dropped} left out{worst}",
-            )
+        held_out = [one for split in SPLITS[1:] for one in overlap.get(split, {}).values()]
+        shares = [one["mean_share_kept"] for one in held_out if not np.isnan(one["mean_share_kept"])]
+        facts["overlap"] = (
+            f"{sum(one['dropped'] for one in held_out)} held-out documents left out, which repeat runs of "
+            f"{overlap['words']} words of earlier text; of what is left at most {100 * max(shares, default=0):.1f} % "
+            "repeats such a run, on average over a domain"
         )
     return facts
 
@@ -78,15 +73,12 @@ def sources(runs: list[Run]) -> tuple[list[str], list[list[str]]]:
     known = corpus.get("sources", {})
     rows = []
     for domain, splits in corpus["domains"].items():
-        source = known.get(domain) if isinstance(known.get(domain), dict) else known
+        source = known[domain] if isinstance(known.get(domain), dict) else known
         origin = source.get("package") or source.get("id") or source.get("path") or ""
         version = source.get("version") or source.get("revision") or ""
         characters = [f"{splits[split]['characters']:,}" if split in splits else "" for split in SPLITS]
         rows.append([domain, f"{origin} {version}".strip(), str(source.get("licence") or "not stated"), *characters])
     return ["domain", "source", "licence", *(f"{split} (characters)" for split in SPLITS)], rows
-
-
-SPLITS = ("train", "calibration", "test")
 
 
 def calibration(run: Run) -> str | None:
@@ -97,58 +89,50 @@ def calibration(run: Run) -> str | None:
     folder = described.get("inputs", {}).get("calibration")
     if not folder or not (run.results / folder / "config.yaml").is_file():
         return None
-    config = read_config(run.results / folder)["calibration"]
-    domains = ", ".join(config["domains"]) if config["domains"] else "all domains"
-    return f"{config['num_sequences']} sequences of {config['seq_len']} tokens from {domains}, drawn with seed {config['seed']}"
+    found = read_config(run.results / folder)["calibration"]
+    domains = ", ".join(found["domains"]) if found["domains"] else "all domains"
+    size = f"{found['num_sequences']} sequences of {found['seq_len']} tokens"
+    return f"{size} from {domains}, drawn with seed {found['seed']}"
 
 
-def methods(runs: list[Run]) -> Facts:
+def methods(runs: list[Run]) -> dict[str, str]:
+    facts = {"seeds": f"{listed({run.seed for run in runs})}; each row is one run under one seed"}
     quantized = [run for run in runs if run.is_quantized]
-    facts = [("seeds", f"{_listed(sorted({run.seed for run in runs}))} (each row is one run under one seed)")]
     if quantized:
-        groups = _listed(sorted({run.quantization["group_size"] for run in quantized}))
-        attention = _listed({f"{run.quantization.get('attention_bits') or 16} bits" for run in quantized})
-        facts.append(
-            (
-                "grid",
-                f"groups of {groups} weights share a scale and a zero point; attention at {attention}; router at 16",
-            )
+        groups = listed({run.quantization["group_size"] for run in quantized})
+        attention = listed({run.quantization.get("attention_bits") or 16 for run in quantized})
+        facts["grid"] = (
+            f"groups of {groups} weights share a scale and a zero point; attention at {attention} bits, router at 16"
         )
-    for run in quantized:
-        starved = sum(len(layer.get("starved", [])) for layer in run.diagnostics)
-        if starved:
-            total = run.shape.num_layers * run.shape.num_experts
-            facts.append((f"starved experts, {run.title}", f"{starved} of {total} saw fewer calibration tokens than inputs"))
+        starved = {run.title: sum(len(layer.get("starved", [])) for layer in run.diagnostics) for run in quantized}
+        worst = max(starved, key=starved.__getitem__)
+        if starved[worst]:
+            of = runs[0].shape.num_layers * runs[0].shape.num_experts
+            facts["starved experts"] = (
+                f"at most {starved[worst]} of {of} ({worst}) saw fewer calibration tokens than they have inputs; their "
+                "curvature is shrunk towards their layer's"
+            )
     return facts
 
 
-def machine(runs: list[Run]) -> Facts:
+def machine(runs: list[Run]) -> dict[str, str]:
     folders = dict.fromkeys(run.folder(stage) for run in runs for stage in run.artefacts)
     found = [read_json(folder / "provenance.json") for folder in folders if (folder / "provenance.json").is_file()]
-    latency = [run.latency for run in runs]
-    threads = f"{_listed({one['threads'] for one in latency})} threads, {_listed({one['dtype'] for one in latency})}"
-    facts = [("timed on", f"{_listed({one['device'] for one in latency})}, {threads}")]
+    timed = {name: listed({run.latency[name] for run in runs}) for name in ("device", "threads", "dtype")}
+    facts = {"timed on": f"{timed['device']}, {timed['threads']} threads, {timed['dtype']}"}
     if found:
         peak = max(found, key=lambda one: one["peak_memory_bytes"])
-        total = seconds(sum(one["seconds"] for one in found))
-        facts.append(
-            (
-                "stages",
-                f"{len(found)} artefacts, {total} of work; at most {mebibytes(peak['peak_memory_bytes'])} of memory ({peak['stage']})",
-            )
+        facts["stages"] = (
+            f"{len(found)} artefacts, {seconds(sum(one['seconds'] for one in found))} of work in all; at most "
+            f"{mebibytes(peak['peak_memory_bytes'])} of memory ({peak['stage']})"
         )
         names = dict.fromkeys(name for one in found for name in one["versions"])
-        facts.append(
-            ("versions", ", ".join(f"{n} {_listed({one['versions'].get(n) for one in found} - {None})}" for n in names))
-        )
-        facts.append(("commit", _listed({one["git_commit"] for one in found} - {None}) or "not from a checkout"))
-        facts.append(("system", _listed({one["machine"]["system"] for one in found})))
+        each = [f"{name} {listed({one['versions'].get(name) for one in found} - {None})}" for name in names]
+        facts["versions"] = ", ".join(each)
+        facts["commit"] = listed({one["git_commit"] for one in found} - {None}) or "not from a checkout"
+        facts["system"] = listed({one["machine"]["system"] for one in found})
     return facts
 
 
-def _listed(values: Iterable) -> str:
+def listed(values: Iterable) -> str:
     return ", ".join(sorted(map(str, values), key=lambda value: (len(value), value)))
-
-
-def used_methods(runs: list[Run]) -> str:
-    return _listed({label(run.quantization["method"]) for run in runs})

@@ -26,9 +26,9 @@ FIGURES = {
         lines.quality,
         "Quality against size",
         "Lower and further left is better. Each line is one method, its points are the sizes; colours tell the "
-        "quantization method, dashes and diamonds a mixed-precision allocation, hollow marks pruning. Several domains are "
-        "joined by the geometric mean. The dashed level is the 16-bit model. Bars are one standard error of the "
-        "difference to that level on the same blocks of text: they say how sure the distance is, not how hard the text.",
+        "quantization method, dashes and diamonds a mixed-precision allocation, hollow marks pruning. Several domains "
+        "are joined by the geometric mean. The dashed level is the 16-bit model. Bars are one standard error of the "
+        "difference to that level on the same blocks of text: how sure the distance is, not how hard the text.",
     ),
     "selection_shift": Entry(
         lines.selection_shift,
@@ -53,8 +53,9 @@ FIGURES = {
         heatmaps.expert_use,
         "Expert use by domain",
         "Share of each domain's selections on the test text that go to every expert of the 16-bit model: rows sum to "
-        "100 %. The number above a layer is the mutual information of domain and expert, over the domains of the corpus "
-        "(those above the line) counted alike: how much an expert tells of the domain. 0 bit: experts do not specialise.",
+        "100 %. The number above a layer is the mutual information of domain and expert, over the domains of the "
+        "corpus (those above the line) counted alike: how much an expert tells of the domain. At 0 bit experts do not "
+        "specialise.",
     ),
     "speed": Entry(
         lines.speed,

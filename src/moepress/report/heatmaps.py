@@ -42,7 +42,7 @@ def bits(runs: list[Run]) -> tuple[Figure, pd.DataFrame] | None:
     layers, experts = panels[0][1].shape
     columns = min(4 if experts <= 16 else 2 if experts <= 64 else 1, len(panels) + (relative_LE is not None))
     lines = -(-(len(panels) + (relative_LE is not None)) // columns)
-    height = min(max(1.3 + 0.3 * layers, 2.0), 5.0)
+    height = min(max(1.3 + 0.3 * layers, 2.0), 5.0 if experts <= 64 else 3.4)
     figure, axes = plt.subplots(
         lines, columns, figsize=(max(12 / columns, 3.1) * columns, height * lines + 0.5), sharey=True, squeeze=False
     )
@@ -101,7 +101,7 @@ def expert_use(runs: list[Run]) -> tuple[Figure, pd.DataFrame] | None:
         axis.set_visible(False)
     for axis in axes[-1]:
         axis.set_xlabel("expert")
-    bar = figure.colorbar(mesh, ax=axes, pad=0.01, aspect=30)
+    bar = figure.colorbar(mesh, ax=axes, pad=0.01, aspect=25 * lines)
     bar.set_label("share of the domain's selections (%)")
     bar.outline.set_visible(False)
     frames = []

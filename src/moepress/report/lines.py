@@ -1,4 +1,4 @@
-"""Figures of lines and dots. Each function takes the runs; it gives a figure with its numbers, or None if there are none."""
+"""Figures of lines and dots. Each function takes the runs and gives a figure with its numbers, or None."""
 
 import numpy as np
 import pandas as pd
@@ -10,6 +10,8 @@ from moepress.report.style import MUTED, plt, series_styles, shorten
 from moepress.report.table import increase, mean_over_domains
 
 Drawn = tuple[Figure, pd.DataFrame] | None
+MOST_LABELS = 12
+"""Lines that are named beside their ends; more get a legend."""
 LEADER = {"arrowstyle": "-", "linewidth": 0.6, "alpha": 0.6, "shrinkA": 1, "shrinkB": 4, "relpos": (0, 0.5)}
 
 
@@ -24,7 +26,7 @@ def quality(runs: list[Run]) -> Drawn:
     scale, unit = next(found for found in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")) if largest >= found[0])
     panels = list(dict.fromkeys(data["text"]))
     figure, axes = plt.subplots(1, len(panels), figsize=(6.4 * len(panels), 4.8), squeeze=False)
-    styles = series_styles(runs)
+    styles, named = series_styles(runs), []
     for axis, panel in zip(axes[0], panels, strict=True):
         here = shown[shown["text"] == panel]
         ends = []
@@ -61,10 +63,13 @@ def quality(runs: list[Run]) -> Drawn:
             above = axis.secondary_xaxis("top", functions=(lambda s, f=factor: s * f, lambda b, f=factor: b / f))
             above.set_xlabel("bits per weight, everything counted", fontsize=9)
             above.spines["top"].set_visible(True)
-        if len(ends) <= 12:
+        named.append((axis, ends))
+    if len(styles) > MOST_LABELS:
+        _legend(figure, styles)
+    else:
+        figure.draw_without_rendering()
+        for axis, ends in named:
             _label_ends(axis, ends)
-    if len(styles) > 12:
-        _legend(figure, styles, lines=True)
     return figure, data
 
 
@@ -92,7 +97,6 @@ def _named(title: str, domains: list[str]) -> str:
 
 def _label_ends(axis, ends: list[tuple[float, float, str, str]]) -> None:
     """Write each line's name right of the panel, at its last point's height, pushed apart where they would overlap."""
-    axis.figure.canvas.draw()
     to_axes = axis.transData + axis.transAxes.inverted()
     gap = 15 / (axis.get_window_extent().height * 72 / axis.figure.dpi)
     ends = sorted(ends, key=lambda end: end[1])
@@ -115,11 +119,8 @@ def _label_ends(axis, ends: list[tuple[float, float, str, str]]) -> None:
         )
 
 
-def _legend(figure: Figure, styles: dict[str, dict], lines: bool) -> None:
-    keep = ("color", "marker", "markerfacecolor", "linestyle") if lines else ("color", "marker", "markerfacecolor")
-    handles = [
-        plt.Line2D([], [], label=shorten(series), **{key: style[key] for key in keep}) for series, style in styles.items()
-    ]
+def _legend(figure: Figure, styles: dict[str, dict]) -> None:
+    handles = [plt.Line2D([], [], label=shorten(series), **style) for series, style in styles.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 4), handlelength=3)
 
 
@@ -151,7 +152,7 @@ def selection_shift(runs: list[Run]) -> Drawn:
         axis.set_ylim(bottom=0)
         _whole_numbers(axis, rows["layer"])
     next(iter(panels.values())).set_ylabel("changed selections (%)")
-    _legend(figure, {series: styles[series] for series in dict.fromkeys(data["series"])}, lines=True)
+    _legend(figure, {series: styles[series] for series in dict.fromkeys(data["series"])})
     return figure, data
 
 

@@ -1,6 +1,7 @@
 """index.html: one self-contained page, and summary.md, the same table for a terminal."""
 
 import base64
+import re
 from pathlib import Path
 
 import jinja2
@@ -10,6 +11,9 @@ from moepress.report import compare, facts, readable
 from moepress.report.figures import FIGURES
 from moepress.report.reading import Run
 from moepress.report.template import PAGE
+
+POINTS_TO_PIXELS = 1.17
+"""Makes the figures' lettering as large as the page's small print."""
 
 
 def write(name: str, caption: str, runs: list[Run], table: pd.DataFrame, out: Path, figures: list[str]) -> None:
@@ -41,5 +45,8 @@ def write(name: str, caption: str, runs: list[Run], table: pd.DataFrame, out: Pa
 
 def _figure(name: str, folder: Path) -> dict:
     entry = FIGURES[name]
-    encoded = base64.b64encode((folder / f"{name}.svg").read_bytes()).decode("ascii")
-    return {"name": name, "title": entry.title, "caption": entry.caption, "base64": encoded}
+    svg = (folder / f"{name}.svg").read_bytes()
+    points = float(re.search(rb'width="([\d.]+)pt"', svg).group(1))
+    encoded = base64.b64encode(svg).decode("ascii")
+    width = round(points * POINTS_TO_PIXELS)
+    return {"name": name, "title": entry.title, "caption": entry.caption, "width": width, "base64": encoded}

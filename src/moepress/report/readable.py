@@ -10,20 +10,26 @@ from moepress.report.reading import Run, reference_of
 
 MARKS = {"best": "★", "tied": "≈", "": ""}
 LEGEND = (
-    "★ lowest perplexity at its size, ≈ not to be told from it (less than two standard errors of the paired difference). "
-    "± is one standard error over blocks of test text; those of changes are paired with the same blocks at 16 bits, and say "
-    "nothing about another calibration sample. Size counts everything in the checkpoint's weight files; bits on disk are "
-    "that size in bits per weight."
+    "★ lowest perplexity at its size; ≈ not to be told from it, less than two standard errors of the paired difference "
+    "away. Percentages below a perplexity are its change from 16 bits. ± is one standard error over blocks of test "
+    "text; those of changes are paired with the same blocks at 16 bits, and say nothing about another calibration "
+    "sample. Size counts everything in the checkpoint's weight files; bits on disk are that size per weight. Prefill "
+    "and decode: how many times as fast as at 16 bits, and milliseconds of one prefill and of one decoded token."
 )
+
+
+Cell = tuple[str, str]
+"""A number and the smaller print below it."""
+
+NOTHING = ("", "")
 
 
 @dataclass(frozen=True)
 class Row:
-    """mark: a key of MARKS. cells: column heading -> text."""
+    """mark: a key of MARKS. cells: by column heading."""
 
-    run: str
     mark: str
-    cells: dict[str, str]
+    cells: dict[str, Cell]
 
 
 @dataclass(frozen=True)
@@ -37,37 +43,36 @@ class Group:
 def groups(runs: list[Run], table: pd.DataFrame) -> list[Group]:
     """Rows by the size asked for, largest first; columns that say nothing in this report are left out."""
     marked = marks(runs)
-    rows = [
-        Row(run.name, marked[run.name], _cells(run, row, runs)) for run, (_, row) in zip(runs, table.iterrows(), strict=True)
-    ]
-    empty = {heading for heading in rows[0].cells if all(row.cells[heading] == "" for row in rows)}
+    rows = [Row(marked[run.name], _cells(run, row, runs)) for run, (_, row) in zip(runs, table.iterrows(), strict=True)]
+    empty = {heading for heading in rows[0].cells if all(row.cells[heading] == NOTHING for row in rows)}
     if not any(run.is_pruned for run in runs):
         empty.add("experts per token")
-    rows = [Row(row.run, row.mark, {k: v for k, v in row.cells.items() if k not in empty}) for row in rows]
+    rows = [Row(row.mark, {k: v for k, v in row.cells.items() if k not in empty}) for row in rows]
     found: dict[str, list[Row]] = {}
     for run, row in sorted(zip(runs, rows, strict=True), key=lambda pair: -pair[0].width):
         found.setdefault(run.target, []).append(row)
     return [Group(title, members) for title, members in found.items()]
 
 
-def _cells(run: Run, row: pd.Series, runs: list[Run]) -> dict[str, str]:
+def _cells(run: Run, row: pd.Series, runs: list[Run]) -> dict[str, Cell]:
     reference = reference_of(run, runs)
-    smaller = f" ({reference.checkpoint_bytes / run.checkpoint_bytes:.1f}×)" if reference and not run.is_reference else ""
     compressed = not run.is_reference
+    smaller = f"{reference.checkpoint_bytes / run.checkpoint_bytes:.1f}× smaller" if reference and compressed else ""
+    shift = (
+        (f"{100 * row['selection_shift']:.1f}\u00a0%", _error(row["selection_shift_stderr"])) if compressed else NOTHING
+    )
+    took = "" if np.isnan(row["quantize_seconds"]) else seconds(row["quantize_seconds"])
     return {
-        "method": run.series,
-        "bits": f"{row['bits_nominal']:.3g}",
-        "bits on disk": f"{row['bits_effective']:.2f}",
-        "size (× smaller)": f"{mebibytes(run.checkpoint_bytes)}{smaller}",
-        "perplexity": _number(row["ppl_mean"]),
-        "against 16 bit": _change(row, "delta_nll") if compressed else "",
-        "out of domain": _number(row["ppl_ood"]),
-        "out of domain, against 16 bit": _change(row, "delta_nll_ood") if compressed else "",
-        "changed selections": _share(row["selection_shift"], row["selection_shift_stderr"]) if compressed else "",
-        "experts per token": f"{row['activated_experts']:.2f}",
-        "prefill": f"{row['speedup_prefill']:.2f}×" if compressed else "1",
-        "decode": f"{row['speedup_decode']:.2f}×" if compressed else "1",
-        "quantized in": "" if np.isnan(row["quantize_seconds"]) else seconds(row["quantize_seconds"]),
+        "method": (run.series, run.name),
+        "perplexity": (_number(row["ppl_mean"]), _change(row, "delta_nll") if compressed else ""),
+        "out of domain": (_number(row["ppl_ood"]), _change(row, "delta_nll_ood") if compressed else ""),
+        "bits": (f"{row['bits_nominal']:.3g}", f"{row['bits_effective']:.2f} on disk"),
+        "size": (mebibytes(run.checkpoint_bytes), smaller),
+        "changed selections": shift,
+        "experts per token": (f"{row['activated_experts']:.2f}", ""),
+        "prefill": (f"{row['speedup_prefill']:.2f}×" if compressed else "1", f"{row['prefill_ms']:.3g} ms"),
+        "decode": (f"{row['speedup_decode']:.2f}×" if compressed else "1", f"{row['decode_ms']:.3g} ms"),
+        "quantized in": (took, ""),
     }
 
 
@@ -87,7 +92,12 @@ def markdown(name: str, caption: str, sentences: list[str], found: list[Group]) 
     lines = [f"# {_flat(name)}", "", _flat(caption), "", *(f"- {_flat(sentence)}" for sentence in sentences), ""]
     lines += [_pipes(["", *headings]), _pipes(["---"] * (len(headings) + 1))]
     for group in found:
-        lines += [_pipes([MARKS[row.mark], *row.cells.values()]) for row in group.rows]
+        for row in group.rows:
+            lines.append(
+                _pipes(
+                    [MARKS[row.mark], *(f"{cell} ({small})" if small else cell for cell, small in row.cells.values())]
+                )
+            )
     return "\n".join([*lines, "", LEGEND, ""])
 
 
@@ -103,18 +113,16 @@ def _number(value: float, digits: int = 4) -> str:
     """A few significant digits without an exponent below a million: 36.31, 1204."""
     if np.isnan(value):
         return ""
-    return (
-        f"{value:.{digits}g}" if value >= 1e6 else f"{value:.{max(0, digits - 1 - int(np.floor(np.log10(max(value, 1e-9)))))}f}"
-    )
+    decimals = max(0, digits - 1 - int(np.floor(np.log10(max(value, 1e-9)))))
+    return f"{value:.{digits}g}" if value >= 1e6 else f"{value:.{decimals}f}"
 
 
 def _change(row: pd.Series, column: str) -> str:
     return "" if np.isnan(row[column]) else percent(row[column], row[f"{column}_stderr"])
 
 
-def _share(value: float, error: float) -> str:
-    text = f"{100 * value:.1f} %"
-    return text if error is None or np.isnan(error) else f"{text} ± {100 * error:.1f}"
+def _error(value: float) -> str:
+    return "" if value is None or np.isnan(value) else f"± {100 * value:.1f}"
 
 
 def seconds(value: float) -> str:

@@ -1,6 +1,7 @@
 """The runs of a report and their artefacts, read once and only where asked for. Imports no torch."""
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -43,7 +44,9 @@ class Run:
         """One of the run's JSON files; ValueError naming it where it is missing."""
         path = self.folder(stage) / name
         if not path.is_file():
-            raise ValueError(f"{path}: not there, but the report's run {self.name!r} needs it; run its stage {stage} again")
+            raise ValueError(
+                f"{path}: not there, but the report's run {self.name!r} needs it; run its stage {stage} again"
+            )
         return read_json(path)
 
     @property
@@ -64,7 +67,7 @@ class Run:
 
     @property
     def target(self) -> str:
-        """The size asked for: `'2.5 bits'`, `'12GiB'`, `'16 bits'`. Runs with one target are compared with each other."""
+        """The size asked for: `'2.5 bits'`, `'12GiB'`, `'16 bits'`. Runs of one target are compared."""
         if not self.is_quantized:
             return "16 bits"
         return str(self.allocation["budget"]) if self.allocation.get("budget") else f"{self.allocation['bits']:g} bits"
@@ -83,6 +86,12 @@ class Run:
         return f"{label(self.pruning['method'])}{alpha}" if self.is_pruned else ""
 
     @property
+    def extras(self) -> list[str]:
+        """Overrides that the name lists, without their groups and without the seed: `['group_size=64']`."""
+        listed = [part for part in self.name.split(" ")[1:] if not part.startswith("seed=")]
+        return [re.sub(r"^[\w.]+\.(?=\w+=)", "", part) for part in listed]
+
+    @property
     def series(self) -> str:
         """What stays the same along one line of a figure: the methods, and overrides that the name lists, but not the
         size and the seed."""
@@ -90,8 +99,7 @@ class Run:
         parts = [label(self.quantization["method"])]
         parts += [label(allocation)] if allocation != "uniform" else []
         parts += [self.pruning_label] if self.is_pruned else []
-        extras = [extra for extra in self.name.split(" ")[1:] if not extra.startswith("seed=")]
-        return " ".join([" + ".join(parts), *extras])
+        return " ".join([" + ".join(parts), *self.extras])
 
     @property
     def title(self) -> str:
@@ -107,7 +115,7 @@ class Run:
 
     @cached_property
     def blocks(self) -> pd.DataFrame:
-        """One row per evaluation block: domain, block, nll (nats per token), selection_shift (not for the reference)."""
+        """One row per evaluation block: domain, block, nll (nats per token), selection_shift (not at 16 bits)."""
         return pd.read_parquet(self.folder("evaluation") / "blocks.parquet")
 
     @cached_property
@@ -136,7 +144,9 @@ class Run:
         """The 16-bit model's own folder."""
         folder = families.locate(self.folder("model"))
         if not list(folder.glob("*.safetensors")):
-            raise ValueError(f"{folder}: no *.safetensors there any more, but the run {self.name!r} is measured against it")
+            raise ValueError(
+                f"{folder}: no *.safetensors there any more, but the run {self.name!r} is measured against it"
+            )
         return folder
 
     @cached_property
@@ -172,7 +182,7 @@ class Run:
 
 
 def load(runs: list[dict], results: Path) -> list[Run]:
-    """The runs as the report's configuration lists them. Raises ValueError where they were not measured on the same text."""
+    """The runs that a report's configuration lists. Raises ValueError if they were not measured on the same text."""
     fields = ("seed", "is_reference", "quantization", "allocation", "pruning", "artefacts")
     found = [Run(name=run["run"], **{field: run[field] for field in fields}, results=results) for run in runs]
     if not found:

@@ -51,12 +51,12 @@ INK, MUTED = "#222222", "#767676"
 
 
 def series_styles(runs: list[Run]) -> dict[str, dict]:
-    """Series -> colour (its quantization method's), marker and line (its allocation's); pruned series have hollow markers
-    of their own. A series that would look like one before it takes a colour that is left."""
+    """Series -> colour (its quantization method's), marker and line (its allocation's); pruned series have hollow
+    markers of their own. A series that would look like one before it takes a colour that is left."""
     styles, taken, colours = {}, set(), list(OTHER_COLOURS)
     allocations, methods = dict(ALLOCATION_STYLES), dict(METHOD_COLOURS)
     pruned = 0
-    for run in runs:
+    for run in sorted(runs, key=lambda run: len(run.extras)):
         if run.series in styles or run.is_reference:
             continue
         method, allocation = run.quantization["method"], run.allocation["method"] if run.is_quantized else "uniform"
@@ -84,6 +84,7 @@ def save(figure: Figure, data: pd.DataFrame, folder: Path, name: str) -> None:
     """Write `name`.png, .svg and .csv (the numbers shown) without dates or versions in them."""
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / f"{name}.png", metadata={"Software": None})
+    figure.set_layout_engine("none")  # the places that the first drawing found hold for the second
     figure.savefig(folder / f"{name}.svg", metadata={"Date": None, "Creator": None})
     plt.close(figure)
     data.to_csv(folder / f"{name}.csv", index=False, lineterminator="\n")

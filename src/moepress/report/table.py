@@ -1,8 +1,8 @@
 """runs.csv: one row per run. Means over several domains give every domain the same weight.
 
-Standard errors are over blocks of text, domain by domain: they say what another draw of test text would change, not what
-another calibration sample would. Errors of a difference (`delta_*`) are paired, block by block, so they are much smaller
-than those of the perplexities themselves.
+Standard errors are over blocks of text, domain by domain: they say what another draw of test text would change, not
+what another calibration sample would. Errors of a difference (`delta_*`) are paired, block by block, so they are much
+smaller than those of the perplexities themselves.
 """
 
 from pathlib import Path
@@ -25,10 +25,10 @@ def tabulate(runs: list[Run]) -> pd.DataFrame:
     """One row per run. Beside the columns whose names say it:
 
     bits_nominal: mean width of the expert weights. bits_effective: bytes on disk x 8 / number of weights.
-    activated_experts: routed experts computed per token. ppl_mean: geometric mean of the perplexities of the domains that
-    the corpus has training or calibration text of; ppl_ood: of the others. delta_nll: mean increase over the 16-bit model
-    in nats per token on the same blocks, over the domains of ppl_mean (exp(delta_nll) is the ratio of the two ppl_mean);
-    delta_nll_ood: over those of ppl_ood. selection_shift: share of selected slots that changed.
+    activated_experts: routed experts computed per token. ppl_mean: geometric mean of the perplexities of the domains
+    that the corpus has training or calibration text of; ppl_ood: of the others. delta_nll: mean increase over the
+    16-bit model in nats per token on the same blocks, over the domains of ppl_mean (so exp(delta_nll) is the ratio of
+    the two ppl_mean); delta_nll_ood: over those of ppl_ood. selection_shift: share of selected slots that changed.
     """
     return pd.DataFrame([row(run, reference_of(run, runs)) for run in runs])
 

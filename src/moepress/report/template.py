@@ -31,11 +31,11 @@ p { max-width: 75ch; margin: .5rem 0; overflow-wrap: anywhere; }
 .scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: 8px; background: var(--card);
   margin: .8rem 0; }
 table { border-collapse: collapse; width: 100%; font-size: .875rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .42rem .7rem; text-align: right; white-space: nowrap; border-top: 1px solid var(--line);
-  background: var(--card); }
+th, td { padding: .42rem .7rem; text-align: right; vertical-align: top; white-space: nowrap;
+  border-top: 1px solid var(--line); background: var(--card); line-height: 1.4; }
 thead th { border-top: 0; color: var(--soft); font-weight: 600; white-space: normal; vertical-align: bottom;
   line-height: 1.3; }
-th:first-child, td:first-child { text-align: left; position: sticky; left: 0; z-index: 1; min-width: 8.5rem;
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0; z-index: 1; min-width: 9.5rem;
   max-width: 46vw; white-space: normal; overflow-wrap: break-word; }
 table.plain td, table.plain th { text-align: left; }
 table.plain td { white-space: normal; overflow-wrap: break-word; }
@@ -43,10 +43,11 @@ tr.size th { background: var(--code); text-align: left; font-weight: 600; paddin
 tr.best td { background: var(--best); }
 tr.best td:first-child { font-weight: 650; }
 .mark { color: var(--accent); }
-small { display: block; color: var(--soft); font-weight: 400; font-size: .75rem; line-height: 1.3; }
+small { display: block; color: var(--soft); font-weight: 400; font-size: .78rem; line-height: 1.35; }
 figure { margin: .8rem 0 0; }
 .picture { overflow-x: auto; background: #fff; border: 1px solid var(--line); border-radius: 8px; padding: .8rem; }
-.picture img { display: block; width: 100%; min-width: 620px; max-width: 1060px; height: auto; margin: 0 auto; }
+.picture img { display: block; width: 100%; min-width: min(620px, 100%); height: auto; margin: 0 auto; }
+@media (max-width: 640px) { .picture img { min-width: 620px; } }
 figcaption { max-width: 85ch; margin-top: .5rem; }
 dl { display: grid; grid-template-columns: minmax(9rem, 15rem) 1fr; gap: .25rem 1.2rem; margin: .4rem 0;
   font-size: .92rem; }
@@ -79,9 +80,9 @@ summary { cursor: pointer; font-weight: 600; margin-top: 1rem; }
 <tr class="size"><th colspan="{{ headings | length }}" scope="rowgroup">{{ group.title }}</th></tr>
 {% for row in group.rows %}
 <tr class="{{ row.mark }}">
-{% for cell in row.cells.values() %}
-<td>{% if loop.first %}{{ cell }}{% if row.mark %} <span class="mark">{{ marks[row.mark] }}</span>{% endif %}
-<small>{{ row.run }}</small>{% else %}{{ cell }}{% endif %}</td>
+{% for cell, small in row.cells.values() %}
+<td>{{ cell }}{% if loop.first and row.mark %} <span class="mark">{{ marks[row.mark] }}</span>{% endif %}
+{% if small %}<small>{{ small }}</small>{% endif %}</td>
 {% endfor %}
 </tr>
 {% endfor %}
@@ -105,7 +106,8 @@ summary { cursor: pointer; font-weight: 600; margin-top: 1rem; }
 {% for figure in figures %}
 <h2>{{ figure.title }}</h2>
 <figure>
-<div class="picture" tabindex="0"><img alt="{{ figure.title }}. {{ figure.caption }}"
+<div class="picture" tabindex="0"><img style="max-width: {{ figure.width }}px"
+alt="{{ figure.title }}. {{ figure.caption }}"
 src="data:image/svg+xml;base64,{{ figure.base64 }}"></div>
 <figcaption>{{ figure.caption }} <code>figures/{{ figure.name }}.csv</code></figcaption>
 </figure>
@@ -115,7 +117,7 @@ src="data:image/svg+xml;base64,{{ figure.base64 }}"></div>
 {% for heading, rows in facts.items() %}
 <h3>{{ heading }}</h3>
 <dl>
-{% for term, text in rows %}<dt>{{ term }}</dt><dd>{{ text }}</dd>
+{% for term, text in rows.items() %}<dt>{{ term }}</dt><dd>{{ text }}</dd>
 {% endfor %}
 </dl>
 {% endfor %}

@@ -1,0 +1,35 @@
+# make run: install, compute the default study, build the report pages.   make test: the tests.   See README.md.
+PYTHON ?= python3
+CORES ?= $(shell nproc 2>/dev/null || echo 2)
+BIN := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: run test lint clean install
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+run: install
+	snakemake --cores $(CORES) --quiet host rules reason
+	@if [ ! results/workflow.html -nt results/report ]; then snakemake --report results/workflow.html --quiet all; fi
+	@for page in results/report/default-*/index.html; do echo "results: $$page"; done
+	@echo "workflow, with every job's cost: results/workflow.html"
+
+test: install lint
+	pytest -q --durations=10
+
+lint: install
+	ruff check .
+	ruff format --check .
+	snakefmt --check Snakefile workflow
+	snakemake --lint
+
+# Downloads stay in the user's cache (paths.cache), the environment in .venv.
+clean:
+	rm -rf results/* .snakemake build
+	git checkout -- results 2>/dev/null || true

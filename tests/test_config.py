@@ -1,0 +1,133 @@
+"""resolve(): one way to a configuration, checked; keys that depend on what matters and on nothing else."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from moepress import config, dag
+from moepress.schema import parse_bytes
+
+
+def key(stage, *overrides):
+    return dag.artefact(stage, config.resolve(overrides)).key
+
+
+def test_values_are_plain_and_resolved():
+    found = config.resolve(["allocation.bits=3"])
+    assert found["allocation"]["bits"] == 3.0 and isinstance(found["allocation"]["bits"], float)
+    assert json.loads(json.dumps(found)) == found
+    assert "${" not in json.dumps(found) and "???" not in json.dumps(found)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["allocation.bitz=3"], r"bitz.*keys of allocation: .*bits"),
+        (["quantisation=gptq"], r"'quantisation' is none of .*quantization"),
+        (["quantization=awq"], r"quantization is one of gptq, none, qesc, rtn"),
+        (["+allocation.extra=3"], r"allocation.*extra"),
+        (["allocation.bits=many"], r"allocation\.bits.*many"),
+        (["allocation.bits=9"], r"allocation\.bits=9.*between 1 and 4"),
+        (["allocation.bits=0.5"], r"allocation\.bits=0\.5.*between 1 and 4"),
+        (["allocation=uniform", "allocation.bits=2.5"], r"allocation\.bits=2\.5.*allocation=pmq"),
+        (["allocation.widths=[2,5]"], r"allocation\.widths=\[2, 5\].*\[1, 2, 3, 4, 8\]"),
+        (["allocation.budget=lots"], r"allocation\.budget='lots'.*12GiB"),
+        (["quantization.group_size=100"], r"quantization\.group_size=100: a multiple of 8"),
+        (["quantization.group_size=96"], r"quantization\.group_size=96 does not divide.*take one of"),
+        (["quantization.damping=-1"], r"quantization\.damping=-1"),
+        (["quantization.block_size=48"], r"quantization\.block_size=48.*group_size=128"),
+        (["pruning=pesf", "pruning.alpha=-1"], r"pruning\.alpha=-1"),
+        (["calibration.seq_len=1"], r"calibration\.seq_len=1: at least 8"),
+        (["calibration.num_sequences=0"], r"calibration\.num_sequences=0: at least 1"),
+        (["model=local"], r"model\.path is not set: give it as model\.path="),
+        (["model=local", "model.path=/nowhere"], r"model\.path='/nowhere': no such folder"),
+        (["model=hub"], r"model\.id is not set"),
+        (["device=tpu"], r"device='tpu'"),
+        (["seed=x"], r"seed='x'"),
+        (["tracking=loud"], r"tracking is one of disabled, offline, online"),
+    ],
+)
+def test_bad_values_are_named_with_a_way_out(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        config.resolve(overrides)
+
+
+def test_models_that_cannot_be_used(tmp_path, model_folder):
+    def refused(match):
+        with pytest.raises(ValueError, match=match):
+            config.resolve(["model=local", f"model.path={tmp_path}"])
+
+    refused("no config.json")
+    (tmp_path / "config.json").write_text("{")
+    refused("not valid JSON")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    refused(r"model\.path: model type 'llama' is not a Mixture-of-Experts family that is handled \(mixtral\)")
+    (tmp_path / "config.json").write_text((model_folder / "config.json").read_text())
+    refused("no weights")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
+    refused(r"only pickles \(pytorch_model\.bin\), which are never loaded")
+
+
+def test_keys_follow_what_a_stage_reads():
+    plain = key("quantization")
+    assert key("quantization", "allocation.bits=2.5") == plain, "a default given is the default"
+    for override in ("device=cpu", "cores=1", "tracking=offline", "paths.results=elsewhere", "paths.cache=/tmp/x"):
+        assert key("quantization", override) == plain, override
+    for override in ("evaluation.num_blocks=3", "pruning=pesf", "latency.repeats=3"):
+        assert key("quantization", override) == plain, override
+    for override in ("seed=1", "calibration.seq_len=256", "quantization.group_size=64", "allocation.bits=2"):
+        assert key("quantization", override) != plain, override
+    assert key("model", "seed=1") == key("model"), "the seed of the sample does not train another model"
+    assert key("statistics", "quantization=gptq") == key("statistics"), "GPTQ and QESC share their experts' statistics"
+    assert key("evaluation", "quantization=none", "allocation.bits=3") == key("evaluation", "quantization=none")
+
+
+def test_keys_are_the_same_in_another_process():
+    code = "from moepress import config, dag; print(dag.artefact('latency', config.resolve([])).key)"
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    assert other == key("latency")
+
+
+def test_local_folders_are_known_by_content(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "text.txt").write_text("same words")
+    keys = [key("corpus", "corpus=local", f"corpus.path={tmp_path / name}") for name in ("a", "b")]
+    (tmp_path / "b" / "text.txt").write_text("other words")
+    assert keys[0] == keys[1] != key("corpus", "corpus=local", f"corpus.path={tmp_path / 'b'}")
+
+
+def test_the_default_study():
+    members = dag.study_experiments(dag.load_study("default"))
+    names = dag.run_names(members)
+    assert len(set(names)) == len(names) == 15 and names[0] == "16bit"
+    everything = dag.everything([a for m in members for a in m.artefacts.values()])
+    assert sum(folder.startswith("statistics/") for folder in everything) == 1
+    assert sum(folder.startswith("quantization/") for folder in everything) == 12
+    with pytest.raises(ValueError, match=r"study=nothing: .*default"):
+        dag.load_study("nothing")
+
+
+def test_a_study_without_the_16_bit_model_gets_it():
+    study = {"base": ["calibration.seq_len=64"], "experiments": ["quantization=gptq", "quantization=rtn seed=1"]}
+    members = dag.study_experiments(study)
+    assert [dag.is_reference(m.config) for m in members] == [True, False, False]
+    assert dag.run_names(members) == ["16bit", "gptq-pmq-2.5", "rtn-pmq-2.5 seed=1"]
+
+
+def test_no_stage_but_those_that_need_it_imports_torch():
+    code = (
+        "import sys, moepress.stages.allocation, moepress.stages.report, moepress.stages.pruning, moepress.plan, moepress.cli;"
+        "print(sorted({'torch', 'transformers', 'wandb', 'datasets'} & set(sys.modules)))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert found.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("12GiB", 12 * 2**30), ("800MB", 8e8), ("1e9", 1e9), (5, 5), ("1.5 KiB", 1536), ("2T", 2e12)]
+)
+def test_sizes(text, size):
+    assert parse_bytes(text) == size

@@ -1,0 +1,143 @@
+"""The real Snakefile and the real command on a small random model: keys, caching, stopping and starting."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from moepress.config import ROOT
+
+SMALL = [
+    "quantization.group_size=32",
+    "calibration.num_sequences=8",
+    "calibration.seq_len=64",
+    "evaluation.seq_len=64",
+    "evaluation.num_blocks=4",
+    "latency.prefill_len=32",
+    "latency.prefill_batch=2",
+    "latency.decode_tokens=2",
+    "latency.repeats=1",
+    "latency.threads=1",
+]
+ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, model_folder, text_folder):
+    """A working folder, and the overrides of a small experiment in it."""
+    fractions = "corpus.fractions={train: 0.6, calibration: 0.2, test: 0.2}"
+    source = [f"model.path={model_folder}", "corpus=local", f"corpus.path={text_folder}", fractions]
+    return tmp_path_factory.mktemp("work"), ["model=local", *source, *SMALL]
+
+
+def moepress(folder, *overrides, check=True):
+    command = [sys.executable, "-m", "moepress", *overrides]
+    done = subprocess.run(command, cwd=folder, env=ENV, capture_output=True, text=True, check=False)
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def artefacts(folder):
+    return {str(p.relative_to(folder / "results")) for p in (folder / "results").glob("*/*-????????????") if p.is_dir()}
+
+
+def test_one_experiment_and_its_neighbours(place):
+    folder, small = place
+    first = moepress(folder, *small, "tracking=offline")
+    report = Path(first.stdout.splitlines()[-1])
+    assert (folder / report / "index.html").is_file(), "the last line names the report folder"
+    with (folder / report / "runs.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["run"] for row in rows] == ["16bit", "qesc-pmq-2.5"]
+    assert float(rows[1]["bits_nominal"]) == 2.5 and float(rows[1]["selection_shift"]) > 0
+    assert rows[1]["checkpoint_bytes"] == str(
+        sum(p.stat().st_size for p in folder.glob("results/quantization/*/*.safetensors"))
+    )
+    assert list(folder.glob("results/wandb/wandb/offline-run-*")), "mirrored without a key"
+    assert not list(folder.glob("results/*/*.partial"))
+
+    # every folder is whole: configuration, provenance, hashes
+    for name in artefacts(folder):
+        stage, key = name.split("/")[0], name[-12:]
+        described = yaml.safe_load((folder / "results" / name / "config.yaml").read_text())
+        provenance = json.loads((folder / "results" / name / "provenance.json").read_text())
+        assert described["stage"] == provenance["stage"] == stage and described["key"] == provenance["key"] == key
+        assert provenance["files"] and provenance["seconds"] >= 0 and provenance["versions"]["moepress"]
+
+    # the same again computes nothing; Snakemake's own door agrees
+    before = artefacts(folder)
+    assert "everything is computed already" in moepress(folder, *small).stderr
+    line = " ".join(f"'{o}'" for o in small)
+    command = [sys.executable, "-m", "snakemake", "-s", str(ROOT / "Snakefile"), "--cores", "2", "-n"]
+    command += ["--config", f"experiments={json.dumps([line])}"]
+    dry = subprocess.run(command, cwd=folder, env=ENV, capture_output=True, text=True, check=True)
+    assert "Nothing to be done" in dry.stdout + dry.stderr
+
+    # a variant runs only its own stages
+    moepress(folder, *small, "quantization=gptq", "pruning=pesf", "pruning.alpha=0.7")
+    new = sorted(name.split("/")[0] for name in artefacts(folder) - before)
+    assert new == ["evaluation", "latency", "pruning", "quantization", "report"]
+
+
+def test_refused_before_anything_is_written(place, tmp_path):
+    _, small = place
+    for override, message in (
+        ("allocation.bitz=3", "keys of allocation"),
+        ("quantization.group_size=48", "does not divide the model's hidden_size=64"),
+        ("corpus.path=/nowhere", "corpus.path"),
+    ):
+        done = moepress(tmp_path, *small, override, check=False)
+        assert done.returncode != 0 and message in done.stdout + done.stderr
+        assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_errors_in_a_stage_are_one_line(place):
+    folder, small = place
+    done = moepress(folder, *small, "calibration.num_sequences=10000", check=False)
+    assert done.returncode != 0 and "Traceback" not in done.stdout + done.stderr
+    assert "moepress: calibration.num_sequences=10000" in done.stdout + done.stderr
+    done = moepress(folder, *small, "allocation.bits=1", check=False)
+    assert "allocation.bits=1: no allocation meets it with allocation.keep=[2, 3]; averages from 1.75 to 3.25" in (
+        done.stdout + done.stderr
+    )
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_stopped_and_started_again(place, how, tmp_path):
+    """Stopped in the middle of quantization: whole folders or none, and afterwards the bytes of an undisturbed run."""
+    folder, small = place
+    settings = [*small, "allocation=uniform", "allocation.bits=2", "quantization=qesc"]
+    task = next(iter_tasks(folder, settings))
+    out = tmp_path / "results" / "quantization" / Path(task).stem
+    (tmp_path / "results").mkdir()
+    for stage in ("model", "calibration", "allocation"):
+        (tmp_path / "results" / stage).symlink_to(folder / "results" / stage)
+    command = [sys.executable, "-m", "moepress.stages", task, str(out)]
+    running = subprocess.Popen(command, env=ENV, stderr=subprocess.DEVNULL, start_new_session=True)
+    state = out.with_name(f"{out.name}.partial") / "state.safetensors"
+    deadline = time.time() + 60
+    while not state.exists() and running.poll() is None and time.time() < deadline:
+        time.sleep(0.002)
+    os.killpg(running.pid, how)
+    running.wait()
+    if not out.exists():  # on a fast machine it may have finished before the signal
+        assert state.exists()
+        subprocess.run(command, env=ENV, check=True, capture_output=True)
+    whole = folder / "results" / "quantization" / out.name
+    for path in whole.glob("*"):
+        if path.suffix in (".safetensors", ".json") and path.name not in ("provenance.json", "timing.json"):
+            assert path.read_bytes() == (out / path.name).read_bytes(), path.name
+
+
+def iter_tasks(folder, settings):
+    """The quantization task of an experiment that has been run undisturbed."""
+    report = moepress(folder, *settings).stdout.splitlines()[-1]
+    runs = yaml.safe_load((folder / report / "config.yaml").read_text())["config"]["runs"]
+    yield str(folder / "results" / "tasks" / f"{runs[-1]['artefacts']['quantization']}.yaml")
