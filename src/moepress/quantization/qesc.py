@@ -8,6 +8,7 @@ streams on. GPTQ is the same without the fit; RTN reads no text and has no strea
 Legend: N sequences, S positions, T = N * S tokens, H hidden size, E experts, K selected experts, L layers.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -42,7 +43,8 @@ class Recipe:
         how = grid.Search(self.clip_min, self.clip_steps, self.fit_rounds)
         if h_EII is None:
             return grid.rtn(w_EOI, bits, self.group_size, how)
-        return gptq(w_EOI, h_EII, bits, self.group_size, self.damping, how, self.block_size, factor)
+        block_size = math.gcd(self.block_size, self.group_size)
+        return gptq(w_EOI, h_EII, bits, self.group_size, self.damping, how, block_size, factor)
 
 
 @dataclass
