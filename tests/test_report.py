@@ -326,6 +326,7 @@ def test_few_runs(results, names):
     assert len(pd.read_csv(out / "runs.csv")) == len(names)
     assert (out / "figures/expert_use.png").is_file()
     assert (out / "figures/bits.png").is_file() == ("gptq-pmq-2.5" in names)
+    assert (out / "figures/pruning.png").is_file() == ("16bit-pesf-0.3" in names)
     assert (out / "index.html").is_file()
 
 
@@ -342,7 +343,8 @@ def test_best_is_best_only_outside_noise(results):
     assert [place.series for place in ranking] == ["GPTQ", "QESC", "RTN"]
     assert ranking[2].gap[0] == pytest.approx(0.1)
     text = " ".join(compare.summary(found))
-    assert "GPTQ is best" in text and "within the noise" in text
+    assert "GPTQ has the lowest perplexity" in text and "not to be told from QESC: within the noise" in text
+    assert "RTN is behind by 10.5" in text
 
 
 def test_scatter_between_seeds_is_noise(results):

@@ -119,16 +119,18 @@ def run_stage(task_file: Path, out: Path) -> None:
     task = Task(described["stage"], described["key"], described["config"], inputs, described["runtime"], partial)
     start = time.time()
     print(f"{task.stage} {task.name}: started", file=sys.stderr)
-    importlib.import_module(f"moepress.stages.{task.stage}").run(task)
+    stage = importlib.import_module(f"moepress.stages.{task.stage}")
+    startup = time.process_time()
+    stage.run(task)
     config = {"config": task.config, "inputs": described["inputs"], "stage": task.stage, "key": task.key}
     (partial / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=True, allow_unicode=True), encoding="utf-8")
-    write_json(partial / "provenance.json", provenance(task, start))
+    write_json(partial / "provenance.json", provenance(task, start, startup))
     partial.rename(out)
     print(f"{task.stage} {task.name}: done in {time.time() - start:.1f} s", file=sys.stderr)
 
 
-def provenance(task: Task, start: float) -> dict:
-    """Where a folder came from and what it cost."""
+def provenance(task: Task, start: float, startup: float) -> dict:
+    """Where a folder came from and what it cost. startup: CPU seconds spent before the stage began its work."""
     files = {}
     for path in sorted(p for p in task.out.rglob("*") if p.is_file()):
         with path.open("rb") as file:
@@ -141,6 +143,7 @@ def provenance(task: Task, start: float) -> dict:
         "git_commit": git_commit(),
         "start": datetime.fromtimestamp(start, UTC).isoformat(timespec="seconds"),
         "seconds": round(time.time() - start, 3),
+        "cpu_seconds": {"startup": round(startup, 3), "total": round(time.process_time(), 3)},
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "device": task.runtime["device"],
         "machine": {"system": platform.platform(), "cores": os.cpu_count()},

@@ -73,9 +73,13 @@ def percent(delta: float, error: float, sign: bool = True) -> str:
     """A difference of nll (nats) and its error as the change of perplexity: `+1.2 % ± 0.3`."""
     ratio = np.exp(delta)
     error *= 100 * ratio
-    digits = 1 if not error > 0 else int(np.clip(-np.floor(np.log10(error)), 1, 3))
-    value = f"{100 * (ratio - 1):{'+' if sign else ''}.{digits}f}\u00a0%"
-    return value if np.isnan(error) else f"{value} ±\u00a0{error:.{digits}f}"
+    value = f"{100 * (ratio - 1):{'+' if sign else ''}.{digits(error)}f}\u00a0%"
+    return value if np.isnan(error) else f"{value} ±\u00a0{error:.{digits(error)}f}"
+
+
+def digits(error: float) -> int:
+    """Digits behind the point of a percentage with this standard error: 1 to 3."""
+    return int(np.clip(-np.floor(np.log10(error)), 1, 3)) if error > 0 else 1
 
 
 def summary(runs: list[Run]) -> list[str]:
@@ -105,19 +109,22 @@ def _size(target: str, ranking: list[Place], runs: list[Run]) -> str:
     smaller = ""
     if reference := reference_of(best.runs[0], runs):
         smaller = f", {reference.checkpoint_bytes / best.runs[0].checkpoint_bytes:.1f}× smaller"
-    head = f"At {target} ({mebibytes(best.runs[0].checkpoint_bytes)}{smaller})"
     cost = percent(*best.delta)
     if best.runs[0].domains[1]:
-        cost += f", {percent(*best.out_delta)} out of domain"
+        cost += f" ({percent(*best.out_delta)} out of domain)"
+    text = f"At {target} ({mebibytes(best.runs[0].checkpoint_bytes)}{smaller}) "
+    tied, behind = ([place for place in ranking[1:] if place.is_tied == is_tied] for is_tied in (True, False))
     if len(ranking) == 1:
-        return f"{head} {best.series} changes perplexity by {cost}."
-    second = ranking[1]
-    gap = percent(*second.gap, sign=False)
-    text = f"{head} {best.series} is best, perplexity {cost}; {second.series} is behind by {gap}, "
-    if np.isnan(second.gap[1]):
-        text += "with too few blocks to tell whether that is noise"
+        return f"{text}{best.series} changes perplexity by {cost}."
+    if tied:
+        names = " and ".join(filter(None, [", ".join(place.series for place in tied[:-1]), tied[-1].series]))
+        noise = "too few blocks to know the noise" if np.isnan(tied[0].gap[1]) else "within the noise of the test text"
+        text += f"{best.series} has the lowest perplexity, {cost}, but is not to be told from {names}: {noise}"
     else:
-        text += "within the noise of the test text" if second.is_tied else "more than the noise of the test text"
+        text += f"{best.series} is best, perplexity {cost}"
+    if behind:
+        gap = percent(*behind[0].gap, sign=False)
+        text += f"; {behind[0].series} is behind by {gap}, more than the noise of the test text"
     outside = [place for place in ranking[1:] if place.out_gap[0] < -SURE * place.out_gap[1]]
     if outside:
         ahead = min(outside, key=lambda place: place.out_gap[0])
@@ -148,8 +155,7 @@ def _shifts(runs: list[Run]) -> list[str]:
 def _pruned(runs: list[Run]) -> list[str]:
     found = []
     for run in runs:
-        twins = [r for r in runs if not r.is_pruned and r.series == run.series.replace(f" + {run.pruning_label}", "")]
-        same = [r for r in twins if r.target == run.target and r.seed == run.seed]
+        same = [r for r in runs if not r.is_pruned and r.unpruned == run.unpruned and r.seed == run.seed]
         if run.is_pruned and same:
             cost = percent(*increase([run], same, run.domains[0]))
             active = run.shape.top_k * run.metrics["active_slots"]

@@ -26,9 +26,15 @@ FIGURES = {
         lines.quality,
         "Quality against size",
         "Lower and further left is better. Each line is one method, its points are the sizes; colours tell the "
-        "quantization method, dashes and diamonds a mixed-precision allocation, hollow marks pruning. Several domains "
-        "are joined by the geometric mean. The dashed level is the 16-bit model. Bars are one standard error of the "
-        "difference to that level on the same blocks of text: how sure the distance is, not how hard the text.",
+        "quantization method, dashes and diamonds a mixed-precision allocation. Several domains are joined by the "
+        "geometric mean. The dashed level is the 16-bit model. Bars are one standard error of the difference to that "
+        "level on the same blocks of text: how sure the distance is, not how hard the text.",
+    ),
+    "pruning": Entry(
+        lines.pruning,
+        "Quality against computed experts",
+        "Pruning leaves the size as it is and computes fewer experts: lower and further left is better. Bars are one "
+        "standard error of the difference to the 16-bit model on the same blocks of text.",
     ),
     "selection_shift": Entry(
         lines.selection_shift,

@@ -17,7 +17,9 @@ LEADER = {"arrowstyle": "-", "linewidth": 0.6, "alpha": 0.6, "shrinkA": 1, "shri
 
 def quality(runs: list[Run]) -> Drawn:
     """Perplexity against the checkpoint's size; a panel for the domains of the corpus and one for those out of it."""
-    points = [point for run in runs for point in _quality_points(run, runs)]
+    points = [point for run in runs if not run.is_pruned for point in _quality_points(run, runs)]
+    if not points:
+        return None
     data = pd.DataFrame(points)
     shown = data[~data["is_reference"]]
     if shown.empty:
@@ -70,6 +72,39 @@ def quality(runs: list[Run]) -> Drawn:
         figure.draw_without_rendering()
         for axis, ends in named:
             _label_ends(axis, ends)
+    return figure, data
+
+
+def pruning(runs: list[Run]) -> Drawn:
+    """Perplexity against the experts that are computed for each token, a line for each checkpoint that is pruned."""
+    found = []
+    for base in runs:
+        pruned = [run for run in runs if run.is_pruned and run.unpruned == base.unpruned and run.seed == base.seed]
+        for run in [base, *pruned] if pruned and not base.is_pruned else ():
+            row = {"checkpoint": base.title, "pruning": run.pruning_label or "none"}
+            row["experts_per_token"] = run.shape.top_k * run.metrics["active_slots"]
+            found += [row | point for point in _quality_points(run, runs)]
+    if not found:
+        return None
+    data = pd.DataFrame(found)
+    texts = list(dict.fromkeys(data["text"]))
+    figure, axes = plt.subplots(1, len(texts), figsize=(5.6 * len(texts), 4), squeeze=False)
+    styles = series_styles(runs) | {"16 bit": {"color": MUTED}}
+    for axis, text in zip(axes[0], texts, strict=True):
+        for (title, _), rows in data[data["text"] == text].groupby(["checkpoint", "seed"], sort=False):
+            colour = styles[rows["series"].iloc[0]]["color"]
+            rows = rows.sort_values("experts_per_token")
+            x, y = rows["experts_per_token"], rows["ppl"]
+            axis.errorbar(x, y, rows["paired_stderr"], color=colour, marker="o", capsize=3, elinewidth=1.2, label=title)
+            for label, *place in zip(rows["pruning"], x, y, strict=True):
+                words = "nothing pruned" if label == "none" else label
+                axis.annotate(words, place, (7, 6), textcoords="offset points", color=colour, fontsize=9.5)
+        axis.margins(x=0.2, y=0.15)
+        axis.set(title=f"Perplexity, {text}", xlabel="experts computed for each token")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(
+        handles, [shorten(name, 44) for name in labels], loc="outside lower center", ncols=min(3, len(labels))
+    )
     return figure, data
 
 
@@ -149,10 +184,9 @@ def selection_shift(runs: list[Run]) -> Drawn:
             style = {**style, "linewidth": 1.1} if style["markerfacecolor"] == "white" else style
             axis.plot(rows["layer"], 100 * rows["selection_shift"], **style)
         axis.set(title=target, xlabel="layer")
-        axis.set_ylim(bottom=0)
         _whole_numbers(axis, rows["layer"])
-    next(iter(panels.values())).set_ylabel("changed selections (%)")
-    _legend(figure, {series: styles[series] for series in dict.fromkeys(data["series"])})
+    _shifts_axis(panels)
+    _legend(figure, {series: style for series, style in styles.items() if series in set(data["series"])})
     return figure, data
 
 
@@ -207,9 +241,8 @@ def router_fit(runs: list[Run]) -> Drawn:
         axis.plot(rows["layer"], before, color=MUTED, linestyle=(0, (4, 1.5)), markerfacecolor="white", **dots)
         axis.plot(rows["layer"], after, color=colour, **dots)
         axis.set(title=f"{shorten(title)}\n{before.mean():.1f} % before, {after.mean():.1f} % after", xlabel="layer")
-        axis.set_ylim(bottom=0)
         _whole_numbers(axis, rows["layer"])
-    next(iter(panels.values())).set_ylabel("changed selections (%)")
+    _shifts_axis(panels)
     handles = [
         plt.Line2D([], [], color=MUTED, linestyle=(0, (4, 1.5)), label="router as it was"),
         plt.Line2D([], [], color=colour, label="router fitted"),
@@ -227,6 +260,13 @@ def _grid(names: list[str], width: float, height: float):
     for axis in axes.flat[len(names) :]:
         axis.set_visible(False)
     return figure, dict(zip(names, axes.flat, strict=False))
+
+
+def _shifts_axis(panels: dict) -> None:
+    """After all is drawn: the panels share one axis, and its upper end stays where it is once the lower is set."""
+    first = next(iter(panels.values()))
+    first.set_ylim(bottom=0)
+    first.set_ylabel("changed selections (%)")
 
 
 def _whole_numbers(axis, values) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from moepress.report.compare import marks, mebibytes, percent
+from moepress.report.compare import digits, marks, mebibytes, percent
 from moepress.report.reading import Run, reference_of
 
 MARKS = {"best": "★", "tied": "≈", "": ""}
@@ -58,9 +58,7 @@ def _cells(run: Run, row: pd.Series, runs: list[Run]) -> dict[str, Cell]:
     reference = reference_of(run, runs)
     compressed = not run.is_reference
     smaller = f"{reference.checkpoint_bytes / run.checkpoint_bytes:.1f}× smaller" if reference and compressed else ""
-    shift = (
-        (f"{100 * row['selection_shift']:.1f}\u00a0%", _error(row["selection_shift_stderr"])) if compressed else NOTHING
-    )
+    shift = _share(row["selection_shift"], row["selection_shift_stderr"]) if compressed else NOTHING
     took = "" if np.isnan(row["quantize_seconds"]) else seconds(row["quantize_seconds"])
     return {
         "method": (run.series, run.name),
@@ -70,8 +68,8 @@ def _cells(run: Run, row: pd.Series, runs: list[Run]) -> dict[str, Cell]:
         "size": (mebibytes(run.checkpoint_bytes), smaller),
         "changed selections": shift,
         "experts per token": (f"{row['activated_experts']:.2f}", ""),
-        "prefill": (f"{row['speedup_prefill']:.2f}×" if compressed else "1", f"{row['prefill_ms']:.3g} ms"),
-        "decode": (f"{row['speedup_decode']:.2f}×" if compressed else "1", f"{row['decode_ms']:.3g} ms"),
+        "prefill": (f"{row['speedup_prefill']:.2f}×" if compressed else "1", milliseconds(row["prefill_ms"])),
+        "decode": (f"{row['speedup_decode']:.2f}×" if compressed else "1", milliseconds(row["decode_ms"])),
         "quantized in": (took, ""),
     }
 
@@ -109,20 +107,26 @@ def _flat(text: str) -> str:
     return " ".join(str(text).split())
 
 
-def _number(value: float, digits: int = 4) -> str:
+def _number(value: float, significant: int = 4) -> str:
     """A few significant digits without an exponent below a million: 36.31, 1204."""
     if np.isnan(value):
         return ""
-    decimals = max(0, digits - 1 - int(np.floor(np.log10(max(value, 1e-9)))))
-    return f"{value:.{digits}g}" if value >= 1e6 else f"{value:.{decimals}f}"
+    decimals = max(0, significant - 1 - int(np.floor(np.log10(max(value, 1e-9)))))
+    return f"{value:.{significant}g}" if value >= 1e6 else f"{value:.{decimals}f}"
 
 
 def _change(row: pd.Series, column: str) -> str:
     return "" if np.isnan(row[column]) else percent(row[column], row[f"{column}_stderr"])
 
 
-def _error(value: float) -> str:
-    return "" if value is None or np.isnan(value) else f"± {100 * value:.1f}"
+def _share(value: float, error: float) -> Cell:
+    known = error is not None and not np.isnan(error)
+    places = digits(100 * error) if known else 1
+    return f"{100 * value:.{places}f}\u00a0%", f"±\u00a0{100 * error:.{places}f}" if known else ""
+
+
+def milliseconds(value: float) -> str:
+    return f"{value:.3g} ms" if value < 999.5 else f"{value / 1000:.3g} s"
 
 
 def seconds(value: float) -> str:

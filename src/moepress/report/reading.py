@@ -86,6 +86,11 @@ class Run:
         return f"{label(self.pruning['method'])}{alpha}" if self.is_pruned else ""
 
     @property
+    def unpruned(self) -> tuple[str, str]:
+        """Of the run that this one prunes, or of itself: series and target."""
+        return self.series.replace(f" + {self.pruning_label}", "") if self.is_pruned else self.series, self.target
+
+    @property
     def extras(self) -> list[str]:
         """Overrides that the name lists, without their groups and without the seed: `['group_size=64']`."""
         listed = [part for part in self.name.split(" ")[1:] if not part.startswith("seed=")]
