@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from moepress import schema
+from moepress.data import settings
 from moepress.models import families
 
 ROOT = next(p for p in (Path(__file__).parents[2], Path(__file__).parent) if (p / "conf").is_dir())
@@ -60,7 +61,8 @@ def validate(config: dict) -> dict:
     ok = re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", str(config["device"]))
     schema.check(bool(ok), "device", config["device"], "auto, cpu, cuda or cuda:N")
 
-    if config["corpus"]["kind"] == "local":
+    settings.check(config["corpus"])
+    if config["corpus"]["kind"] != "packages":
         from moepress.data import corpus  # imports pandas, which no other configuration needs
 
         config["corpus"]["fingerprint"] = corpus.fingerprint(config["corpus"])
@@ -71,7 +73,7 @@ def validate(config: dict) -> dict:
         if config["model"]["name"] == "local":
             config["model"]["name"] = Path(config["model"]["path"]).resolve().name
     elif config["model"]["kind"] == "tiny":
-        shape = families.shape_of({"model_type": "mixtral", **config["model"]["architecture"]}, "model.architecture")
+        shape = families.shape_of(config["model"]["architecture"], "model.architecture")
     if shape and config["quantization"]["method"] != "none":
         families.check_group_size(shape, config["quantization"]["group_size"])
     return config
@@ -100,7 +102,7 @@ def _leaves(value, path=""):
 
 
 def _first_lines(error: Exception) -> str:
-    lines = [line for line in str(error).splitlines() if not line.startswith(("    full_key", "    object_type"))]
+    lines = [line for line in str(error).splitlines() if not line.strip().startswith(("full_key", "object_type", "reference_type"))]
     return " ".join(line.strip() for line in lines[:4])
 
 

@@ -24,14 +24,48 @@ def parse_bytes(text: str | int) -> int:
 
 
 @dataclass
-class PackagesCorpus:
+class Overlap:
+    words: int
+    max_share: float | None
+
+
+@dataclass
+class Corpus:
+    """What every kind of corpus has; moepress.data.settings checks the ranges."""
+
     kind: str
-    name: str
+    max_characters: int | None
     seed: int
-    python: str
     fractions: dict[str, float]
-    overlap_words: int
-    overlap_share: float
+    overlap: Overlap
+
+
+@dataclass
+class PackagesCorpus(Corpus):
+    domains: list[str]
+    test_domains: list[str]
+    python: str
+
+
+@dataclass
+class LocalCorpus(Corpus):
+    path: str | None
+    field: str
+    min_documents: int
+    block_characters: int
+
+
+@dataclass
+class HubCorpus(Corpus):
+    id: str | None
+    name: str | None
+    revision: str | None
+    data_files: dict[str, str] | None
+    field: str
+    heading: str | None
+    splits: dict[str, str | None]
+    streaming: bool
+    max_documents: int | None
 
 
 @dataclass
@@ -223,7 +257,90 @@ class HubModel:
     revision: str
 
 
+@dataclass
+class TinyArchitecture:
+    """Some of MixtralConfig's names."""
+
+    model_type: str
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    num_local_experts: int
+    num_experts_per_tok: int
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+
+    def __post_init__(self):
+        check(self.model_type == "mixtral", "model.architecture.model_type", self.model_type, "mixtral")
+        for name, value in vars(self).items():
+            check(
+                isinstance(value, str) or value >= (name != "tie_word_embeddings"),
+                f"model.architecture.{name}",
+                value,
+                "at least 1",
+            )
+        heads, groups = self.num_attention_heads, self.num_key_value_heads
+        ok = self.hidden_size % (2 * heads) == 0 and heads % groups == 0
+        expected = f"hidden_size={self.hidden_size} must be a multiple of twice it, and it of num_key_value_heads={groups}"
+        check(ok, "model.architecture.num_attention_heads", heads, expected)
+        ok = self.num_experts_per_tok <= self.num_local_experts
+        key = "model.architecture.num_experts_per_tok"
+        check(ok, key, self.num_experts_per_tok, f"at most num_local_experts={self.num_local_experts}")
+
+
+@dataclass
+class TinyTokenizer:
+    vocab_size: int
+    characters: int
+
+    def __post_init__(self):
+        check(self.vocab_size >= 300, "model.tokenizer.vocab_size", self.vocab_size, "at least 300: the bytes and some more")
+
+
+@dataclass
+class TinyTraining:
+    steps: int
+    batch_size: int
+    seq_len: int
+    muon_lr: float
+    adam_lr: float
+    momentum: float
+    betas: list[float]
+    weight_decay: float
+    warmup: int
+    decay: float
+    balance: float
+    z_loss: float
+    save_seconds: float
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "seq_len", "warmup"):
+            check(getattr(self, name) >= 1, f"model.training.{name}", getattr(self, name), "at least 1")
+        check(0 < self.decay <= 1, "model.training.decay", self.decay, "above 0 and at most 1")
+
+
+@dataclass
+class TinyHeldOut:
+    seq_len: int
+    num_sequences: int
+
+
+@dataclass
+class TinyModel:
+    kind: str
+    name: str
+    seed: int
+    architecture: TinyArchitecture
+    tokenizer: TinyTokenizer
+    training: TinyTraining
+    held_out: TinyHeldOut
+
+
 SCHEMA = {
+    "corpus": {"packages": PackagesCorpus, "local": LocalCorpus, "hub": HubCorpus},
+    "model": {"tiny": TinyModel, "local": LocalModel, "hub": HubModel},
     "calibration": Calibration,
     "statistics": Statistics,
     "allocation": {"uniform": Uniform, "pmq": PMQ},

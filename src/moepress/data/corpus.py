@@ -11,7 +11,6 @@ Whole documents go to one split; equal texts are kept once; a calibration or tes
 
 import hashlib
 import json
-import platform
 import re
 from collections import Counter
 from pathlib import Path
@@ -19,9 +18,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from moepress.data import packages, textfiles
+from moepress.data import packages, settings, textfiles
+from moepress.data.settings import SPLITS
 
-SPLITS = ("train", "calibration", "test")
 COLUMNS = ("domain", "split", "document", "text")
 
 
@@ -31,7 +30,7 @@ def build(config: dict, out: Path, cache: Path) -> dict:
     `config` is the resolved group `corpus`; `cache` keeps what is downloaded. Raises ValueError, naming the config key
     or file, for text that is missing, damaged, unreadable, or too little to split.
     """
-    _check(config)
+    settings.check(config)
     table, sources = {"packages": _packages, "local": _local, "hub": _hub}[config["kind"]](config, cache)
     table["text"] = [_clean(text) for text in table["text"]]
     num_read = len(table)
@@ -85,26 +84,6 @@ def fingerprint(config: dict) -> str | None:
         root = Path(config["id"])
         return textfiles.fingerprint(sorted(file for file in root.rglob("*") if file.is_file()), root)
     return None
-
-
-def _check(config: dict) -> None:
-    fractions = config["fractions"]
-    if set(fractions) != set(SPLITS) or min(fractions.values()) <= 0 or abs(sum(fractions.values()) - 1) > 1e-6:
-        raise ValueError(f"corpus.fractions={fractions}: give a share above 0 for {', '.join(SPLITS)}, 1 in all.")
-    share = config["overlap"]["max_share"]
-    if config["overlap"]["words"] < 1 or (share is not None and not 0 <= share <= 1):
-        raise ValueError(f"corpus.overlap={config['overlap']}: words is 1 or more, max_share in [0, 1] or null.")
-    if config["kind"] == "packages":
-        unknown = sorted({*config["domains"], *config["test_domains"]} - set(packages.DOMAINS))
-        if unknown:
-            raise ValueError(f"corpus.domains has no {', '.join(unknown)}: there are {', '.join(packages.DOMAINS)}.")
-        if config["python"] != platform.python_version():
-            raise ValueError(
-                f"corpus.python={config['python']}, but this is Python {platform.python_version()}: the text of the "
-                "domain python follows the interpreter, so leave the key at its default."
-            )
-    if config["kind"] == "hub" and not set(config["splits"]) <= set(SPLITS):
-        raise ValueError(f"corpus.splits={config['splits']}: its keys are {', '.join(SPLITS)}.")
 
 
 def _clean(text: str) -> str:

@@ -39,8 +39,8 @@ FIGURES = {
     "selection_shift": Entry(
         lines.selection_shift,
         "Selection shift by layer",
-        "Share of expert selections on the test text that differ from those of the 16-bit model, before any pruning. "
-        "Lower is better; errors of early layers reach the later ones.",
+        "Share of expert selections on the test text that differ from those of the 16-bit model: what the routers "
+        "choose, before a pruning policy drops any of it. Lower is better; errors of early layers reach the later ones.",
     ),
     "router_fit": Entry(
         lines.router_fit,

@@ -97,14 +97,12 @@ def pruning(runs: list[Run]) -> Drawn:
             x, y = rows["experts_per_token"], rows["ppl"]
             axis.errorbar(x, y, rows["paired_stderr"], color=colour, marker="o", capsize=3, elinewidth=1.2, label=title)
             for label, *place in zip(rows["pruning"], x, y, strict=True):
-                words = "nothing pruned" if label == "none" else label
+                words = "unpruned" if label == "none" else label
                 axis.annotate(words, place, (7, 6), textcoords="offset points", color=colour, fontsize=9.5)
-        axis.margins(x=0.2, y=0.15)
+        axis.margins(x=0.25, y=0.15)
         axis.set(title=f"Perplexity, {text}", xlabel="experts computed for each token")
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(
-        handles, [shorten(name, 44) for name in labels], loc="outside lower center", ncols=min(3, len(labels))
-    )
+    figure.legend(handles, [shorten(name, 44) for name in labels], loc="outside lower center", ncols=min(3, len(labels)))
     return figure, data
 
 

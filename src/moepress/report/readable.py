@@ -14,7 +14,7 @@ LEGEND = (
     "away. Percentages below a perplexity are its change from 16 bits. ± is one standard error over blocks of test "
     "text; those of changes are paired with the same blocks at 16 bits, and say nothing about another calibration "
     "sample. Size counts everything in the checkpoint's weight files; bits on disk are that size per weight. Prefill "
-    "and decode: how many times as fast as at 16 bits, and milliseconds of one prefill and of one decoded token."
+    "and decode: how many times as fast as at 16 bits, and the time of one prefill and of one decoded token."
 )
 
 
@@ -92,9 +92,7 @@ def markdown(name: str, caption: str, sentences: list[str], found: list[Group]) 
     for group in found:
         for row in group.rows:
             lines.append(
-                _pipes(
-                    [MARKS[row.mark], *(f"{cell} ({small})" if small else cell for cell, small in row.cells.values())]
-                )
+                _pipes([MARKS[row.mark], *(f"{cell} ({small})" if small else cell for cell, small in row.cells.values())])
             )
     return "\n".join([*lines, "", LEGEND, ""])
 

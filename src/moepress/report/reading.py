@@ -44,9 +44,7 @@ class Run:
         """One of the run's JSON files; ValueError naming it where it is missing."""
         path = self.folder(stage) / name
         if not path.is_file():
-            raise ValueError(
-                f"{path}: not there, but the report's run {self.name!r} needs it; run its stage {stage} again"
-            )
+            raise ValueError(f"{path}: not there, but the report's run {self.name!r} needs it; run its stage {stage} again")
         return read_json(path)
 
     @property
@@ -149,9 +147,7 @@ class Run:
         """The 16-bit model's own folder."""
         folder = families.locate(self.folder("model"))
         if not list(folder.glob("*.safetensors")):
-            raise ValueError(
-                f"{folder}: no *.safetensors there any more, but the run {self.name!r} is measured against it"
-            )
+            raise ValueError(f"{folder}: no *.safetensors there any more, but the run {self.name!r} is measured against it")
         return folder
 
     @cached_property
