@@ -293,18 +293,18 @@ def test_unequal_text_is_refused(results):
     metrics = json.loads(path.read_text())
     metrics["domains"]["code"]["tokens_sha256"] = "another"
     path.write_text(json.dumps(metrics))
-    with pytest.raises(ValueError, match="'16bit' and 'gptq-2'.*different text of code"):
+    with pytest.raises(ValueError, match=r"'16bit' and 'gptq-2'.*different text of code"):
         results.report(runs)
     del metrics["domains"]["code"]
     path.write_text(json.dumps(metrics))
-    with pytest.raises(ValueError, match="'16bit' and 'gptq-2'.*code"):
+    with pytest.raises(ValueError, match=r"'16bit' and 'gptq-2'.*code"):
         results.report(runs)
 
 
 def test_missing_artefact_is_named(results):
     runs = [results.run("16bit"), results.run("rtn-2")]
     (results.root / runs[1]["artefacts"]["latency"] / "latency.json").unlink()
-    with pytest.raises(ValueError, match="latency.json.*'rtn-2'.*stage latency"):
+    with pytest.raises(ValueError, match=r"latency\.json.*'rtn-2'.*stage latency"):
         results.report(runs)
 
 

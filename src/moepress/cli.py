@@ -43,7 +43,7 @@ def run(plan: planning.Plan, overrides: list[str]) -> int:
     cores = resolve([o for o in overrides if not o.startswith("study=")])["cores"] or os.cpu_count()
     experiments = json.dumps([" ".join(map(shlex.quote, overrides))])
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--cores", str(cores)]
-    command += ["--config", f"experiments={experiments}", "--rerun-incomplete", "--quiet", "host", "rules", "reason"]
+    command += ["--config", f"experiments={experiments}", "--quiet", "host", "rules", "reason"]
     return subprocess.run(command, check=False).returncode
 
 

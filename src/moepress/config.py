@@ -102,7 +102,8 @@ def _leaves(value, path=""):
 
 
 def _first_lines(error: Exception) -> str:
-    lines = [line for line in str(error).splitlines() if not line.strip().startswith(("full_key", "object_type", "reference_type"))]
+    noise = ("full_key", "object_type", "reference_type")
+    lines = [line for line in str(error).splitlines() if not line.strip().startswith(noise)]
     return " ".join(line.strip() for line in lines[:4])
 
 
