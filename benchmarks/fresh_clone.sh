@@ -6,7 +6,7 @@ source=$(cd "$(dirname "$0")/.." && pwd)
 clone=${1:-$(mktemp -d)}/moepress
 git clone --quiet "$source" "$clone"
 cd "$clone"
-time_of() { local start=$EPOCHREALTIME; "$@" >>"$clone.log" 2>&1; echo "$(echo "$EPOCHREALTIME - $start" | bc) s: $*"; }
+time_of() { SECONDS=0; "$@" >>"$clone.log" 2>&1; echo "$SECONDS s: $*"; }
 time_of make install
 time_of make run
 time_of make run

@@ -1,0 +1,66 @@
+"""The project's own promises: pins with reasons, one set for pip and conda, formatted and linted, imports that point down."""
+
+import ast
+import re
+import tomllib
+
+import yaml
+
+from moepress.config import ROOT
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def test_every_dependency_is_pinned_and_has_its_reason():
+    text = (ROOT / "pyproject.toml").read_text()
+    dependencies = PROJECT["project"]["dependencies"] + PROJECT["project"]["optional-dependencies"]["dev"]
+    assert "torch==2.13.0" in dependencies
+    for dependency in dependencies:
+        assert re.fullmatch(r"[\w-]+==[\w.]+", dependency), dependency
+        assert re.search(rf'"{re.escape(dependency)}", +# .{{10,}}', text), f"{dependency} has no reason beside it"
+
+
+def test_every_dependency_is_used():
+    code = "\n".join(path.read_text() for folder in ("src", "workflow") for path in (ROOT / folder).rglob("*.*[yk]"))
+    modules = {"hydra-core": "hydra", "pyyaml": "yaml", "pyarrow": "to_parquet"}
+    for dependency in PROJECT["project"]["dependencies"]:
+        name = dependency.split("==")[0]
+        assert re.search(rf"\b{modules.get(name, name)}\b", code), f"nothing uses {name}"
+
+
+def test_conda_takes_the_same_set():
+    conda = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    assert conda[-1]["pip"] == ["torch==2.13.0", "-e .[dev]"]
+
+
+LAYERS = ["schema", "data", "models", "config", "dag", "artefacts", "plan"]
+MATH = ["allocation", "quantization/grid", "quantization/gptq", "quantization/router", "quantization/packing", "pruning/pesf"]
+
+
+def imports(path):
+    """The moepress modules that a file imports anywhere in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("moepress"):
+            yield from ([f"{node.module}.{n.name}" for n in node.names] if node.module == "moepress" else [node.module])
+
+
+def test_imports_point_one_way():
+    source = ROOT / "src" / "moepress"
+    for name in MATH:
+        for found in imports(source / f"{name}.py"):
+            allowed = ("moepress.quantization.packing", "moepress.quantization.size", "moepress.quantization.grid")
+            assert found.startswith((*allowed, "moepress.quantization")), f"{name} imports {found}"
+    for path in source.rglob("*.py"):
+        relative = path.relative_to(source)
+        if relative.parts[0] not in ("stages", "cli.py", "__main__.py"):
+            for found in imports(path):
+                assert not found.startswith("moepress.stages"), f"{relative} imports {found}"
+    for path in (source / "stages").glob("*.py"):
+        for found in imports(path):
+            assert found not in ("moepress.plan", "moepress.dag"), f"{path.name} imports {found}: a stage knows no DAG"
+
+
+def test_only_families_knows_architectures():
+    for path in (ROOT / "src").rglob("*.py"):
+        if path.name not in ("families.py", "tiny.py", "schema.py"):
+            assert not re.search(r"mixtral|block_sparse_moe|\bw1\b", path.read_text(), re.IGNORECASE), path
