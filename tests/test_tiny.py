@@ -196,6 +196,23 @@ def test_orthogonal(shape):
     assert torch.nn.functional.cosine_similarity(update.flatten(), (u @ v).flatten(), dim=0) > 0.95
 
 
+def test_pieces_side_by_side_give_the_gradients_of_the_whole(trained, monkeypatch):
+    """Each thread has its own routers' outputs; only the balance loss, which is over a piece, may differ."""
+    monkeypatch.setattr(tiny, "has_bfloat16", lambda: False)
+    config = small(balance=0.0)
+    model = tiny.build(config["architecture"], AutoTokenizer.from_pretrained(trained[0]))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    sequences, found = torch.randint(0, 320, (9, 33)), []
+    for num_pieces in (1, 2, 3):
+        with tiny.pieces_pool(num_pieces) as pool:
+            loss, _ = tiny.backward(model, sequences, config["training"], pool, num_pieces)
+        found.append([torch.tensor(loss), *(parameter.grad.clone() for parameter in model.parameters())])
+    for whole, *pieces in zip(*found, strict=True):
+        for other in pieces:
+            torch.testing.assert_close(other, whole, rtol=1e-3, atol=1e-6)
+
+
 def test_balance_loss():
     torch.manual_seed(0)
     even, crowded = torch.randn(4000, 8), torch.randn(4000, 8) + torch.tensor([3.0, 3.0] + [0.0] * 6)

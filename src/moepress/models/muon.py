@@ -3,6 +3,8 @@
 torch.optim.Muon takes 2-D parameters only; experts are 3-D, and a fused gate and up projection is two matrices.
 """
 
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 
 
@@ -26,31 +28,33 @@ class Optimizer:
         steps, warmup = self.training["steps"], self.training["warmup"]
         return min(1.0, (step + 1) / warmup, (steps - step) / (self.training["decay"] * steps))
 
-    @torch.no_grad()
-    def step(self, step: int) -> float:
+    def step(self, step: int, pool: ThreadPoolExecutor) -> float:
         """Update all parameters from their gradients, clear these, return the schedule's factor."""
-        training, scale = self.training, self.schedule(step)
-        for name, p in self.parameters.items():
-            m = self.state[f"{name}.m"]
-            if self.is_muon(name):
-                m.lerp_(p.grad, 1 - training["momentum"])
-                direction = p.grad.lerp(m, training["momentum"])
-                rows = 2 if "gate_up" in name else 1
-                update = torch.cat([orthogonal(part) for part in direction.chunk(rows, dim=-2)], dim=-2)
-                update *= max(1.0, update.shape[-2] / rows / update.shape[-1]) ** 0.5
-                rate = scale * training["muon_lr"]
-                p.mul_(1 - rate * training["weight_decay"])
-            else:
-                beta1, beta2 = training["betas"]
-                v = self.state[f"{name}.v"]
-                m.lerp_(p.grad, 1 - beta1)
-                v.lerp_(p.grad.square(), 1 - beta2)
-                unbiased = v.div(1 - beta2 ** (step + 1)).sqrt_().add_(1e-10)
-                update = m.div(1 - beta1 ** (step + 1)).div_(unbiased)
-                rate = scale * training["adam_lr"]
-            p.sub_(update, alpha=rate)
-            p.grad = None
+        scale = self.schedule(step)
+        list(pool.map(lambda name: self.update(name, step, scale), self.parameters))
         return scale
+
+    @torch.no_grad()
+    def update(self, name: str, step: int, scale: float) -> None:
+        training, p, m = self.training, self.parameters[name], self.state[f"{name}.m"]
+        if self.is_muon(name):
+            m.lerp_(p.grad, 1 - training["momentum"])
+            direction = p.grad.lerp(m, training["momentum"])
+            rows = 2 if "gate_up" in name else 1
+            update = torch.cat([orthogonal(part) for part in direction.chunk(rows, dim=-2)], dim=-2)
+            update *= max(1.0, update.shape[-2] / rows / update.shape[-1]) ** 0.5
+            rate = scale * training["muon_lr"]
+            p.mul_(1 - rate * training["weight_decay"])
+        else:
+            beta1, beta2 = training["betas"]
+            v = self.state[f"{name}.v"]
+            m.lerp_(p.grad, 1 - beta1)
+            v.lerp_(p.grad.square(), 1 - beta2)
+            unbiased = v.div(1 - beta2 ** (step + 1)).sqrt_().add_(1e-10)
+            update = m.div(1 - beta1 ** (step + 1)).div_(unbiased)
+            rate = scale * training["adam_lr"]
+        p.sub_(update, alpha=rate)
+        p.grad = None
 
 
 def orthogonal(matrices: torch.Tensor) -> torch.Tensor:

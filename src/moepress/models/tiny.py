@@ -15,6 +15,8 @@ import json
 import math
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +35,8 @@ from moepress.models.muon import Optimizer
 
 STATE = "training_state.safetensors"
 END = "<|endoftext|>"
+NUM_PIECES = 2
+"""Of a batch that are computed side by side. It decides the order of sums, so it is not the number of cores at hand."""
 
 
 def train(config: dict, documents: Path, out: Path, progress: bool = True) -> dict:
@@ -54,14 +58,15 @@ def train(config: dict, documents: Path, out: Path, progress: bool = True) -> di
     num_done, steps = len(rows), training["steps"]
     bar = tqdm(range(num_done, steps), initial=num_done, total=steps, desc="train", unit="step", disable=not progress)
     saved = began = time.perf_counter()
-    for step in bar:
-        loss, balance = backward(model, batches[step], training)
-        scale = optimizer.step(step)
-        rows.append({"step": step, "loss": round(loss, 5), "balance": round(balance, 5), "lr": scale * training["muon_lr"]})
-        bar.set_postfix(loss=f"{np.mean([row['loss'] for row in rows[-20:]]):.3f}", balance=f"{balance:.3f}")
-        if time.perf_counter() - saved > training["save_seconds"]:
-            save_state(out, config, model, optimizer, rows)
-            saved = time.perf_counter()
+    with pieces_pool() as pool:
+        for step in bar:
+            loss, balance = backward(model, batches[step], training, pool)
+            scale = optimizer.step(step, pool)
+            rows.append({"step": step, "loss": round(loss, 5), "balance": round(balance, 5), "lr": scale * training["muon_lr"]})
+            bar.set_postfix(loss=f"{np.mean([row['loss'] for row in rows[-20:]]):.3f}", balance=f"{balance:.3f}")
+            if time.perf_counter() - saved > training["save_seconds"]:
+                save_state(out, config, model, optimizer, rows)
+                saved = time.perf_counter()
     seconds = time.perf_counter() - began
     pd.DataFrame(rows).to_csv(out / "training.csv", index=False)
     model = model.to(torch.bfloat16).eval()
@@ -178,16 +183,43 @@ def sorted_experts(module, hidden_TH, top_k_index_TK, top_k_weights_TK):
 ALL_EXPERTS_FUNCTIONS.register("moepress_sorted", sorted_experts)
 
 
-def backward(model, sequences: torch.Tensor, training: dict) -> tuple[float, float]:
-    """Gradients of one batch `[B, S + 1]`. Returns the cross-entropy in nats and the balance loss (1 is even)."""
-    inputs, targets = sequences[:, :-1], sequences[:, 1:]
-    with torch.autocast("cpu", torch.bfloat16, enabled=has_bfloat16()):
-        output = model.model(inputs, output_router_logits=True, use_cache=False)
-    loss = CrossEntropy.apply(output.last_hidden_state.flatten(0, 1), model.lm_head.weight, targets.flatten())
-    balance = torch.stack([balance_loss(logits, model.config.num_experts_per_tok) for logits in output.router_logits]).mean()
-    z_loss = torch.stack([logits.float().logsumexp(-1).square().mean() for logits in output.router_logits]).mean()
-    (loss + training["balance"] * balance + training["z_loss"] * z_loss).backward()
-    return loss.item(), balance.item()
+@contextmanager
+def pieces_pool(num_pieces: int = NUM_PIECES):
+    """A thread for each piece of a batch, with one core each: nearly twice as fast on two cores as two threads within each
+    small operation."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(num_pieces) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(threads)
+
+
+def backward(model, sequences: torch.Tensor, training: dict, pool, num_pieces: int = NUM_PIECES) -> tuple[float, float]:
+    """Gradients of one batch `[B, S + 1]`, in pieces side by side, summed in their order.
+
+    Returns the cross-entropy in nats and the balance loss (1 is even).
+    """
+    parameters = list(model.parameters())
+
+    def piece(part: torch.Tensor):
+        inputs, targets = part[:, :-1], part[:, 1:]
+        with torch.autocast("cpu", torch.bfloat16, enabled=has_bfloat16()):
+            output = model.model(inputs, output_router_logits=True, use_cache=False)
+            loss = CrossEntropy.apply(output.last_hidden_state.flatten(0, 1), model.lm_head.weight, targets.flatten())
+        routers, top_k = output.router_logits, model.config.num_experts_per_tok
+        balance = torch.stack([balance_loss(logits, top_k) for logits in routers]).mean()
+        z_loss = torch.stack([logits.float().logsumexp(-1).square().mean() for logits in routers]).mean()
+        total = loss + training["balance"] * balance + training["z_loss"] * z_loss
+        share = len(part) / len(sequences)
+        gradients = torch.autograd.grad(total * share, parameters)
+        return loss.item() * share, balance.item() * share, gradients
+
+    losses, balances, gradients = zip(*pool.map(piece, sequences.chunk(num_pieces)), strict=True)
+    for parameter, *parts in zip(parameters, *gradients, strict=True):
+        parameter.grad = sum(parts[1:], start=parts[0])
+    return sum(losses), sum(balances)
 
 
 def has_bfloat16() -> bool:
