@@ -223,12 +223,6 @@ def test_balance_loss():
     assert (crowded.grad.sum(0)[:2] > 0).all() and (crowded.grad.sum(0)[2:] < 0).all()
 
 
-def test_mutual_information():
-    assert tiny.mutual_information(np.full((4, 8), 1.0)) == pytest.approx(0, abs=1e-12)
-    assert tiny.mutual_information(np.eye(8)) == pytest.approx(3)
-    assert tiny.mutual_information(np.array([[1.0, 0], [1, 0], [0, 2], [0, 0]])) == pytest.approx(1)
-
-
 def test_batches_cover_the_text_once_an_epoch():
     sequences = torch.arange(23)[:, None]
     batches = tiny.Batches(sequences, 5, seed=3)

@@ -39,12 +39,3 @@ def layer_statistics(
         },
     }
     return found, residual + block_output(stream.module(layer, "moe"), m)
-
-
-def mutual_information(selections_by_domain: dict[str, list[float]]) -> float:
-    """Mutual information in bits of domain and selected expert, every domain counted alike."""
-    counts_DE = torch.tensor(list(selections_by_domain.values()))
-    joint = counts_DE / counts_DE.sum(1, keepdim=True).clamp(min=1) / counts_DE.shape[0]
-    outer = joint.sum(1, keepdim=True) * joint.sum(0, keepdim=True)
-    seen = joint > 0
-    return float((joint[seen] * (joint[seen] / outer[seen]).log2()).sum())

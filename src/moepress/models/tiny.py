@@ -32,6 +32,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moepress.data import corpus
 from moepress.models.muon import Optimizer
+from moepress.models.specialisation import mutual_information
 
 STATE = "training_state.safetensors"
 END = "<|endoftext|>"
@@ -335,11 +336,3 @@ def specialisation(model, tokenizer, folder: Path, held_out: dict) -> dict:
             }
         )
     return {"held_out": quality, "layers": layers}
-
-
-def mutual_information(joint: np.ndarray) -> float:
-    """Bits that row and column of a table of counts or probabilities tell about each other."""
-    joint = joint / joint.sum()
-    independent = joint.sum(1, keepdims=True) * joint.sum(0)
-    seen = joint > 0
-    return float((joint[seen] * np.log2(joint[seen] / independent[seen])).sum())

@@ -7,8 +7,8 @@ import numpy as np
 import yaml
 
 from moepress.artefacts import read_config, read_json
+from moepress.models.specialisation import mutual_information
 from moepress.report.compare import mebibytes
-from moepress.report.heatmaps import mutual_information
 from moepress.report.readable import seconds
 from moepress.report.reading import Run
 

@@ -5,6 +5,7 @@ import pandas as pd
 from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
 
+from moepress.models.specialisation import mutual_information
 from moepress.report.reading import Run, label
 from moepress.report.style import INK, plt, shorten
 
@@ -109,14 +110,6 @@ def expert_use(runs: list[Run]) -> tuple[Figure, pd.DataFrame] | None:
         frame = _tidy(use_DLE[index], "share").assign(domain=domain, out_of_domain=domain in outside)
         frames.append(frame.assign(mutual_information=np.repeat(information, experts)))
     return figure, pd.concat(frames, ignore_index=True)
-
-
-def mutual_information(share_DE: np.ndarray) -> float:
-    """Mutual information in bits of domain and selected expert; `[domains, experts]` of shares, domains alike."""
-    joint = share_DE / share_DE.sum(1, keepdims=True) / len(share_DE)
-    apart = joint.sum(1, keepdims=True) * joint.sum(0, keepdims=True)
-    seen = joint > 0
-    return float(max(0.0, (joint[seen] * np.log2(joint[seen] / apart[seen])).sum()))
 
 
 def _mesh(axis, values: np.ndarray, **options):

@@ -8,9 +8,10 @@ from tqdm import tqdm
 from moepress.artefacts import Task, read_json, write_json
 from moepress.inference.checkpoint import pick_device
 from moepress.models.families import locate
+from moepress.models.specialisation import mutual_information
 from moepress.models.streaming import ModelStream, drop_state, load_state, save_state
 from moepress.quantization.qesc import Recipe
-from moepress.statistics import layer_statistics, mutual_information
+from moepress.statistics import layer_statistics
 
 
 @torch.inference_mode()
@@ -30,7 +31,7 @@ def run(task: Task) -> None:
     remaining = tqdm(total=stream.shape.num_layers, initial=start, desc=f"statistics {task.name}", unit="layer")
     for _, layer in stream.layers(start):
         statistics, x = layer_statistics(stream, layer, x, positions, recipe, widths, domain_of.tolist())
-        statistics["mutual_information"] = mutual_information(statistics["selections_by_domain"])
+        statistics["mutual_information"] = mutual_information(list(statistics["selections_by_domain"].values()))
         found.append(statistics)
         write_json(task.out / "layers.json", found)
         save_state(task.out, len(found), {"x": x})
