@@ -51,7 +51,7 @@ def test_errors_against_the_whole_block(layer, method):
 def test_counts_and_weights_against_loops(layer):
     stream, module, x, positions = layer
     found, x_next = layer_statistics(stream, module, x, positions, RECIPES["rtn"], [4], DOMAINS)
-    residual, m = stream.attend(module, x, positions)
+    _, m = stream.attend(module, x, positions)
     logits, weights, index = stream.route(module, m.flatten(0, 1))
     tokens, weight, softmax, by_domain = [0] * 4, [0.0] * 4, [0.0] * 4, {"a": [0] * 4, "b": [0] * 4}
     for t in range(len(index)):

@@ -30,7 +30,9 @@ def app(_) -> None:
     code = run(plan, overrides)
     if code:
         sys.exit(code)
-    if settings.mode == RunMode.RUN:
+    if any(override.startswith("study=") for override in overrides):
+        print((Path(plan.report) / "summary.md").read_text(encoding="utf-8"))
+    elif settings.mode == RunMode.RUN:
         print_row(Path(plan.report))
     print(plan.report)
 
