@@ -67,12 +67,3 @@ def test_cost_is_the_papers():
 def test_shares_add_up(total, layers):
     shares = allocation.shares(total, layers)
     assert sum(shares) == pytest.approx(np.floor(total + 1e-9)) and max(shares) - min(shares) <= 1
-
-
-def test_budgets_that_cannot_be_met_say_which_can():
-    bits = {"bits": 1.0, "budget": None, "keep": [2, 3]}
-    with pytest.raises(ValueError, match=r"allocation\.bits=1: .* from 1\.375 to 3\.625 can be met"):
-        allocation.check_budget(bits, 8, 11, 29, 0, 8)
-    size = {"bits": 1.0, "budget": "1KiB"}
-    with pytest.raises(ValueError, match=r"allocation\.budget=1KiB: .* from 2\.00MiB"):
-        allocation.check_budget(size, 1024, 2**20, 2**22, 2**20, 8)

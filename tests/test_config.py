@@ -34,6 +34,7 @@ def test_values_are_plain_and_resolved():
         (["allocation=uniform", "allocation.bits=2.5"], r"allocation\.bits=2\.5.*allocation=pmq"),
         (["allocation.widths=[2,5]"], r"allocation\.widths=\[2, 5\].*\[1, 2, 3, 4, 8\]"),
         (["allocation.budget=lots"], r"allocation\.budget='lots'.*12GiB"),
+        (["allocation.bits=1"], r"allocation\.bits=1: .*keep=\[2, 3\]; averages from 1\.375 to 3\.625 can be met"),
         (["quantization.group_size=100"], r"quantization\.group_size=100: a multiple of 8"),
         (["quantization.group_size=96"], r"quantization\.group_size=96 does not divide.*take one of"),
         (["quantization.damping=-1"], r"quantization\.damping=-1"),
@@ -68,6 +69,13 @@ def test_models_that_cannot_be_used(tmp_path, model_folder):
     refused("no weights")
     (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
     refused(r"only pickles \(pytorch_model\.bin\), which are never loaded")
+
+
+def test_budgets_in_bytes_say_what_can_be_met(model_folder):
+    local = ["model=local", f"model.path={model_folder}", "quantization.group_size=32"]
+    with pytest.raises(ValueError, match=r"allocation\.budget=1KiB: no allocation fits; this model takes from 0\.\d+MiB"):
+        config.resolve([*local, "allocation.budget=1KiB"])
+    assert config.resolve([*local, "allocation.budget=1MiB"])["allocation"]["budget"] == "1MiB"
 
 
 def test_keys_follow_what_a_stage_reads():

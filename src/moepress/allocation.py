@@ -12,6 +12,8 @@ from itertools import pairwise
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
+from moepress.quantization.size import feasible_range
+
 
 @dataclass
 class Solution:
@@ -55,33 +57,6 @@ def solve(cost_EJ: np.ndarray, widths: list[int], sizes: list[float], budget: fl
     chosen = found.x.reshape(E, J).argmax(1)
     bits = [widths[j] for j in chosen]
     return Solution(bits, found.fun * scale, found.mip_dual_bound * scale, float(found.mip_gap), seconds)
-
-
-def feasible_range(num_experts: int, widths: list[int], sizes: list[float], keep: list[int]) -> tuple[float, float]:
-    """Smallest and largest total size that `num_experts` experts can take."""
-    size = dict(zip(widths, sizes, strict=True))
-    if len(keep) > num_experts:
-        raise ValueError(f"allocation.keep={list(keep)} asks for {len(keep)} experts, a layer has {num_experts}")
-    kept, rest = sum(size[w] for w in keep), num_experts - len(keep)
-    return kept + rest * min(sizes), kept + rest * max(sizes)
-
-
-def check_budget(config: dict, total: float, low: float, high: float, outside: int, num_experts: int) -> None:
-    """ValueError where no allocation meets the budget of the whole model, naming those that can be met.
-
-    total, low, high: of all experts, in bytes where config["budget"] is set, else in bits. outside: bytes of the rest.
-    """
-    if config["budget"] is not None and total < low:
-        raise ValueError(
-            f"allocation.budget={config['budget']}: no allocation fits; this model takes from {(low + outside) / 2**20:.2f}MiB "
-            f"(every expert as narrow as allowed) to {(high + outside) / 2**20:.2f}MiB"
-        )
-    if config["budget"] is None and not low - 1e-9 <= total <= high + 1e-9:
-        kept = f" with allocation.keep={config['keep']}" if config.get("keep") else ""
-        raise ValueError(
-            f"allocation.bits={config['bits']:g}: no allocation meets it{kept}; averages from {low / num_experts:g} to "
-            f"{high / num_experts:g} can be met"
-        )
 
 
 def shares(total: float, num_layers: int, unit: float = 1.0) -> list[float]:

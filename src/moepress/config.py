@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from moepress import schema
 from moepress.data import settings
 from moepress.models import families
+from moepress.quantization import size
 
 ROOT = next(p for p in (Path(__file__).parents[2], Path(__file__).parent) if (p / "conf").is_dir())
 """The folder with conf/, workflow/ and the Snakefile: the checkout, or the installed package."""
@@ -74,8 +75,13 @@ def validate(config: dict) -> dict:
             config["model"]["name"] = Path(config["model"]["path"]).resolve().name
     elif config["model"]["kind"] == "tiny":
         shape = families.shape_of(config["model"]["architecture"], "model.architecture")
-    if shape and config["quantization"]["method"] != "none":
-        families.check_group_size(shape, config["quantization"]["group_size"])
+    quantization, allocation = config["quantization"], config["allocation"]
+    if shape and quantization["method"] != "none":
+        families.check_group_size(shape, quantization["group_size"])
+        is_local = config["model"]["kind"] == "local"
+        if is_local or allocation["budget"] is None:  # how large the small model will be is known when it is trained
+            tensors = size.tensor_shapes(Path(config["model"]["path"])) if is_local else {}
+            size.plan_budget(allocation, shape, tensors, quantization["attention_bits"], quantization["group_size"])
     return config
 
 

@@ -26,14 +26,15 @@ def mirror(report: Path, mode: str, project: str) -> list[dict]:
     described = read_config(report)
     with (report / "runs.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
+    images = {f"figures/{path.stem}": wandb.Image(str(path)) for path in sorted((report / "figures").glob("*.png"))}
     sent = []
     for row, run in zip(tqdm(rows, desc="wandb", unit="run"), described["runs"], strict=True):
         keys = json.loads(row.pop("keys"))
         with start(wandb, results, mode, project, described["name"], run, keys) as tracked:
             tracked.summary.update({name: number(value) for name, value in row.items() if value != ""})
             log_layers(tracked, results, run)
+            tracked.log(images)
             sent.append({"id": tracked.id, "name": run["run"]})
-    images = {path.stem: wandb.Image(str(path)) for path in sorted((report / "figures").glob("*.png"))}
     overview = {"run": described["name"], "artefacts": {"report": f"report/{report.name}"}}
     with start(wandb, results, mode, project, described["name"], overview, {"report": report.name[-12:]}) as tracked:
         table = pd.read_csv(report / "runs.csv").drop(columns="keys")

@@ -6,7 +6,6 @@ from moepress import allocation
 from moepress.artefacts import Task, read_json, write_json
 from moepress.models.families import locate, read_shape
 from moepress.quantization import size
-from moepress.schema import WIDTHS, parse_bytes
 
 
 def run(task: Task) -> None:
@@ -15,16 +14,12 @@ def run(task: Task) -> None:
     folder = locate(task.inputs["model"])
     shape = read_shape(folder, "model")
     tensors = size.tensor_shapes(folder)
-    outside = size.bytes_outside_experts(shape, tensors, quantization.get("attention_bits"), group_size)
-    num_experts = shape.num_layers * shape.num_experts
-    in_bytes = config["budget"] is not None
-    sizes = {w: size.expert_bytes(shape, w, group_size) if in_bytes else w for w in config.get("widths", WIDTHS)}
-    total = parse_bytes(config["budget"]) - outside if in_bytes else config["bits"] * num_experts
-    keep = config.get("keep", [])
-    low, high = allocation.feasible_range(shape.num_experts, list(sizes), list(sizes.values()), keep)
-    allocation.check_budget(config, total, low * shape.num_layers, high * shape.num_layers, outside, num_experts)
+    attention_bits = quantization.get("attention_bits")
+    outside = size.bytes_outside_experts(shape, tensors, attention_bits, group_size)
+    sizes, total = size.plan_budget(config, shape, tensors, attention_bits, group_size)
 
     if config["method"] == "uniform":
+        num_experts = shape.num_layers * shape.num_experts
         fitting = [width for width, one in sizes.items() if one * num_experts <= total]
         bits, solutions = [[max(fitting)] * shape.num_experts] * shape.num_layers, []
     else:
