@@ -22,7 +22,7 @@ from pathlib import Path
 
 import yaml
 
-from moepress.config import ROOT
+from moepress.config import ROOT, hardware
 from moepress.dag import Artefact, everything
 
 PACKAGES = (
@@ -145,7 +145,7 @@ def provenance(task: Task, start: float, startup: float) -> dict:
         "seconds": round(time.time() - start, 3),
         "cpu_seconds": {"startup": round(startup, 3), "total": round(time.process_time(), 3)},
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "device": task.runtime["device"],
+        "device": hardware(task.runtime["device"]),
         "machine": {"system": platform.platform(), "cores": os.cpu_count()},
         "versions": {"python": platform.python_version(), **versions()},
         "inputs": {role: str(folder.name) for role, folder in task.inputs.items()},
@@ -172,7 +172,10 @@ def git_commit() -> str | None:
 
 
 def write_json(path: Path, value) -> None:
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    """Write through a rename, so that a kill leaves the old file or the new one."""
+    beside = path.with_name(f".{path.name}.new")
+    beside.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    beside.replace(path)
 
 
 def read_json(path: Path):

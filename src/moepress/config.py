@@ -132,10 +132,15 @@ def _known_keys(overrides) -> str:
     return ""
 
 
+def uses_gpu(device: str) -> bool:
+    """Whether stages will run on a GPU, found without importing torch."""
+    return device.startswith("cuda") or (device == "auto" and shutil.which("nvidia-smi") is not None)
+
+
 @cache
 def hardware(device: str = "auto") -> str:
     """Name of the machine part that latency is measured on, found without importing torch."""
-    if device != "cpu" and shutil.which("nvidia-smi"):
+    if uses_gpu(device) and shutil.which("nvidia-smi"):
         query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
         names = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split("\n")
         if names[0].strip():

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moepress.artefacts import write_tasks
+from moepress.config import uses_gpu
 from moepress.dag import (
     Artefact,
     Experiment,
@@ -70,7 +71,7 @@ def make(name: str, caption: str, experiments: list[Experiment]) -> Plan:
     tracking = first["tracking"]
     if tracking["mode"] != "disabled":
         targets.append(f"{results}/tracking/{tracking['mode']}/{report.id}.json")
-    gpus = int(first["device"].startswith("cuda"))
+    gpus = int(uses_gpu(first["device"]))
     return Plan(str(results), artefacts, targets[0], targets, gpus, tracking["project"])
 
 

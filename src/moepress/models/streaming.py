@@ -175,4 +175,5 @@ def load_state(folder: Path) -> tuple[int, dict[str, torch.Tensor]]:
 
 
 def drop_state(folder: Path) -> None:
-    (folder / "state.safetensors").unlink(missing_ok=True)
+    for name in ("state.safetensors", "state.safetensors.new"):
+        (folder / name).unlink(missing_ok=True)

@@ -62,27 +62,30 @@ def _product(size: list[int]) -> int:
     return total
 
 
-def tensor_shapes(folder: Path) -> dict[str, list[int]]:
-    """Name -> shape of every tensor in a folder's safetensors files, from their headers alone.
+def read_header(path: Path) -> dict[str, dict]:
+    """A safetensors file's tensors, name -> `{dtype, shape, data_offsets}`, without reading them.
 
-    Raises ValueError naming a file that is too short for what its header says.
+    Raises ValueError naming a file whose size is not what its header says.
     """
-    found = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            try:
-                header = json.loads(file.read(length)) if length <= path.stat().st_size else None
-            except ValueError:
-                header = None
-        if header is None:
-            raise ValueError(f"{path}: not a whole safetensors file (its header cannot be read); fetch it again")
-        header.pop("__metadata__", None)
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        if 8 + length + end != path.stat().st_size:
-            raise ValueError(f"{path}: {path.stat().st_size} bytes, its header says {8 + length + end}; fetch it again")
-        found.update({name: entry["shape"] for name, entry in header.items()})
-    return found
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        try:
+            header = json.loads(file.read(length)) if length <= path.stat().st_size else None
+        except ValueError:
+            header = None
+    if header is None:
+        raise ValueError(f"{path}: not a whole safetensors file (its header cannot be read); fetch it again")
+    header.pop("__metadata__", None)
+    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if 8 + length + end != path.stat().st_size:
+        raise ValueError(f"{path}: {path.stat().st_size} bytes, its header says {8 + length + end}; fetch it again")
+    return header
+
+
+def tensor_shapes(folder: Path) -> dict[str, list[int]]:
+    """Name -> shape of every tensor in a folder's safetensors files."""
+    files = sorted(folder.glob("*.safetensors"))
+    return {name: entry["shape"] for path in files for name, entry in read_header(path).items()}
 
 
 def feasible_range(num_experts: int, widths: list[int], sizes: list[float], keep: list[int]) -> tuple[float, float]:

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from moepress.inference.checkpoint import FORMAT_VERSION
 from moepress.models.streaming import ModelStream
-from moepress.quantization.size import num_weights, tensor_shapes
+from moepress.quantization.size import num_weights, read_header, tensor_shapes
 
 COPIED = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json")
 COPIED += ("merges.txt", "tokenizer.model", "chat_template.jinja", "added_tokens.json")
@@ -33,8 +33,7 @@ def finish(folder: Path, stream: ModelStream, group_size: int, modules: dict) ->
     where, total = {}, 0
     for index in range(num_layers + 1):
         path = folder / shard_name(index, num_layers)
-        header = json.loads(path.read_bytes()[8:][: int.from_bytes(path.read_bytes()[:8], "little")])
-        header.pop("__metadata__")
+        header = read_header(path)
         where.update(dict.fromkeys(header, path.name))
         total += max(entry["data_offsets"][1] for entry in header.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
@@ -54,7 +53,7 @@ def finish(folder: Path, stream: ModelStream, group_size: int, modules: dict) ->
 
 def size_on_disk(folder: Path, weights: int) -> dict:
     """Bytes of the weight files and bits per weight of the model, everything in them counted."""
-    total = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    total = sum(path.stat().st_size for path in folder.glob("model-*.safetensors"))
     return {"checkpoint_bytes": total, "bits_effective": 8 * total / weights}
 
 

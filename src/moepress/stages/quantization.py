@@ -43,11 +43,11 @@ def run(task: Task) -> None:
     starved = {layer["layer"]: layer["starved"] for layer in diagnostics if layer.get("starved")}
     if starved:
         print(f"experts with fewer calibration tokens than inputs, by layer (kept sound by the layer's curvature): {starved}")
-    (task.out / "layers.json").unlink()
-    drop_state(task.out)
     # Times differ from run to run, so they stay out of the files whose bytes must not.
     seconds = sum(layer.pop("seconds") for layer in diagnostics)
     write_json(task.out / "diagnostics.json", {"layers": diagnostics})
     size = writer.size_on_disk(task.out, writer.weights_of(stream.folder))
     write_json(task.out / "size.json", size)
     write_json(task.out / "timing.json", {"quantize_seconds": round(seconds, 3)})
+    drop_state(task.out)  # before what belongs to it, so that a kill between the two only costs time
+    (task.out / "layers.json").unlink()

@@ -36,6 +36,6 @@ def run(task: Task) -> None:
         write_json(task.out / "layers.json", found)
         save_state(task.out, len(found), {"x": x})
         remaining.update()
-    drop_state(task.out)
-    (task.out / "layers.json").unlink()
     write_json(task.out / "statistics.json", {"widths": widths, "num_tokens": tokens.numel(), "layers": found})
+    drop_state(task.out)  # before what belongs to it, so that a kill between the two only costs time
+    (task.out / "layers.json").unlink()
