@@ -34,10 +34,11 @@ class Plan:
 
     @property
     def shell_prefix(self) -> str:
-        """Lets the jobs' `python` be this one where the shell would find another: an environment that is not activated."""
-        if Path(shutil.which("python") or "") == Path(sys.executable).with_name("python"):
-            return ""
-        return f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH; "
+        """Fails a job where its stage fails, whatever `tee` says; and lets `python` be this one where the shell would find
+        another: an environment that is not activated."""
+        here = Path(sys.executable)
+        is_found = Path(shutil.which("python") or "") == here.with_name("python")
+        return "set -euo pipefail; " + ("" if is_found else f"export PATH={shlex.quote(str(here.parent))}:$PATH; ")
 
     def task(self, stage: str):
         """Snakemake input: the task file of a stage's job. Ancient, as all inputs here: a change is another key."""

@@ -26,19 +26,18 @@ def mirror(report: Path, mode: str, project: str) -> list[dict]:
     described = read_config(report)
     with (report / "runs.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    images = {f"figures/{path.stem}": wandb.Image(str(path)) for path in sorted((report / "figures").glob("*.png"))}
     sent = []
     for row, run in zip(tqdm(rows, desc="wandb", unit="run"), described["runs"], strict=True):
         keys = json.loads(row.pop("keys"))
         with start(wandb, results, mode, project, described["name"], run, keys) as tracked:
             tracked.summary.update({name: number(value) for name, value in row.items() if value != ""})
             log_layers(tracked, results, run)
-            tracked.log(images)
+            tracked.log(figures(wandb, report))
             sent.append({"id": tracked.id, "name": run["run"]})
     overview = {"run": described["name"], "artefacts": {"report": f"report/{report.name}"}}
     with start(wandb, results, mode, project, described["name"], overview, {"report": report.name[-12:]}) as tracked:
         table = pd.read_csv(report / "runs.csv").drop(columns="keys")
-        tracked.log({"runs": wandb.Table(dataframe=table), **images})
+        tracked.log({"runs": wandb.Table(dataframe=table), **figures(wandb, report)})
         sent.append({"id": tracked.id, "name": f"{described['name']} (table and figures)"})
     return sent
 
@@ -63,6 +62,11 @@ def start(wandb, results: Path, mode: str, project: str, study: str, run: dict, 
         )
     except wandb.Error as error:
         raise ValueError(f"tracking=online: W&B could not be reached ({error}); `wandb login`, or tracking=offline") from error
+
+
+def figures(wandb, report: Path) -> dict:
+    """The report's figures as media; an image belongs to one run, so each run gets its own."""
+    return {f"figures/{path.stem}": wandb.Image(str(path)) for path in sorted((report / "figures").glob("*.png"))}
 
 
 def log_layers(tracked, results: Path, run: dict) -> None:
