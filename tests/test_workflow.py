@@ -1,5 +1,6 @@
 """The real Snakefile and the real command on a small random model: keys, caching, stopping and starting."""
 
+import contextlib
 import csv
 import json
 import os
@@ -104,6 +105,25 @@ def test_errors_in_a_stage_are_one_line(place):
     done = moepress(folder, *small, "calibration.num_sequences=10000", check=False)
     assert done.returncode != 0 and "Traceback" not in done.stdout + done.stderr
     assert "moepress: calibration.num_sequences=10000" in done.stdout + done.stderr
+    assert "MissingOutput" not in done.stdout + done.stderr, "the stage's own exit code ends the job"
+
+
+def test_control_c_at_any_moment(place):
+    """The whole command stopped as a terminal does it; the folder is not left locked, and the next run goes on."""
+    folder, small = place
+    settings = [*small, "seed=7"]
+    for seconds in (1, 4, 9):
+        command = [sys.executable, "-m", "moepress", *settings]
+        running = subprocess.Popen(command, cwd=folder, env=ENV, stderr=subprocess.DEVNULL, start_new_session=True)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            running.wait(seconds)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(running.pid, signal.SIGINT)
+        running.wait(60)
+        for name in artefacts(folder):
+            assert (folder / "results" / name / "provenance.json").is_file(), f"{name} is not whole"
+    report = moepress(folder, *settings).stdout.splitlines()[-1]
+    assert (folder / report / "runs.csv").is_file()
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])

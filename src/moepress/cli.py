@@ -46,7 +46,12 @@ def run(plan: planning.Plan, overrides: list[str]) -> int:
     experiments = json.dumps([" ".join(map(shlex.quote, overrides))])
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--cores", str(cores)]
     command += ["--config", f"experiments={experiments}", "--quiet", "host", "rules", "reason"]
-    return subprocess.run(command, check=False).returncode
+    snakemake = subprocess.Popen(command)
+    while True:
+        try:
+            return snakemake.wait()
+        except KeyboardInterrupt:  # Snakemake got it too: it ends its jobs and unlocks the folder before it goes
+            print("moepress: stopping; the same command goes on from what is whole", file=sys.stderr)
 
 
 def print_row(report: Path) -> None:
