@@ -16,7 +16,7 @@ install: .venv/installed
 
 run: install
 	snakemake --cores $(CORES) --quiet host rules reason
-	@if [ ! results/workflow.html -nt results/report ]; then snakemake --cores $(CORES) --report results/workflow.html --quiet all; fi
+	@if [ ! results/workflow.html -nt results/report ]; then snakemake --report results/workflow.html --quiet all; fi
 	@for page in results/report/default-*/index.html; do echo "results: $$page"; done
 	@echo "workflow, with every job's cost: results/workflow.html"
 

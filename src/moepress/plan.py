@@ -57,6 +57,16 @@ class Plan:
         return folders
 
 
+def all_cores(workflow) -> int:
+    """Threads of a job that takes the whole machine; 1 where Snakemake was told no number (`--unlock`, `--report`)."""
+    from snakemake.exceptions import WorkflowError
+
+    try:
+        return workflow.cores or 1
+    except WorkflowError:
+        return 1
+
+
 def make(name: str, caption: str, experiments: list[Experiment]) -> Plan:
     """The plan of some experiments, with their task files written."""
     first = experiments[0].config

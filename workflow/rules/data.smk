@@ -22,7 +22,7 @@ rule model:
         f"{RESULTS}/logs/model/{{id}}.log",
     conda:
         "../../environment.yml"
-    threads: workflow.cores or 1
+    threads: ALL_CORES
     shell:
         RUN
 

@@ -26,7 +26,7 @@ rule latency:
         f"{RESULTS}/logs/latency/{{id}}.log",
     conda:
         "../../environment.yml"
-    threads: workflow.cores or 1
+    threads: ALL_CORES
     resources:
         gpu=PLAN.gpus,
     shell:
