@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
-from conftest import write_model
 from safetensors.torch import load_file, save_file
 
+from conftest import write_model
 from moepress.inference.checkpoint import load
 from moepress.models.streaming import ModelStream
 from moepress.quantization import size, writer

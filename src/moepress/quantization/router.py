@@ -43,8 +43,9 @@ class RouterFit:
     def solve(self, ridge: float) -> torch.Tensor:
         """W' `[E, H]`. ridge: pull towards W, as a share of the mean curvature; an expert that is nobody's candidate stays."""
         diagonal = self.gram_EHH.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-12)
-        damp = ridge * diagonal[:, None, None] * torch.eye(self.gram_EHH.shape[-1], dtype=torch.float64)
-        step = torch.linalg.solve(self.gram_EHH + damp.to(self.gram_EHH), self.cross_EH.unsqueeze(-1)).squeeze(-1)
+        damped = self.gram_EHH.clone()
+        damped.diagonal(dim1=-2, dim2=-1).add_(ridge * diagonal[:, None])
+        step = torch.linalg.solve(damped, self.cross_EH.unsqueeze(-1)).squeeze(-1)
         return self.weight_EH + step
 
 
