@@ -1,6 +1,7 @@
 """resolve(): one way to a configuration, checked; keys that depend on what matters and on nothing else."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -105,6 +106,14 @@ def test_local_folders_are_known_by_content(tmp_path):
     keys = [key("corpus", "corpus=local", f"corpus.path={tmp_path / name}") for name in ("a", "b")]
     (tmp_path / "b" / "text.txt").write_text("other words")
     assert keys[0] == keys[1] != key("corpus", "corpus=local", f"corpus.path={tmp_path / 'b'}")
+
+
+def test_a_model_is_known_by_content_wherever_it_lies(model_folder, tmp_path):
+    shutil.copytree(model_folder, tmp_path / "renamed")
+    small = ["model=local", "quantization.group_size=32"]
+    assert key("quantization", *small, f"model.path={model_folder}") == key(
+        "quantization", *small, f"model.path={tmp_path / 'renamed'}"
+    )
 
 
 def test_the_default_study():

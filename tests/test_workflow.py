@@ -35,7 +35,7 @@ def place(tmp_path_factory, model_folder, text_folder):
     """A working folder, and the overrides of a small experiment in it."""
     fractions = "corpus.fractions={train: 0.6, calibration: 0.2, test: 0.2}"
     source = [f"model.path={model_folder}", "corpus=local", f"corpus.path={text_folder}", fractions]
-    return tmp_path_factory.mktemp("work"), ["model=local", *source, *SMALL]
+    return tmp_path_factory.mktemp("a place"), ["model=local", *source, *SMALL]
 
 
 def moepress(folder, *overrides, check=True):

@@ -138,8 +138,8 @@ STAGES: dict[str, Stage] = {
 }
 """The DAG: what each stage's key depends on. The report, which joins many experiments, is added by `report_artefact`."""
 
-NOT_IN_KEY = {"model": ("path",), "corpus": ("path",)}
-"""Where something lies is no part of what it is; its fingerprint is."""
+NOT_IN_KEY = {"model": ("path", "name"), "corpus": ("path",)}
+"""Where something lies and how it is called is no part of what it is; its fingerprint is."""
 
 
 def artefact(stage: str, config: dict) -> Artefact:

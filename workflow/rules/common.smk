@@ -4,7 +4,7 @@ from moepress.plan import all_cores, from_snakemake
 PLAN = from_snakemake(config)
 RESULTS = PLAN.results
 ALL_CORES = all_cores(workflow)
-RUN = "python -m moepress.stages {input.task} {output} 2>&1 | tee {log}"
+RUN = "python -m moepress.stages {input.task:q} {output:q} 2>&1 | tee {log:q}"
 
 shell.prefix(PLAN.shell_prefix)
 

@@ -30,4 +30,4 @@ rule tracking:
     params:
         project=PLAN.project,
     shell:
-        "python -m moepress.tracking {input.report} {output} {params.project} 2>&1 | tee {log}"
+        "python -m moepress.tracking {input.report:q} {output:q} {params.project:q} 2>&1 | tee {log:q}"

@@ -44,17 +44,22 @@ def token_blocks(tokenizer, separator: int, texts: list[str], seq_len: int) -> t
 
 
 def domain_blocks(
-    folder: Path, tokenizer, separator: int, split: str, seq_len: int, domains: list[str] | None, key: str
-) -> dict:
-    """Domain -> `(blocks [count, seq_len], bytes)` of a corpus folder's split, for the domains that have any text there."""
+    folder: Path, model: Path, split: str, seq_len: int, domains: list[str] | None, key: str
+) -> dict[str, tuple[np.ndarray, int]]:
+    """Domain -> `(blocks [count, seq_len], bytes)` of a corpus folder's split in the model's tokens.
+
+    domains: None for all that have text in the split. key: the configuration group to name in errors.
+    """
+    tokenizer = load_tokenizer(model)
+    separator = end_of_document(model, tokenizer)
     documents = corpus.read(folder, split)
     present = list(dict.fromkeys(documents["domain"]))
     unknown = sorted(set(domains or ()) - set(present))
     if unknown:
         raise ValueError(f"{key}.domains={domains}: the corpus has no {split} text of {unknown}; it has {present}")
+    texts = documents.groupby("domain")["text"]
     return {
-        domain: token_blocks(tokenizer, separator, documents.loc[documents["domain"] == domain, "text"].tolist(), seq_len)
-        for domain in domains or present
+        domain: token_blocks(tokenizer, separator, texts.get_group(domain).tolist(), seq_len) for domain in domains or present
     }
 
 

@@ -12,10 +12,8 @@ from moepress.models.families import locate
 def run(task: Task) -> None:
     config = task.config["calibration"]
     model = locate(task.inputs["model"])
-    tokenizer = sampling.load_tokenizer(model)
-    separator = sampling.end_of_document(model, tokenizer)
     found = sampling.domain_blocks(
-        task.inputs["corpus"], tokenizer, separator, "calibration", config["seq_len"], config["domains"], "calibration"
+        task.inputs["corpus"], model, "calibration", config["seq_len"], config["domains"], "calibration"
     )
     blocks = {domain: blocks for domain, (blocks, _) in found.items()}
     token_ids, origin = sampling.sample_calibration(blocks, config["num_sequences"], config["seed"])

@@ -18,11 +18,7 @@ from moepress.pruning.policy import attach, routers
 def run(task: Task) -> None:
     config = task.config["evaluation"]
     folder = locate(task.inputs["checkpoint"])
-    tokenizer = sampling.load_tokenizer(folder)
-    separator = sampling.end_of_document(folder, tokenizer)
-    found = sampling.domain_blocks(
-        task.inputs["corpus"], tokenizer, separator, "test", config["seq_len"], config["domains"], "evaluation"
-    )
+    found = sampling.domain_blocks(task.inputs["corpus"], folder, "test", config["seq_len"], config["domains"], "evaluation")
     texts = {domain: _some(*text, config["num_blocks"]) for domain, text in found.items()}
     empty = sorted(domain for domain, (blocks, _) in texts.items() if not len(blocks))
     if empty:

@@ -52,10 +52,8 @@ def run(task: Task) -> None:
 
 def real_prompts(task: Task, batch: int, length: int) -> torch.Tensor:
     """`[batch, length]` tokens of test text spread over the domains: expert use, and so pruning, depends on real text."""
-    folder = locate(task.inputs["model"])
-    tokenizer = sampling.load_tokenizer(folder)
-    separator = sampling.end_of_document(folder, tokenizer)
-    found = sampling.domain_blocks(task.inputs["corpus"], tokenizer, separator, "test", length, None, "latency")
+    model = locate(task.inputs["model"])
+    found = sampling.domain_blocks(task.inputs["corpus"], model, "test", length, None, "latency")
     blocks = np.concatenate([blocks for blocks, _ in found.values()])
     if len(blocks) < batch:
         raise ValueError(
