@@ -97,8 +97,9 @@ def pruning(runs: list[Run]) -> Drawn:
             x, y = rows["experts_per_token"], rows["ppl"]
             axis.errorbar(x, y, rows["paired_stderr"], color=colour, marker="o", capsize=3, elinewidth=1.2, label=title)
             for label, *place in zip(rows["pruning"], x, y, strict=True):
-                words = "unpruned" if label == "none" else label
-                axis.annotate(words, place, (7, 6), textcoords="offset points", color=colour, fontsize=9.5)
+                # above the pruned ones and below the other, which may lie close together
+                words, offset = ("unpruned", (7, -13)) if label == "none" else (label, (7, 7))
+                axis.annotate(words, place, offset, textcoords="offset points", color=colour, fontsize=9.5)
         axis.margins(x=0.25, y=0.15)
         axis.set(title=f"Perplexity, {text}", xlabel="experts computed for each token")
     handles, labels = axes[0, 0].get_legend_handles_labels()
