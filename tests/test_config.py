@@ -38,6 +38,7 @@ def test_values_are_plain_and_resolved():
         (["allocation.bits=1"], r"allocation\.bits=1: .*keep=\[2, 3\]; averages from 1\.375 to 3\.625 can be met"),
         (["quantization.group_size=100"], r"quantization\.group_size=100: a multiple of 8"),
         (["quantization.group_size=96"], r"quantization\.group_size=96 does not divide.*take one of"),
+        (["quantization=rtn", "statistics.quantizer=gptq"], r"statistics\.quantizer='gptq': quantization=rtn has no error"),
         (["quantization.damping=-1"], r"quantization\.damping=-1"),
         (["quantization.block_size=0"], r"quantization\.block_size=0: at least 1"),
         (["pruning=pesf", "pruning.alpha=-1"], r"pruning\.alpha=-1"),

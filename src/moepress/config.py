@@ -54,6 +54,10 @@ def validate(config: dict) -> dict:
     schema.check(isinstance(config["seed"], int), "seed", config["seed"], "a whole number")
     if config["statistics"]["quantizer"] == "auto":
         config["statistics"]["quantizer"] = "rtn" if config["quantization"]["method"] == "rtn" else "gptq"
+    fits = config["statistics"]["quantizer"] != "gptq" or config["quantization"]["method"] not in ("none", "rtn")
+    is_read = config["allocation"]["method"] != "uniform" and config["quantization"]["method"] != "none"
+    expected = f"quantization={config['quantization']['method']} has no error feedback; leave it auto"
+    schema.check(fits or not is_read, "statistics.quantizer", "gptq", expected)
     latency = config["latency"]
     latency["threads"] = os.cpu_count() if latency["threads"] == "auto" else latency["threads"]
     latency["hardware"] = hardware(config["device"]) if latency["hardware"] == "auto" else latency["hardware"]
