@@ -63,7 +63,7 @@ def validate(config: dict) -> dict:
     latency["hardware"] = hardware(config["device"]) if latency["hardware"] == "auto" else latency["hardware"]
     for group, classes in schema.SCHEMA.items():
         config[group] = _typed(group, classes, config[group])
-    ok = re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", str(config["device"]))
+    ok = re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(config["device"]))
     schema.check(bool(ok), "device", config["device"], "auto, cpu, cuda or cuda:N")
 
     settings.check(config["corpus"])
