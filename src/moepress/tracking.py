@@ -4,7 +4,6 @@ Runs after the report, as `python -m moepress.tracking REPORT OUT.json PROJECT`;
 A run's id is its experiment's key, so mirroring again updates it instead of adding another.
 """
 
-import csv
 import json
 import sys
 from pathlib import Path
@@ -16,7 +15,7 @@ from moepress.artefacts import read_config, write_json
 
 
 def mirror(report: Path, mode: str, project: str) -> list[dict]:
-    """Send every row of a report's runs.csv with its configuration, and the figures once, in W&B's `mode`.
+    """Send every row of a report's runs.csv with its configuration and the figures; the table goes into a run of its own.
 
     Returns each run's id and name. Raises ValueError where W&B cannot be reached or knows no key.
     """
@@ -24,19 +23,18 @@ def mirror(report: Path, mode: str, project: str) -> list[dict]:
 
     results = report.parent.parent
     described = read_config(report)
-    with (report / "runs.csv").open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    table = pd.read_csv(report / "runs.csv")
+    all_keys = table.pop("keys").map(json.loads)
+    rows = zip(table.to_dict("records"), all_keys, described["runs"], strict=True)
     sent = []
-    for row, run in zip(tqdm(rows, desc="wandb", unit="run"), described["runs"], strict=True):
-        keys = json.loads(row.pop("keys"))
+    for row, keys, run in tqdm(rows, total=len(table), desc="wandb", unit="run"):
         with start(wandb, results, mode, project, described["name"], run, keys) as tracked:
-            tracked.summary.update({name: number(value) for name, value in row.items() if value != ""})
+            tracked.summary.update({name: value for name, value in row.items() if pd.notna(value)})
             log_layers(tracked, results, run)
             tracked.log(figures(wandb, report))
             sent.append({"id": tracked.id, "name": run["run"]})
     overview = {"run": described["name"], "artefacts": {"report": f"report/{report.name}"}}
     with start(wandb, results, mode, project, described["name"], overview, {"report": report.name[-12:]}) as tracked:
-        table = pd.read_csv(report / "runs.csv").drop(columns="keys")
         tracked.log({"runs": wandb.Table(dataframe=table), **figures(wandb, report)})
         sent.append({"id": tracked.id, "name": f"{described['name']} (table and figures)"})
     return sent
@@ -77,14 +75,6 @@ def log_layers(tracked, results: Path, run: dict) -> None:
     for layer in diagnostics["layers"]:
         values = {f"layer/{name}": v for name, v in layer.items() if isinstance(v, float)}
         tracked.log({"layer": layer["layer"], **values})
-
-
-def number(text: str):
-    """A float where the text is one."""
-    try:
-        return float(text)
-    except ValueError:
-        return text
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from moepress.artefacts import read_config, read_json
+from moepress.artefacts import read_json
 from moepress.models import families
 from moepress.quantization import size
 
@@ -168,9 +168,6 @@ class Run:
         if self.is_quantized:
             return self.json("quantization", "size.json")["checkpoint_bytes"]
         return sum(path.stat().st_size for path in self.model.glob("*.safetensors"))
-
-    def stage_config(self, stage: str) -> dict:
-        return read_config(self.folder(stage))
 
     @cached_property
     def domains(self) -> tuple[list[str], list[str]]:
