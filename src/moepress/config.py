@@ -84,8 +84,8 @@ def validate(config: dict) -> dict:
         families.check_group_size(shape, quantization["group_size"])
         is_local = config["model"]["kind"] == "local"
         if is_local or allocation["budget"] is None:  # how large the small model will be is known when it is trained
-            tensors = size.tensor_shapes(Path(config["model"]["path"])) if is_local else {}
-            size.plan_budget(allocation, shape, tensors, quantization["attention_bits"], quantization["group_size"])
+            tensors = families.tensors(Path(config["model"]["path"])) if is_local else {}
+            size.plan_budget(allocation, shape, tensors, quantization)
     return config
 
 

@@ -108,6 +108,8 @@ def _corpus_label(c):
 
 _EXPERT_QUANTIZER = ("group_size", "clip_min", "clip_steps", "fit_rounds", "damping", "block_size")
 
+_SIZES = ("group_size", "attention_bits", "shared_bits")
+
 STAGES: dict[str, Stage] = {
     "corpus": Stage(1, ("corpus",), lambda c: {}, _corpus_label),
     "model": Stage(
@@ -117,23 +119,23 @@ STAGES: dict[str, Stage] = {
         lambda c: c["model"]["name"],
     ),
     "calibration": Stage(
-        1,
+        2,
         ("calibration",),
         lambda c: {"corpus": ("corpus", c), **_model(c)},
         lambda c: f"{c['calibration']['num_sequences']}x{c['calibration']['seq_len']}",
     ),
     "statistics": Stage(
-        1,
+        2,
         ("statistics", *(f"quantization.{name}" for name in _EXPERT_QUANTIZER)),
         lambda c: {**_model(c), "calibration": ("calibration", c)},
         lambda c: f"{c['model']['name']}-{c['statistics']['quantizer']}",
     ),
     "allocation": Stage(
-        1, ("allocation", "quantization.group_size", "quantization.attention_bits"), _allocation_inputs, _size_label
+        2, ("allocation", *(f"quantization.{name}" for name in _SIZES)), _allocation_inputs, _size_label
     ),
-    "quantization": Stage(1, ("quantization",), _quantization_inputs, _checkpoint_label),
+    "quantization": Stage(2, ("quantization",), _quantization_inputs, _checkpoint_label),
     "pruning": Stage(1, ("pruning",), _model, run_label),
-    "evaluation": Stage(1, ("evaluation",), _evaluation_inputs, run_label),
+    "evaluation": Stage(2, ("evaluation",), _evaluation_inputs, run_label),
     "latency": Stage(1, ("latency",), lambda c: {"corpus": ("corpus", c), **_checkpoint(c), **_model(c)}, run_label),
 }
 """The DAG: what each stage's key depends on. The report, which joins many experiments, is added by `report_artefact`."""

@@ -74,8 +74,11 @@ class Calibration:
     seq_len: int
     domains: list[str] | None
     seed: int
+    coverage: str
 
     def __post_init__(self):
+        modes = ("routed", "weighted", "all")
+        check(self.coverage in modes, "calibration.coverage", self.coverage, "one of routed, weighted, all")
         check(self.num_sequences >= 1, "calibration.num_sequences", self.num_sequences, "at least 1")
         check(self.seq_len >= 8, "calibration.seq_len", self.seq_len, "at least 8 tokens")
         check(self.domains is None or self.domains, "calibration.domains", self.domains, "null for all, or a list")
@@ -150,6 +153,7 @@ class RTN:
     method: str
     group_size: int
     attention_bits: int | None
+    shared_bits: int | None
     clip_min: float
     clip_steps: int
     fit_rounds: int
@@ -157,8 +161,9 @@ class RTN:
     def __post_init__(self):
         ok = self.group_size >= 8 and self.group_size % 8 == 0
         check(ok, "quantization.group_size", self.group_size, "a multiple of 8, at least 8")
-        ok = self.attention_bits is None or self.attention_bits in WIDTHS
-        check(ok, "quantization.attention_bits", self.attention_bits, f"null or one of {list(WIDTHS)}")
+        for name in ("attention_bits", "shared_bits"):
+            value = getattr(self, name)
+            check(value is None or value in WIDTHS, f"quantization.{name}", value, f"null or one of {list(WIDTHS)}")
         check(0 < self.clip_min <= 1, "quantization.clip_min", self.clip_min, "above 0 and at most 1")
         check(1 <= self.clip_steps <= 64, "quantization.clip_steps", self.clip_steps, "between 1 and 64")
         check(0 <= self.fit_rounds <= 100, "quantization.fit_rounds", self.fit_rounds, "between 0 and 100")

@@ -9,33 +9,49 @@ Legend: T tokens, E experts, K selected experts.
 import torch
 
 from moepress.models.streaming import ModelStream
-from moepress.quantization.qesc import ExpertInputs, Recipe, block_output, width_errors
+from moepress.models.streams import Streams
+from moepress.quantization.experts import ExpertInputs, Recipe, width_errors
 
 
 def layer_statistics(
-    stream: ModelStream, layer, x_NSH: torch.Tensor, positions, recipe: Recipe, widths: list[int], domains: list[str]
-) -> tuple[dict, torch.Tensor]:
-    """`(statistics, next x)` of one layer; domains: of each of the N sequences. Lists over experts:
+    stream: ModelStream,
+    index: int,
+    layer,
+    streams: Streams,
+    recipe: Recipe,
+    widths: list[int],
+    domains: list[str],
+    coverage: str,
+) -> dict | None:
+    """The statistics of layer `index`, None for a dense one; its output goes to `streams.next("x")`. domains: of each of the N
+    sequences. Lists over experts:
 
     tokens; frequency: share of tokens that select the expert (sums to K); weight: mean over all tokens of its routing weight
-    after top-k renormalisation; softmax_weight: the same before it; errors `[E, widths]`; selections_by_domain `{domain: [E]}`.
+    as the model uses it; softmax_weight: the same before top-k renormalisation; errors `[E, widths]`;
+    selections_by_domain `{domain: [E]}`.
     """
-    residual, m = stream.attend(layer, x_NSH, positions)
-    m_TH = m.flatten(0, 1)
-    logits_TE, weights_TK, index_TK = stream.route(layer, m_TH)
-    E, T = logits_TE.shape[1], len(m_TH)
-    weights_TE = torch.zeros(T, E, device=m.device).scatter_(1, index_TK, weights_TK.float())
-    selected_TE = torch.zeros(T, E, device=m.device).scatter_(1, index_TK, 1.0)
-    per_sequence_NE = selected_TE.view(*m.shape[:2], E).sum(1)
-    inputs = ExpertInputs(stream.module(layer, "experts"), m_TH, index_TK)
-    found = {
-        "tokens": inputs.num_tokens,
-        "frequency": selected_TE.mean(0).tolist(),
-        "weight": weights_TE.mean(0).tolist(),
-        "softmax_weight": (logits_TE.float().softmax(-1) * selected_TE).mean(0).tolist(),
-        "errors": width_errors(recipe, inputs, weights_TE, widths).tolist(),
-        "selections_by_domain": {
-            domain: per_sequence_NE[[d == domain for d in domains]].sum(0).tolist() for domain in dict.fromkeys(domains)
-        },
-    }
-    return found, residual + block_output(stream.module(layer, "moe"), m)
+    m = streams.scratch("m")
+    stream.attend(index, layer, streams["x"], streams.next("x"), m)
+    found = None
+    if index in stream.shape.moe_layers:
+        m_TH = m.flatten(0, 1)
+        routing = stream.route(layer, m)
+        T, E = routing.logits.shape
+        weights_TE = torch.zeros(T, E).scatter_(1, routing.indices, routing.weights)
+        selected_TE = torch.zeros(T, E).scatter_(1, routing.indices, 1.0)
+        per_sequence_NE = selected_TE.view(*m.shape[:2], E).sum(1)
+        experts = layer.get_submodule(stream.family.experts)
+        inputs = ExpertInputs(experts, m_TH, routing, coverage, stream.device)
+        found = {
+            "layer": index,
+            "tokens": inputs.num_tokens,
+            "frequency": selected_TE.mean(0).tolist(),
+            "weight": weights_TE.mean(0).tolist(),
+            "softmax_weight": (stream.scores(routing.logits) * selected_TE).mean(0).tolist(),
+            "errors": width_errors(recipe, inputs, weights_TE, widths).tolist(),
+            "selections_by_domain": {
+                domain: per_sequence_NE[[d == domain for d in domains]].sum(0).tolist() for domain in dict.fromkeys(domains)
+            },
+        }
+    stream.add_block(layer, streams.next("x"), m)
+    return found

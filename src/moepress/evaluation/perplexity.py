@@ -1,6 +1,6 @@
 """Perplexity by domain, the experts that were selected on the way, and how they differ from the 16-bit model's.
 
-Legend: N blocks, S positions, L layers, K selected experts, E experts, V vocabulary.
+Legend: N blocks, S positions, L MoE layers, K selected experts, E experts, V vocabulary.
 """
 
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from moepress.pruning.policy import routers
+from moepress.pruning.policy import experts_of
 
 
 @dataclass
@@ -22,16 +22,16 @@ class Measured:
 
 
 @dataclass
-class RouterTap:
-    """Records what routers select during forwards."""
+class SelectionTap:
+    """Records what reaches the experts during forwards."""
 
     selected: list[torch.Tensor] = field(default_factory=list)
 
     def watch(self, model) -> list:
-        def keep(_, __, output):
-            self.selected.append(output[2])
+        def keep(_, args):
+            self.selected.append(args[1])
 
-        return [router.register_forward_hook(keep) for router in routers(model)]
+        return [experts.register_forward_pre_hook(keep) for experts in experts_of(model)]
 
     def take(self) -> torch.Tensor:
         """What the last forward selected, `[L, T, K]`."""
@@ -41,9 +41,9 @@ class RouterTap:
 
 @torch.inference_mode()
 def measure(
-    model, num_experts: int, before: RouterTap, after: RouterTap, blocks_NS: np.ndarray, batch_size: int, progress
+    model, num_experts: int, before: SelectionTap, after: SelectionTap, blocks_NS: np.ndarray, batch_size: int, progress
 ) -> Measured:
-    """Run the blocks through the model. before, after: taps on its routers ahead of and behind the pruning hooks."""
+    """Run the blocks through the model. before, after: taps on its experts ahead of and behind the pruning hooks."""
     nll, selected, active, slots = [], [], 0, 0
     for start in range(0, len(blocks_NS), batch_size):
         ids_BS = torch.from_numpy(blocks_NS[start : start + batch_size]).to(model.device)

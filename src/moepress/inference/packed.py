@@ -6,6 +6,8 @@ Legend: T tokens, H hidden size, I intermediate size, E experts, K selected expe
 import torch
 from torch import nn
 
+from moepress.models.experts import Experts
+from moepress.models.families import group_of
 from moepress.quantization.packing import dequantize, unpack
 from moepress.quantization.size import packed_bytes, zero_width
 
@@ -15,6 +17,7 @@ class PackedMatrices(nn.Module):
 
     def __init__(self, bits: list[int], rows: int, columns: int, group_size: int, device=None):
         super().__init__()
+        group_size = group_of(columns, group_size)
         self.bits, self.rows, self.columns, self.group_size = list(bits), rows, columns, group_size
         groups = rows * columns // group_size
         code_sizes = [packed_bytes(rows * columns, b) for b in bits]
@@ -49,32 +52,18 @@ class PackedLinear(PackedMatrices):
         return nn.functional.linear(x, self.matrix(0, x.dtype), self.bias)
 
 
-class PackedExperts(nn.Module):
-    """Drop-in for a transformers experts module (3-D gate_up_proj and down_proj, gated activation)."""
+class PackedExperts(Experts):
+    """Routed experts whose weights stay packed, expert e in bits[e] bits; see `Experts` for `original`."""
 
-    def __init__(self, experts: nn.Module, bits: list[int], group_size: int):
-        super().__init__()
-        E, double, H = experts.gate_up_proj.shape
-        assert len(bits) == E, (len(bits), E)
-        device = experts.gate_up_proj.device
-        self.num_experts = E
-        self.act_fn = experts.act_fn
-        self.gate_up = PackedMatrices(bits, double, H, group_size, device)
-        self.down = PackedMatrices(bits, H, double // 2, group_size, device)
+    def __init__(self, original: nn.Module, bits: list[int], group_size: int, device=None):
+        super().__init__(original)
+        H, I = self.hidden_size, self.intermediate_size
+        assert len(bits) == self.num_experts, (len(bits), self.num_experts)
+        self.gate_up = PackedMatrices(bits, 2 * I, H, group_size, device)
+        self.down = PackedMatrices(bits, H, I, group_size, device)
 
-    def forward(self, hidden_TH, top_k_index_TK, top_k_weights_TK) -> torch.Tensor:
-        """Weighted sum of the selected experts' outputs `[T, H]`; index E means "no expert" and costs nothing."""
-        out_TH = torch.zeros_like(hidden_TH)
-        order = top_k_index_TK.reshape(-1).argsort(stable=True)
-        counts = torch.bincount(top_k_index_TK.reshape(-1), minlength=self.num_experts + 1).tolist()
-        tokens = order // top_k_index_TK.shape[1]
-        weights = top_k_weights_TK.reshape(-1)[order].to(hidden_TH.dtype)
-        start = 0
-        for e, count in enumerate(counts[: self.num_experts]):
-            if count:
-                rows = tokens[start : start + count]
-                gate, up = nn.functional.linear(hidden_TH[rows], self.gate_up.matrix(e, hidden_TH.dtype)).chunk(2, dim=-1)
-                y = nn.functional.linear(self.act_fn(gate) * up, self.down.matrix(e, hidden_TH.dtype))
-                out_TH.index_add_(0, rows, y * weights[start : start + count, None])
-            start += count
-        return out_TH
+    def gate_up_matrix(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
+        return self.gate_up.matrix(expert, dtype)
+
+    def down_matrix(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
+        return self.down.matrix(expert, dtype)

@@ -1,55 +1,173 @@
 """The only file that knows architectures: what a model's config.json means and where its weights lie on disk.
 
-Imports no torch, so that a configuration can be checked before anything heavy starts.
+Imports no torch, so that a configuration can be checked before anything heavy starts. To add a family, add an entry to
+FAMILIES; `tests/test_families.py` proves it against transformers' own forward.
 """
 
 import hashlib
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from math import gcd
 from pathlib import Path
+
+from moepress.models.files import Entry, entries, read_index
 
 
 @dataclass(frozen=True)
 class Family:
-    """How transformers names and stores one architecture.
+    """How transformers names one architecture's parts, and how its weights lie on disk.
 
-    moe, router, experts: paths inside a decoder layer. attention: the module whose linears are quantized.
-    disk_moe: the MoE block's path on disk. gate, up, down: an expert's matrices on disk.
-    num_experts, intermediate_size: their keys in config.json.
+    num_experts, intermediate_size, top_k: their keys in config.json.
+    block: the MoE block's path inside a decoder layer (a dense layer has its MLP there). router: within the block.
+    router_weight: within the router. correction: a bias within the router that only the selection sees.
+    scores: what the correction is added to, softmax or sigmoid of the logits. unquantized: linears of the block kept at 16 bits.
+    residual_scale: the layer's attribute that scales what the block adds. returns_tuple: the block's output is one.
+    gate, up, down: an expert's matrices on disk; with `fused` they are `(gate and up, down)` of all experts in 3-D tensors.
+    disk_block: the block's path on disk where it is another. renames: regex on disk -> name in the module, within a layer.
     """
 
-    moe: str
-    router: str
-    experts: str
-    attention: str
-    disk_moe: str
-    gate: str
-    up: str
-    down: str
-    num_experts: str
-    intermediate_size: str
+    num_experts: str = "num_experts"
+    intermediate_size: str = "moe_intermediate_size"
+    top_k: str = "num_experts_per_tok"
+    block: str = "mlp"
+    router: str = "gate"
+    router_weight: str = "weight"
+    correction: str | None = None
+    scores: str = "softmax"
+    unquantized: tuple[str, ...] = ()
+    residual_scale: str | None = None
+    returns_tuple: bool = False
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+    fused: tuple[str, str] | None = None
+    disk_block: str | None = None
+    renames: tuple[tuple[str, str], ...] = ()
 
+    @property
+    def experts(self) -> str:
+        return f"{self.block}.experts"
+
+    @property
+    def experts_on_disk(self) -> str:
+        return f"{self.disk_block or self.block}.experts"
+
+    @property
+    def router_path(self) -> str:
+        return f"{self.block}.{self.router}"
+
+
+ATTENTION = "self_attn"
+_W123 = {"intermediate_size": "intermediate_size", "num_experts": "num_local_experts", "gate": "w1", "up": "w3", "down": "w2"}
+_W123["disk_block"] = "block_sparse_moe"
+_SIGMOID = {"num_experts": "n_routed_experts", "correction": "e_score_correction_bias", "scores": "sigmoid"}
 
 FAMILIES = {
-    "mixtral": Family(
-        moe="mlp",
-        router="mlp.gate",
-        experts="mlp.experts",
-        attention="self_attn",
-        disk_moe="block_sparse_moe",
-        gate="w1",
-        up="w3",
-        down="w2",
+    "mixtral": Family(**_W123, renames=((r"^block_sparse_moe\.", "mlp."),)),
+    "phimoe": Family(
+        **_W123, router="router", renames=((r"^block_sparse_moe\.", "mlp."), (r"^mlp\.gate\.", "mlp.router."))
+    ),
+    "qwen2_moe": Family(unquantized=("shared_expert_gate",)),
+    "qwen3_moe": Family(),
+    "olmoe": Family(intermediate_size="intermediate_size"),
+    "deepseek_v2": Family(num_experts="n_routed_experts"),
+    "deepseek_v3": Family(**_SIGMOID),
+    "glm4_moe": Family(**_SIGMOID),
+    "dots1": Family(**_SIGMOID),
+    "ernie4_5_moe": Family(
+        num_experts="moe_num_experts",
+        top_k="moe_k",
+        correction="moe_statics.e_score_correction_bias",
+        renames=((r"^mlp\.moe_statics\.", "mlp.gate.moe_statics."),),
+    ),
+    "hunyuan_v1_moe": Family(intermediate_size="intermediate_size", top_k="moe_topk", router_weight="wg.weight"),
+    "granitemoe": Family(
         num_experts="num_local_experts",
         intermediate_size="intermediate_size",
+        block="block_sparse_moe",
+        router="router",
+        residual_scale="residual_multiplier",
+        fused=("block_sparse_moe.input_linear.weight", "block_sparse_moe.output_linear.weight"),
+        renames=((r"^block_sparse_moe\.router\.layer\.", "block_sparse_moe.router."),),
+    ),
+    "gpt_oss": Family(
+        num_experts="num_local_experts",
+        intermediate_size="intermediate_size",
+        router="router",
+        returns_tuple=True,
+        fused=("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
     ),
 }
 
 
 @dataclass(frozen=True)
+class Dialect:
+    """A model type that transformers does not have, said in one that it has, with the same logits.
+
+    renames: regex -> name, on disk. doubled: regex of the tensors that are taken twice. zeros: name within a MoE layer ->
+    config -> shape of a tensor to add.
+    """
+
+    family: str
+    renames: tuple[tuple[str, str], ...]
+    doubled: str
+    zeros: dict = field(default_factory=dict)
+
+
+DIALECTS = {
+    # DeepSeek-MoE-16B is Qwen2-MoE with an open gate on its shared experts: sigmoid(0) = 1/2 of twice the down projection.
+    "deepseek": Dialect(
+        "qwen2_moe",
+        renames=((r"\.mlp\.shared_experts\.", ".mlp.shared_expert."),),
+        doubled=r"\.mlp\.shared_experts\.down_proj\.weight$",
+        zeros={"mlp.shared_expert_gate.weight": lambda config: (1, config["hidden_size"])},
+    )
+}
+ALIASES = {
+    "num_experts": ("num_local_experts",),
+    "num_local_experts": ("num_experts",),
+    "n_routed_experts": ("num_local_experts", "num_experts"),
+    "moe_num_experts": ("num_experts",),
+    "moe_k": ("num_experts_per_tok",),
+    "moe_topk": ("num_experts_per_tok",),
+}
+"""Other names that config.json may use for the same number."""
+HANDLED = tuple(sorted([*FAMILIES, *DIALECTS]))
+
+
+def standard_config(config: dict, key: str) -> dict:
+    """config.json in the words of a model type of transformers; ValueError where the dialect says what that cannot."""
+    if config.get("model_type") not in DIALECTS:
+        return config
+    odd = {
+        "attention_bias": config.get("attention_bias", False) is not False,
+        "scoring_func": config.get("scoring_func", "softmax") != "softmax",
+        "n_shared_experts": not config.get("n_shared_experts"),
+        "n_routed_experts": not config.get("n_routed_experts"),
+    }
+    for name, is_odd in odd.items():
+        if is_odd:
+            raise ValueError(f"{key}: config.json has {name}={config.get(name)!r}, which is not handled for this model type")
+    sparse = range(config.get("first_k_dense_replace", 0), config["num_hidden_layers"])
+    sparse = [layer for layer in sparse if layer % config.get("moe_layer_freq", 1) == 0]
+    dropped = ("auto_map", "n_routed_experts", "n_shared_experts", "first_k_dense_replace", "moe_layer_freq", "scoring_func")
+    return {name: value for name, value in config.items() if name not in dropped} | {
+        "model_type": DIALECTS[config["model_type"]].family,
+        "architectures": ["Qwen2MoeForCausalLM"],
+        "num_experts": config["n_routed_experts"],
+        "shared_expert_intermediate_size": config["moe_intermediate_size"] * config["n_shared_experts"],
+        "mlp_only_layers": [layer for layer in range(config["num_hidden_layers"]) if layer not in sparse],
+        "decoder_sparse_step": 1,
+        "qkv_bias": False,
+        "use_sliding_window": False,
+    }
+
+
+@dataclass(frozen=True)
 class Shape:
-    """What allocation, size prediction and checks need to know of a model."""
+    """What allocation, size prediction and checks need to know of a model. moe_layers: the indices of those with experts."""
 
     family: str
     num_layers: int
@@ -57,24 +175,52 @@ class Shape:
     intermediate_size: int
     num_experts: int
     top_k: int
+    moe_layers: tuple[int, ...]
+    vocab_size: int = 0
 
 
-def shape_of(config: dict, key: str) -> Shape:
-    """The shape in a model's config.json; ValueError for what is not handled, naming `key` and the model type."""
+def shape_of(config: dict, key: str, names: Iterable[str] | None = None) -> Shape:
+    """The shape in a model's config.json; ValueError for what is not handled, naming `key` and the model type.
+
+    names: of the tensors on disk, which tell the layers with experts from the dense ones; None where all have some.
+    """
     model_type = config.get("model_type")
-    if model_type not in FAMILIES:
-        known = ", ".join(FAMILIES)
+    if model_type not in HANDLED:
+        known = ", ".join(HANDLED)
         raise ValueError(f"{key}: model type {model_type!r} is not a Mixture-of-Experts family that is handled ({known})")
-    family = FAMILIES[model_type]
-    names = ("num_hidden_layers", "hidden_size", family.intermediate_size, family.num_experts, "num_experts_per_tok")
-    missing = [name for name in names if not isinstance(config.get(name), int)]
-    if missing:
-        raise ValueError(f"{key}: config.json lacks {', '.join(missing)}, which a {model_type} model must give")
-    return Shape(model_type, *(config[name] for name in names))
+    config = standard_config(config, key)
+    family = FAMILIES[config["model_type"]]
+    sizes = []
+    for name in ("num_hidden_layers", "hidden_size", family.intermediate_size, family.num_experts, family.top_k):
+        value = next((config[alias] for alias in (name, *ALIASES.get(name, ())) if alias in config), None)
+        if isinstance(value, list) and len(set(value)) == 1:
+            value = value[0]
+        if isinstance(value, list):
+            raise ValueError(f"{key}: config.json has {name}={value}; layers of different sizes are not handled")
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{key}: config.json lacks {name}, which a {model_type} model must give")
+        sizes.append(value)
+    num_layers, hidden_size, intermediate_size, num_experts, top_k = sizes
+    moe_layers = range(num_layers)
+    if names is not None:
+        found = {int(name.split(".")[2]) for name in names if is_expert_matrix(family, name)}
+        moe_layers = sorted(layer for layer in found if layer < num_layers)
+        if not moe_layers:
+            raise ValueError(f"{key}: no expert's weights are among the tensors, though config.json names {model_type!r}")
+    return Shape(
+        config["model_type"],
+        num_layers,
+        hidden_size,
+        intermediate_size,
+        num_experts,
+        top_k,
+        tuple(moe_layers),
+        config.get("vocab_size") or 0,
+    )
 
 
-def read_shape(folder: Path, key: str) -> Shape:
-    """The shape of a model folder; ValueError for a folder that is missing, not a model, or holds only pickles."""
+def read_config(folder: Path, key: str) -> dict:
+    """config.json of a 16-bit model's folder, as it is; ValueError for what is no such folder."""
     if not folder.is_dir():
         raise ValueError(f"{key}={str(folder)!r}: no such folder; give one with config.json and *.safetensors")
     path = folder / "config.json"
@@ -87,20 +233,89 @@ def read_shape(folder: Path, key: str) -> Shape:
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method")
         raise ValueError(f"{key}={str(folder)!r}: already quantized (quant_method {method!r}); give the 16-bit model")
-    shape = shape_of(config, key)
-    if not list(folder.glob("*.safetensors")):
+    return config
+
+
+def read_shape(folder: Path, key: str) -> Shape:
+    """The shape of a model folder; ValueError for a folder that is missing, not a model, or holds only pickles."""
+    config = read_config(folder, key)
+    shape_of(config, key)
+    if read_index(folder) is None and not list(folder.glob("*.safetensors")):
         pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.pkl") for p in folder.glob(pattern))
         held = f"only pickles ({', '.join(pickles[:3])}), which are never loaded" if pickles else "no weights"
         raise ValueError(f"{key}={str(folder)!r}: holds {held}; give the model's *.safetensors files")
+    found = tensors(folder, config)
+    shape = shape_of(config, key, found)
+    check_experts(shape, found, folder)
     return shape
+
+
+def tensors(folder: Path, config: dict | None = None) -> dict[str, Entry]:
+    """Every tensor of a 16-bit model folder by its family's name on disk (see `Dialect`), added ones included.
+
+    Layers beyond config.json's (those for multi-token prediction) are left out, as transformers leaves them out.
+    """
+    config = json.loads((folder / "config.json").read_text()) if config is None else config
+    beyond = config.get("num_hidden_layers", 0)
+    found = {
+        standard_name(config.get("model_type"), name): entry
+        for name, entry in entries(folder).items()
+        if not (name.startswith("model.layers.") and int(name.split(".")[2]) >= beyond) and not name.startswith("mtp.")
+    }
+    if dialect := DIALECTS.get(config.get("model_type")):
+        family = FAMILIES[dialect.family]
+        for layer in sorted({int(name.split(".")[2]) for name in found if is_expert_matrix(family, name)}):
+            for name, shape in dialect.zeros.items():
+                dtype = found["model.embed_tokens.weight"].dtype
+                found[layer_prefix(layer) + name] = Entry(None, name, dtype, shape(config))
+    return found
+
+
+def standard_name(model_type: str | None, name: str) -> str:
+    """A tensor's name on disk in the words of the family that it is loaded as."""
+    for pattern, replacement in DIALECTS[model_type].renames if model_type in DIALECTS else ():
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def is_doubled(config: dict, stored_name: str) -> bool:
+    """Whether a tensor is taken twice on its way into its family's words."""
+    dialect = DIALECTS.get(config.get("model_type"))
+    return dialect is not None and re.search(dialect.doubled, stored_name) is not None
+
+
+def check_experts(shape: Shape, found: Iterable[str], folder: Path) -> None:
+    """ValueError naming a layer that holds another number of experts than config.json says (where they lie one by one)."""
+    family = FAMILIES[shape.family]
+    if family.fused:
+        return
+    held: dict[int, set[int]] = {layer: set() for layer in shape.moe_layers}
+    for name in found:
+        if is_expert_matrix(family, name):
+            parts = name.split(".")
+            held[int(parts[2])].add(int(parts[parts.index("experts") + 1]))
+    for layer, experts in held.items():
+        if experts != set(range(shape.num_experts)):
+            odd = sorted(experts ^ set(range(shape.num_experts)))
+            what = f"lacks expert {odd[0]}" if odd[0] < shape.num_experts else f"has an expert {odd[0]}"
+            raise ValueError(f"{folder}: layer {layer} {what}, config.json says {shape.num_experts} experts; fetch it again")
+
+
+def group_of(columns: int, group_size: int) -> int:
+    """Weights of a row that share a scale: the group size, or its largest part that divides the row."""
+    return gcd(columns, group_size)
+
+
+SMALLEST_GROUP = 8
 
 
 def check_group_size(shape: Shape, group_size: int) -> None:
     for name, width in (("hidden_size", shape.hidden_size), ("intermediate_size", shape.intermediate_size)):
-        if width % group_size:
-            fits = [g for g in (256, 128, 96, 64, 48, 32, 16, 8) if not (shape.hidden_size % g or shape.intermediate_size % g)]
+        if group_of(width, group_size) < SMALLEST_GROUP:
+            fits = [g for g in (256, 128, 96, 64, 48, 32, 16, 8) if width % g == 0]
             raise ValueError(
-                f"quantization.group_size={group_size} does not divide the model's {name}={width}; take one of {fits}"
+                f"quantization.group_size={group_size} shares no divisor of {SMALLEST_GROUP} or more with the model's "
+                f"{name}={width}; take one of {fits}"
             )
 
 
@@ -127,46 +342,48 @@ def layer_prefix(layer: int) -> str:
     return f"model.layers.{layer}."
 
 
+def in_layer(name: str) -> str | None:
+    """A tensor's name within its decoder layer; None outside the layers."""
+    parts = name.split(".", 3)
+    return parts[3] if parts[:2] == ["model", "layers"] else None
+
+
+def module_name(family: Family, name: str) -> str:
+    """A tensor's name within its decoder layer, as the module has it."""
+    for pattern, replacement in family.renames:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
 def is_expert_matrix(family: Family, name: str) -> bool:
-    """Whether an on-disk name is one of a routed expert's matrices."""
-    return f".{family.disk_moe}.experts." in name
+    """Whether an on-disk name is one of a routed expert's matrices (or that of all experts together)."""
+    inside = in_layer(name)
+    if inside is None:
+        return False
+    if family.fused:
+        return inside in family.fused
+    return re.search(r"\.experts\.\d+\.", inside) is not None
 
 
-def is_attention_linear(family: Family, name: str, size: list[int]) -> bool:
-    return f".{family.attention}." in name and name.endswith(".weight") and len(size) == 2
+def kind_of(family: Family, name: str, shape: tuple[int, ...] | list[int], group_size: int) -> str:
+    """What becomes of a tensor, by its name on disk: `expert`, `attention` and `shared` (linears of shared experts and
+    dense layers) are quantized, `rest` stays at 16 bits."""
+    if is_expert_matrix(family, name):
+        return "expert"
+    inside = in_layer(name)
+    if inside is None or len(shape) != 2 or not name.endswith(".weight"):
+        return "rest"
+    return linear_kind(family, module_name(family, inside).removesuffix(".weight"), shape[1], group_size)
 
 
-def module_tensors(shape: Shape, layer: int, on_disk: dict) -> dict:
-    """One layer's tensors under the names of the transformers module, experts fused to 3-D.
-
-    on_disk: name -> tensor with the layer's prefix. Returns `gate_up_proj [E, 2I, H]` and `down_proj [E, H, I]` beside
-    the rest. Raises ValueError naming a tensor that is missing or left over.
-    """
-    import torch
-
-    family = FAMILIES[shape.family]
-    prefix = layer_prefix(layer)
-    rest = {name.removeprefix(prefix): tensor for name, tensor in on_disk.items()}
-
-    def take(expert: int, matrix: str):
-        name = f"{family.disk_moe}.experts.{expert}.{matrix}.weight"
-        if name not in rest:
-            raise ValueError(f"the checkpoint lacks the tensor {prefix}{name}")
-        return rest.pop(name)
-
-    I, H = shape.intermediate_size, shape.hidden_size
-    gate_up = take_first = None
-    for expert in range(shape.num_experts):
-        gate, up, down = take(expert, family.gate), take(expert, family.up), take(expert, family.down)
-        if take_first is None:
-            take_first = gate
-            gate_up = torch.empty(shape.num_experts, 2 * I, H, dtype=gate.dtype)
-            down_proj = torch.empty(shape.num_experts, H, I, dtype=gate.dtype)
-        gate_up[expert, :I], gate_up[expert, I:], down_proj[expert] = gate, up, down
-    tensors = {f"{family.experts}.gate_up_proj": gate_up, f"{family.experts}.down_proj": down_proj}
-    for name, tensor in rest.items():
-        tensors[re.sub(rf"^{family.disk_moe}\.", f"{family.moe}.", name)] = tensor
-    return tensors
+def linear_kind(family: Family, module: str, columns: int, group_size: int) -> str:
+    """The same for a linear module of a decoder layer with `columns` inputs: `attention`, `shared` or `rest`."""
+    kept = (family.router_path, *(f"{family.block}.{name}" for name in family.unquantized))
+    if group_of(columns, group_size) < SMALLEST_GROUP or any(module == k or module.startswith(k + ".") for k in kept):
+        return "rest"
+    if module.startswith(ATTENTION + "."):
+        return "attention"
+    return "shared" if module.startswith(family.block + ".") else "rest"
 
 
 def locate(folder: Path) -> Path:

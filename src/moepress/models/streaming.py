@@ -1,179 +1,303 @@
 """Walking a model one decoder layer at a time, straight from its safetensors: the whole model is never built.
 
-The skeleton lives on the meta device; a layer's weights are read when its turn comes and dropped after it.
+The skeleton lives on the meta device; a layer's weights are read when its turn comes and dropped after it. What is not the
+layer's own business (masks, positions, the scale of the embedding) comes from the model's own forward, run over layers that
+only note what they are given.
 
 Legend: N sequences, S positions, H hidden size, T = N * S tokens, E experts, K selected experts.
 """
 
-import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from moepress.models.families import FAMILIES, layer_prefix, module_tensors, read_shape
+from moepress.models import families
+from moepress.models.experts import StoredExperts
+from moepress.models.families import FAMILIES, layer_prefix
+from moepress.models.files import Entry
 
-SEQUENCES_AT_ONCE = 8
-"""Sequences in one forward of a layer: bounds the activations beside the stored streams."""
+TOKENS_AT_ONCE = 4096
+"""Tokens in one forward of a layer: bounds the activations beside the stored streams."""
+
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+
+@dataclass
+class Routing:
+    """What a layer's router makes of T tokens: logits `[T, E]`, weights and indices `[T, K]`."""
+
+    logits: torch.Tensor
+    weights: torch.Tensor
+    indices: torch.Tensor
 
 
 class ModelStream:
-    """A model folder, read layer by layer in `dtype` on `device`; raises ValueError naming a tensor with NaN or inf."""
+    """A model folder, read layer by layer and computed in `dtype` on `device`.
+
+    Raises ValueError naming the file and the tensor for what is missing, not whole, NaN or infinite.
+    """
 
     def __init__(self, folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32):
         self.folder, self.device, self.dtype = Path(folder), device, dtype
-        self.shape = read_shape(self.folder, "model.path")
+        self.shape = families.read_shape(self.folder, "model.path")
         self.family = FAMILIES[self.shape.family]
-        self.config = AutoConfig.from_pretrained(self.folder)
-        self.config._attn_implementation = "sdpa"
+        self.source_config = families.read_config(self.folder, "model.path")
+        self.config = auto_config(self.source_config)
+        self.entries = families.tensors(self.folder, self.source_config)
+        if "model.embed_tokens.weight" not in self.entries:
+            raise ValueError(f"{self.folder}: the checkpoint lacks the tensor model.embed_tokens.weight")
         with torch.device("meta"):
             self.skeleton = AutoModelForCausalLM.from_config(self.config, dtype=dtype)
         self.skeleton.eval()
-        self.files = tensor_files(self.folder)
-        self.storage_dtype = torch_dtype_of(self.folder, self.files)
+        self.body = self.skeleton.model
+        self._arguments: dict[int, list[dict]] = {}
+
+    @property
+    def storage_dtype(self) -> torch.dtype:
+        """The dtype of the checkpoint: that of its embedding."""
+        return DTYPES[self.entries["model.embed_tokens.weight"].dtype]
 
     def read(self, names: list[str]) -> dict[str, torch.Tensor]:
-        """Tensors by their names on disk, as stored."""
+        """Tensors by their names on disk, as stored; on CPU they are views of the mapped files."""
+        by_file: dict[Path | None, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self.entries[name].path, []).append(name)
         found = {}
-        for path in sorted({self.files[name] for name in names}):
+        for path, inside in by_file.items():
+            if path is None:
+                found |= {name: torch.zeros(self.entries[name].shape, dtype=self.storage_dtype) for name in inside}
+                continue
             with safe_open(path, framework="pt") as file:
-                for name in names:
-                    if self.files[name] == path:
-                        found[name] = file.get_tensor(name)
-                        if found[name].is_floating_point() and not found[name].isfinite().all():
-                            raise ValueError(f"{path}: the tensor {name} holds NaN or infinite values; the file is damaged")
+                for name in inside:
+                    found[name] = self._checked(file.get_tensor(self.entries[name].name), self.entries[name])
         return found
+
+    def _checked(self, tensor: torch.Tensor, entry: Entry) -> torch.Tensor:
+        if entry.dtype not in DTYPES:
+            raise ValueError(f"{entry.path}: {entry.name} is stored as {entry.dtype}; give the model in one of {[*DTYPES]}")
+        if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+            raise ValueError(f"{entry.path}: the tensor {entry.name} holds NaN or infinite values; the file is damaged")
+        return tensor * 2 if families.is_doubled(self.source_config, entry.name) else tensor
 
     def names_outside_layers(self) -> list[str]:
         """On-disk names of the embedding, the last norm and the head."""
-        return sorted(name for name in self.files if not name.startswith("model.layers."))
-
-    def embed(self, token_ids_NS: torch.Tensor) -> torch.Tensor:
-        """Hidden states `[N, S, H]` that enter the first layer."""
-        weight = self.read(["model.embed_tokens.weight"])["model.embed_tokens.weight"].to(self.dtype)
-        return nn.functional.embedding(token_ids_NS, weight).to(self.device)
+        return sorted(name for name in self.entries if not name.startswith("model.layers."))
 
     def layer_tensors(self, index: int) -> dict[str, torch.Tensor]:
-        """Layer `index` under its module's names, experts 3-D, in the checkpoint's own dtype."""
-        names = [name for name in self.files if name.startswith(layer_prefix(index))]
-        return module_tensors(self.shape, index, self.read(names))
+        """Layer `index` without its experts' matrices, under its module's names, in the checkpoint's own dtypes."""
+        prefix = layer_prefix(index)
+        names = [n for n in self.entries if n.startswith(prefix) and not families.is_expert_matrix(self.family, n)]
+        found = self.read(names)
+        return {families.module_name(self.family, name.removeprefix(prefix)): found[name] for name in names}
+
+    def expert_tensors(self, index: int) -> list[tuple[list[torch.Tensor], torch.Tensor]]:
+        """Each expert's gate-up rows `[2I, H]`, in one part or two, and its down projection `[H, I]`, as stored."""
+        prefix, family, E = layer_prefix(index), self.family, self.shape.num_experts
+        if family.fused:
+            names = [prefix + name for name in family.fused]
+            missing = [name for name in names if name not in self.entries]
+            gate_up, down = self.read(names).values() if not missing else (None, None)
+        else:
+            each = [
+                [f"{prefix}{family.experts_on_disk}.{e}.{m}.weight" for m in (family.gate, family.up, family.down)]
+                for e in range(E)
+            ]
+            missing = [name for names in each for name in names if name not in self.entries]
+        if missing:
+            raise ValueError(f"{self.folder}: the checkpoint lacks the tensor {missing[0]}")
+        if not family.fused:
+            found = self.read([name for names in each for name in names])
+            return [([found[gate], found[up]], found[down]) for gate, up, down in each]
+        original = self.body.layers[index].get_submodule(family.experts)
+        if original.is_transposed:
+            gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
+        return [([gate_up[e]], down[e]) for e in range(E)]
 
     def layer(self, index: int) -> nn.Module:
-        """Decoder layer `index` with its weights."""
-        layer = self.skeleton.model.layers[index].to_empty(device=self.device)
-        tensors = {name: t.to(self.device, self.dtype) for name, t in self.layer_tensors(index).items()}
-        missing, left_over = layer.load_state_dict(tensors, strict=False, assign=True)
-        if missing or left_over:
+        """Decoder layer `index` with its weights, its experts as `StoredExperts`."""
+        layer = self.body.layers[index]
+        rest = {name: tensor.to(self.device, self.dtype) for name, tensor in self.layer_tensors(index).items()}
+        missing, left_over = layer.load_state_dict(rest, strict=False, assign=True)
+        matrices = {f"{self.family.experts}.{name}" for name in ("gate_up_proj", "down_proj")}
+        if left_over or set(missing) - (matrices if index in self.shape.moe_layers else set()):
             raise ValueError(f"{self.folder}: layer {index} lacks {missing} or has unknown tensors {left_over}")
+        if index in self.shape.moe_layers:
+            original = layer.get_submodule(self.family.experts)
+            stored = StoredExperts(original, self.expert_tensors(index), self.device)
+            I, H = stored.intermediate_size, stored.hidden_size
+            for e in range(stored.num_experts):
+                rows, down = sum(len(part) for part in stored.weights[e][0]), tuple(stored.weights[e][1].shape)
+                if rows != 2 * I or down != (H, I):
+                    raise ValueError(f"{self.folder}: expert {e} of layer {index} is {rows} x {down}, config.json has {I} x {H}")
+            layer.set_submodule(self.family.experts, stored)
         return layer.requires_grad_(False)
 
     def layers(self, start: int = 0) -> Iterator[tuple[int, nn.Module]]:
         """Every layer from `start` on in turn; one is in memory at a time."""
         for index in range(start, self.shape.num_layers):
             yield index, self.layer(index)
-            self.skeleton.model.layers[index] = nn.Identity()
+            self.body.layers[index] = nn.Identity()
 
-    def positions(self, seq_len: int):
-        """The rotary embedding's cos and sin for positions 0 to seq_len - 1."""
-        rotary = type(self.skeleton.model.rotary_emb)(config=self.config).to(self.device)
-        return rotary(torch.empty(0, dtype=self.dtype, device=self.device), torch.arange(seq_len)[None].to(self.device))
+    def embed(self, token_ids_NS: torch.Tensor, out_NSH: torch.Tensor | None = None) -> torch.Tensor:
+        """Hidden states `[N, S, H]` that enter the first layer, written to `out` where it is given.
 
-    def module(self, layer: nn.Module, name: str) -> nn.Module:
-        """A part of a layer by the family's word for it: moe, router, experts or attention."""
-        return layer.get_submodule(getattr(self.family, name))
+        The model's own forward, with a layer that only notes what it is given in each layer's place: what it notes are the
+        keyword arguments (mask, positions) that `call` hands to the layers.
+        """
+        weight = self.read(["model.embed_tokens.weight"])["model.embed_tokens.weight"]
+        N, S = token_ids_NS.shape
+        out = torch.empty(N, S, self.shape.hidden_size) if out_NSH is None else out_NSH
+        keep = (self.body.layers, self.body.norm, self.body.embed_tokens)
+        notes = [_Note() for _ in keep[0]]
+        self.body.rotary_emb = type(self.body.rotary_emb)(config=self.config).to(self.device)
+        self.body.layers, self.body.norm = nn.ModuleList(notes), nn.Identity()
+        self.body.embed_tokens = _Embedding(weight, self.device, self.dtype)
+        try:
+            for part in _parts(N, S):
+                ids = token_ids_NS[part].to(self.device)
+                out[part] = self.body(input_ids=ids, use_cache=False).last_hidden_state.to(out.device)
+            if S not in self._arguments:  # of one sequence: they serve any number
+                self.body(input_ids=token_ids_NS[:1].to(self.device), use_cache=False)
+                self._arguments[S] = [note.arguments for note in notes]
+        finally:
+            self.body.layers, self.body.norm, self.body.embed_tokens = keep
+        return out
 
-    def attention_linears(self, layer: nn.Module) -> dict[str, nn.Linear]:
-        """The attention's linears under their names in the layer."""
-        attention = self.module(layer, "attention")
-        return {
-            f"{self.family.attention}.{name}": module
-            for name, module in attention.named_modules()
-            if isinstance(module, nn.Linear)
-        }
+    def call(self, index: int, layer: nn.Module, x_NSH: torch.Tensor) -> torch.Tensor:
+        """A layer's own forward, with the arguments that its model gives it."""
+        S = x_NSH.shape[1]
+        if S not in self._arguments:
+            self.embed(torch.zeros(1, S, dtype=torch.long))
+        return layer(x_NSH, **self._arguments[S][index])
 
-    def attend(self, layer: nn.Module, x_NSH: torch.Tensor, position_embeddings) -> tuple[torch.Tensor, torch.Tensor]:
-        """The layer up to its MoE block: the residual stream `[N, S, H]` and the block's input `[N, S, H]`.
+    def attend(self, index: int, layer: nn.Module, x_NSH: torch.Tensor, residual_NSH=None, block_input_NSH=None):
+        """The layer up to its MoE block (or MLP): the residual stream and the block's input, `[N, S, H]` both, written to the
+        given tensors where there are some.
 
         The block is swapped for one that keeps its input and adds nothing, so the layer's own code does the rest.
         """
-        holder, _, name = self.family.moe.rpartition(".")
-        parent = layer.get_submodule(holder)
-        block, tap = getattr(parent, name), _Tap()
-        setattr(parent, name, tap)
-        residual = torch.empty_like(x_NSH)
-        block_input = torch.empty_like(x_NSH)
+        residual = torch.empty_like(x_NSH) if residual_NSH is None else residual_NSH
+        block_input = torch.empty_like(x_NSH) if block_input_NSH is None else block_input_NSH
+        block, tap = layer.get_submodule(self.family.block), _Tap(self.family.returns_tuple and index in self.shape.moe_layers)
+        layer.set_submodule(self.family.block, tap)
         try:
-            for start in range(0, x_NSH.shape[0], SEQUENCES_AT_ONCE):
-                part = slice(start, start + SEQUENCES_AT_ONCE)
-                residual[part] = layer(x_NSH[part], position_embeddings=position_embeddings, attention_mask=None)
-                block_input[part] = tap.kept
+            for part in _parts(*x_NSH.shape[:2]):
+                residual[part] = self.call(index, layer, x_NSH[part].to(self.device)).to(residual.device)
+                block_input[part] = tap.kept.to(residual.device)
         finally:
-            setattr(parent, name, block)
+            layer.set_submodule(self.family.block, block)
         return residual, block_input
 
-    def route(self, layer: nn.Module, x_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The router's `(logits [T, E], weights [T, K], indices [T, K])`."""
-        return self.module(layer, "router")(x_TH)
+    def add_block(self, layer: nn.Module, residual_NSH: torch.Tensor, block_input_NSH: torch.Tensor) -> torch.Tensor:
+        """Add what the MoE block (or MLP) makes of its input to the residual stream, in place: the layer's output."""
+        scale = getattr(layer, self.family.residual_scale) if self.family.residual_scale else 1.0
+        for part in _parts(*residual_NSH.shape[:2]):
+            residual_NSH[part] += (scale * self.block(layer, block_input_NSH[part].to(self.device))).to(residual_NSH.device)
+        return residual_NSH
+
+    def block(self, layer: nn.Module, m_NSH: torch.Tensor) -> torch.Tensor:
+        """The MoE block's (or MLP's) output for some sequences."""
+        output = layer.get_submodule(self.family.block)(m_NSH)
+        return output[0] if isinstance(output, tuple) else output
+
+    def route(self, layer: nn.Module, m_NSH: torch.Tensor) -> Routing:
+        """What the router makes of the block's input: the triple that reaches the experts, on the CPU.
+
+        The block's own code runs; its experts are swapped for ones that only note the triple.
+        """
+        experts, seen, logits = layer.get_submodule(self.family.experts), _Triple(), []
+        router = layer.get_submodule(self.family.router_path)
+        hook = router.register_forward_hook(lambda _, __, output: logits.append(output[0].float().cpu()))
+        layer.set_submodule(self.family.experts, seen)
+        try:
+            for part in _parts(*m_NSH.shape[:2]):
+                self.block(layer, m_NSH[part].to(self.device))
+        finally:
+            hook.remove()
+            layer.set_submodule(self.family.experts, experts)
+        return Routing(torch.cat(logits), torch.cat(seen.weights), torch.cat(seen.indices))
+
+    def router_weight(self, layer: nn.Module) -> nn.Parameter:
+        """`[E, H]`."""
+        return layer.get_submodule(self.family.router_path).get_parameter(self.family.router_weight)
+
+    def scores(self, logits_TE: torch.Tensor) -> torch.Tensor:
+        """The routing weights before top-k, `[T, E]`."""
+        return logits_TE.sigmoid() if self.family.scores == "sigmoid" else logits_TE.softmax(-1)
+
+    def selection_scores(self, layer: nn.Module, logits_TE: torch.Tensor) -> torch.Tensor:
+        """What the router's choice goes by, `[T, E]`: the logits, or their scores with the selection's correction."""
+        if self.family.correction is None:
+            return logits_TE
+        correction = layer.get_submodule(self.family.router_path).state_dict()[self.family.correction]
+        return self.scores(logits_TE) + correction.flatten().to(logits_TE)
+
+    def linears(self, layer: nn.Module, kind: str, group_size: int) -> dict[str, nn.Linear]:
+        """The layer's linears of a kind (`attention` or `shared`) under their names in it."""
+        return {
+            name: module
+            for name, module in layer.named_modules()
+            if isinstance(module, nn.Linear)
+            and families.linear_kind(self.family, name, module.in_features, group_size) == kind
+        }
 
 
 class _Tap(nn.Module):
+    """In a block's place: keeps the input, adds nothing."""
+
+    def __init__(self, returns_tuple: bool):
+        super().__init__()
+        self.returns_tuple = returns_tuple
+
     def forward(self, x):
         self.kept = x
-        return torch.zeros_like(x)
+        return (torch.zeros_like(x), None) if self.returns_tuple else torch.zeros_like(x)
 
 
-def tensor_files(folder: Path) -> dict[str, Path]:
-    """Tensor name -> safetensors file; ValueError for a shard that is missing or cannot be read."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        where = json.loads(index.read_text())["weight_map"]
-        missing = sorted({file for file in where.values() if not (folder / file).is_file()})
-        if missing:
-            raise ValueError(f"{folder}: the index names {missing[0]}, which is not there")
-        return {name: folder / file for name, file in where.items()}
-    found = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt") as file:
-                found.update(dict.fromkeys(file.keys(), path))
-        except Exception as error:
-            raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
-    return found
+class _Triple(nn.Module):
+    """In the experts' place: keeps what it is asked, adds nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.indices, self.weights = [], []
+
+    def forward(self, hidden_TH, top_k_index_TK, top_k_weights_TK):
+        self.indices.append(top_k_index_TK.cpu())
+        self.weights.append(top_k_weights_TK.float().cpu())
+        return torch.zeros_like(hidden_TH)
 
 
-def torch_dtype_of(folder: Path, files: dict[str, Path]) -> torch.dtype:
-    """The dtype the checkpoint's weights are stored in (that of its embedding)."""
-    name = "model.embed_tokens.weight"
-    if name not in files:
-        raise ValueError(f"{folder}: the checkpoint lacks the tensor {name}")
-    with safe_open(files[name], framework="pt") as file:
-        kind = file.get_slice(name).get_dtype()
-    known = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-    if kind not in known:
-        raise ValueError(f"{files[name]}: {name} is stored as {kind}; known are {', '.join(known)}")
-    return known[kind]
+class _Note(nn.Module):
+    """In a layer's place: notes its keyword arguments, changes nothing."""
+
+    def forward(self, x, **arguments):
+        self.arguments = arguments
+        return x
 
 
-def save_state(folder: Path, next_layer: int, tensors: dict[str, torch.Tensor]) -> None:
-    """Keep what a stage needs to go on from `next_layer` after a kill; whole or not at all."""
-    beside = folder / "state.safetensors.new"
-    save_file({name: t.contiguous() for name, t in tensors.items()}, beside, {"next_layer": str(next_layer)})
-    beside.replace(folder / "state.safetensors")
+class _Embedding(nn.Module):
+    """The embedding as stored; only the rows that are looked up are widened."""
+
+    def __init__(self, weight, device, dtype):
+        super().__init__()
+        self.weight, self.device, self.dtype = weight, device, dtype
+
+    def forward(self, ids):
+        return nn.functional.embedding(ids.cpu(), self.weight).to(self.device, self.dtype)
 
 
-def load_state(folder: Path) -> tuple[int, dict[str, torch.Tensor]]:
-    """`(next_layer, tensors)` of the last `save_state`, `(0, {})` without one."""
-    path = folder / "state.safetensors"
-    if not path.is_file():
-        return 0, {}
-    with safe_open(path, framework="pt") as file:
-        return int(file.metadata()["next_layer"]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+def auto_config(source_config: dict):
+    """transformers' configuration object for a config.json of a family or dialect that is handled."""
+    standard = families.standard_config(source_config, "model")
+    return CONFIG_MAPPING[standard["model_type"]].from_dict(standard)
 
 
-def drop_state(folder: Path) -> None:
-    for name in ("state.safetensors", "state.safetensors.new"):
-        (folder / name).unlink(missing_ok=True)
+def _parts(num_sequences: int, seq_len: int) -> list[slice]:
+    """Slices of as many sequences as go at once."""
+    step = max(1, TOKENS_AT_ONCE // seq_len)
+    return [slice(start, start + step) for start in range(0, num_sequences, step)]

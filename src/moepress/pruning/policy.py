@@ -1,4 +1,4 @@
-"""Attaching a pruning policy to a loaded model: hooks on its routers that see the shape and padding of the batch."""
+"""Attaching a pruning policy to a loaded model: hooks ahead of its experts that see the shape and padding of the batch."""
 
 from dataclasses import dataclass
 
@@ -16,10 +16,11 @@ class Batch:
     mask_BS: torch.Tensor | None = None
 
 
-def routers(model) -> list[nn.Module]:
-    """The routers of every MoE layer, in order."""
+def experts_of(model) -> list[nn.Module]:
+    """The routed experts of every MoE layer, in order; each is called with `(hidden, top_k_index, top_k_weights)`."""
     family = FAMILIES[model.config.model_type]
-    return [layer.get_submodule(family.router) for layer in model.model.layers]
+    blocks = [layer.get_submodule(family.block) for layer in model.model.layers]
+    return [block.experts for block in blocks if hasattr(block, "experts")]
 
 
 def attach(model, policy: dict) -> list:
@@ -31,7 +32,6 @@ def attach(model, policy: dict) -> list:
         return []
     if policy["method"] != "pesf":
         raise ValueError(f"pruning.method={policy['method']!r}: one of none, pesf")
-    family = FAMILIES[model.config.model_type]
     batch = Batch()
 
     def see_batch(_, args, kwargs):
@@ -41,24 +41,24 @@ def attach(model, policy: dict) -> list:
         shape = ids.shape[:2]
         batch.mask_BS = torch.ones(shape, device=ids.device) if mask is None else mask[:, -shape[1] :].to(ids.device)
 
-    def prune(router, _, output):
-        logits, weights_TK, index_TK = output
+    def prune(experts, args):
+        hidden_TH, index_TK, weights_TK = args
         shape = (*batch.mask_BS.shape, index_TK.shape[-1])
         if shape[1] == 1:
-            return output
+            return args
         index, weights = pesf(
             index_TK.view(shape),
             weights_TK.view(shape),
             batch.mask_BS,
-            logits.shape[-1],
+            experts.num_experts,
             policy["alpha"],
             policy["renormalize"],
         )
-        return logits, weights.view_as(weights_TK), index.view_as(index_TK)
+        return hidden_TH, index.view_as(index_TK), weights.view_as(weights_TK)
 
     hooks = [model.register_forward_pre_hook(see_batch, with_kwargs=True)]
-    hooks += [router.register_forward_hook(prune) for router in routers(model)]
-    for layer in model.model.layers:
+    for experts in experts_of(model):
+        hooks.append(experts.register_forward_pre_hook(prune))
         # transformers' grouped experts leave the rows of "no expert" uninitialised unless told that there may be some
-        layer.get_submodule(family.experts)._is_expert_parallel = True
+        experts._is_expert_parallel = True
     return hooks

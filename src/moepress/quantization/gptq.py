@@ -19,9 +19,11 @@ class Curvature:
         self.sum_EII = torch.zeros(num_matrices, width, width, device=device)
         self.count_E = torch.zeros(num_matrices, device=device)
 
-    def add(self, matrix: int, x_TI: torch.Tensor) -> None:
-        self.sum_EII[matrix].addmm_(x_TI.T.float(), x_TI.float())
-        self.count_E[matrix] += x_TI.shape[0]
+    def add(self, matrix: int, x_TI: torch.Tensor, share_T: torch.Tensor | None = None) -> None:
+        """Inputs of one matrix; share: how much each token counts, 1 on average."""
+        x = x_TI.float()
+        self.sum_EII[matrix].addmm_(x.T, x if share_T is None else x * share_T[:, None])
+        self.count_E[matrix] += x.shape[0]
 
     def mean(self) -> torch.Tensor:
         return self.sum_EII / self.count_E.clamp(min=1)[:, None, None]
@@ -29,21 +31,26 @@ class Curvature:
 
 def shrunk(routed: Curvature, prior: Curvature) -> torch.Tensor:
     """`(n H + n0 H0) / (n + n0)`, n0 = the input's width: an expert's curvature, drawn towards the layer's by how few
-    tokens it has; with none, the layer's altogether. prior: the layer's, of 1 or E matrices. Returns `[E, I, I]`."""
+    tokens it has; with none, the layer's altogether. prior: the layer's, of 1 or E matrices. Returns `[E, I, I]`, in the
+    memory of `routed`."""
     width = routed.sum_EII.shape[-1]
-    return (routed.sum_EII + width * prior.mean()) / (routed.count_E + width)[:, None, None]
+    share = width / prior.count_E.clamp(min=1)
+    routed.sum_EII.addcmul_(prior.sum_EII, share[:, None, None])
+    return routed.sum_EII.div_((routed.count_E + width)[:, None, None])
 
 
 def inverse_factor(h_EII: torch.Tensor, damping: float) -> torch.Tensor:
     """Upper triangular U `[E, I, I]` with `(H + damping * mean(diag H) * 1)^-1 = U^T U`; inputs that never occur get a
     diagonal of their own, so they are merely rounded."""
-    h = h_EII.float().clone()
-    diagonal = h.diagonal(dim1=-2, dim2=-1)
+    work = h_EII.float().clone()  # one name for each step's result: a large matrix is freed as soon as the next one is there
+    diagonal = work.diagonal(dim1=-2, dim2=-1)
     mean = diagonal.mean(-1, keepdim=True)
     mean = torch.where(mean > 0, mean, torch.ones_like(mean))
     diagonal += damping * mean
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
-    return torch.linalg.cholesky(inverse, upper=True)
+    del diagonal
+    work = torch.linalg.cholesky(work)
+    work = torch.cholesky_inverse(work)
+    return torch.linalg.cholesky(work, upper=True)
 
 
 def gptq(

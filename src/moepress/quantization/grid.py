@@ -22,6 +22,10 @@ def top_code(bits: list[int], device=None) -> torch.Tensor:
     return torch.tensor([[2.0**b - 1] for b in bits], device=device)
 
 
+ELEMENTS_AT_ONCE = 1 << 24
+"""Weights in one search of `rtn`, which needs several times their memory."""
+
+
 @dataclass(frozen=True)
 class Search:
     """How a grid is looked for; the fields are those of conf/quantization/."""
@@ -95,10 +99,12 @@ def rtn(w_EOI: torch.Tensor, bits: list[int], group_size: int, how: Search) -> Q
     """Round to nearest: every group on its own best grid, no text read. w: `[E, O, I]`, bits: E widths."""
     E, O, I = w_EOI.shape
     top = top_code(bits, w_EOI.device)
-    as_rows = w_EOI.float().reshape(E, O * (I // group_size), group_size)
-    scale, zero = search(as_rows, top, None, how)
-    codes, _ = round_to_grid(as_rows, scale, zero, top)
-    shape = (E, O, I // group_size)
-    return Quantized(
-        codes.view(E, O, I).to(torch.uint8), scale.view(shape).half(), zero.view(shape).to(torch.int16), list(bits)
-    )
+    codes, scales, zeros = [], [], []
+    for rows in w_EOI.split(max(1, ELEMENTS_AT_ONCE // (E * I)), dim=1):
+        as_rows = rows.float().reshape(E, -1, group_size)
+        scale, zero = search(as_rows, top, None, how)
+        shape = (E, rows.shape[1], I // group_size)
+        codes.append(round_to_grid(as_rows, scale, zero, top)[0].to(torch.uint8).view(E, -1, I))
+        scales.append(scale.half().view(shape))
+        zeros.append(zero.to(torch.int16).view(shape))
+    return Quantized(torch.cat(codes, 1), torch.cat(scales, 1), torch.cat(zeros, 1), list(bits))

@@ -28,11 +28,12 @@ class RouterFit:
         self.cross_EH = torch.zeros(E, H, dtype=torch.float64, device=weight_EH.device)
         self.count_E = torch.zeros(E, dtype=torch.float64, device=weight_EH.device)
 
-    def add(self, x_TH: torch.Tensor, x_hat_TH: torch.Tensor) -> None:
-        """x: the router's input in the original model; x_hat: in the model compressed so far; same tokens."""
+    def add(self, x_TH: torch.Tensor, x_hat_TH: torch.Tensor, scores_TE: torch.Tensor | None = None) -> None:
+        """x: the router's input in the original model; x_hat: in the model compressed so far; same tokens. scores: what the
+        original's choice goes by where that is not the logits `W x`."""
         target_TE = x_TH.double() @ self.weight_EH.T
         residual_TE = target_TE - x_hat_TH.double() @ self.weight_EH.T
-        chosen_TC = target_TE.topk(self.candidates, dim=-1).indices
+        chosen_TC = (target_TE if scores_TE is None else scores_TE).topk(self.candidates, dim=-1).indices
         mask_TE = torch.zeros_like(target_TE, dtype=torch.bool).scatter_(1, chosen_TC, True)
         for expert, rows in enumerate(mask_TE.T):
             x_hat = x_hat_TH[rows].double()

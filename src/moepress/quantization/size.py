@@ -1,9 +1,7 @@
 """How many bytes the packed format takes, as plain arithmetic: imports no torch, so that a budget is planned in a moment."""
 
-import json
-from pathlib import Path
-
-from moepress.models.families import FAMILIES, Shape, is_attention_linear, is_expert_matrix
+from moepress.models.families import FAMILIES, Shape, group_of, kind_of
+from moepress.models.files import Entry
 from moepress.schema import WIDTHS, parse_bytes
 
 ZERO_STEPS = 4
@@ -27,7 +25,7 @@ def packed_bytes(count: int, width: int) -> int:
 
 def matrix_bytes(rows: int, columns: int, bits: int, group_size: int) -> int:
     """Bytes of one packed matrix: codes, zero points, float16 scales."""
-    groups = rows * columns // group_size
+    groups = rows * columns // group_of(columns, group_size)
     return packed_bytes(rows * columns, bits) + packed_bytes(groups, zero_width(bits)) + 2 * groups
 
 
@@ -37,55 +35,23 @@ def expert_bytes(shape: Shape, bits: int, group_size: int) -> int:
     return gate_up + matrix_bytes(shape.hidden_size, shape.intermediate_size, bits, group_size)
 
 
-def bytes_outside_experts(shape: Shape, tensors: dict[str, list[int]], attention_bits: int | None, group_size: int) -> int:
-    """Bytes of everything that is no expert: attention packed, the rest at 16 bits. tensors: on-disk name -> its shape."""
-    total = 0
-    family = FAMILIES[shape.family]
-    for name, size in tensors.items():
-        if is_expert_matrix(family, name):
-            continue
-        if attention_bits and is_attention_linear(family, name, size):
-            total += matrix_bytes(*size, attention_bits, group_size)
-        else:
-            total += 2 * _product(size)
-    return total
+def bytes_outside_experts(shape: Shape, tensors: dict[str, Entry], quantization: dict) -> int:
+    """Bytes of everything that is no expert's matrix: attention, shared experts and dense layers packed, the rest as it is.
 
-
-def num_weights(tensors: dict[str, list[int]]) -> int:
-    return sum(_product(size) for size in tensors.values())
-
-
-def _product(size: list[int]) -> int:
-    total = 1
-    for side in size:
-        total *= side
-    return total
-
-
-def read_header(path: Path) -> dict[str, dict]:
-    """A safetensors file's tensors, name -> `{dtype, shape, data_offsets}`, without reading them.
-
-    Raises ValueError naming a file whose size is not what its header says.
+    tensors: name on disk -> Entry. quantization: as in conf/quantization/.
     """
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        try:
-            header = json.loads(file.read(length)) if length <= path.stat().st_size else None
-        except ValueError:
-            header = None
-    if header is None:
-        raise ValueError(f"{path}: not a whole safetensors file (its header cannot be read); fetch it again")
-    header.pop("__metadata__", None)
-    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    if 8 + length + end != path.stat().st_size:
-        raise ValueError(f"{path}: {path.stat().st_size} bytes, its header says {8 + length + end}; fetch it again")
-    return header
+    family, group_size = FAMILIES[shape.family], quantization["group_size"]
+    total = 0
+    for name, entry in tensors.items():
+        kind = kind_of(family, name, entry.shape, group_size)
+        bits = quantization.get(f"{kind}_bits")
+        if kind != "expert":
+            total += matrix_bytes(*entry.shape, bits, group_size) if bits else entry.nbytes
+    return total
 
 
-def tensor_shapes(folder: Path) -> dict[str, list[int]]:
-    """Name -> shape of every tensor in a folder's safetensors files."""
-    files = sorted(folder.glob("*.safetensors"))
-    return {name: entry["shape"] for path in files for name, entry in read_header(path).items()}
+def num_weights(tensors: dict[str, Entry]) -> int:
+    return sum(entry.numel for entry in tensors.values())
 
 
 def feasible_range(num_experts: int, widths: list[int], sizes: list[float], keep: list[int]) -> tuple[float, float]:
@@ -98,22 +64,23 @@ def feasible_range(num_experts: int, widths: list[int], sizes: list[float], keep
 
 
 def plan_budget(
-    config: dict, shape: Shape, tensors: dict[str, list[int]], attention_bits: int | None, group_size: int
+    config: dict, shape: Shape, tensors: dict[str, Entry], quantization: dict
 ) -> tuple[dict[int, int], float]:
     """`({width: size of one expert}, total for all experts)`, in bytes where config["budget"] is set, else in bits.
 
-    config: as in conf/allocation/. tensors: as in `bytes_outside_experts`; read only for a budget in bytes.
-    Raises ValueError, naming the budgets that can be met, where no allocation meets this one.
+    config: as in conf/allocation/; quantization: as in conf/quantization/. tensors: as in `bytes_outside_experts`; read only
+    for a budget in bytes. Raises ValueError, naming the budgets that can be met, where no allocation meets this one.
     """
-    num_experts = shape.num_layers * shape.num_experts
+    layers = len(shape.moe_layers)
+    num_experts = layers * shape.num_experts
     widths, keep, budget = config.get("widths", WIDTHS), config.get("keep", []), config["budget"]
     if budget is None:
         sizes, total = {width: width for width in widths}, config["bits"] * num_experts
     else:
-        outside = bytes_outside_experts(shape, tensors, attention_bits, group_size)
-        sizes = {width: expert_bytes(shape, width, group_size) for width in widths}
+        outside = bytes_outside_experts(shape, tensors, quantization)
+        sizes = {width: expert_bytes(shape, width, quantization["group_size"]) for width in widths}
         total = parse_bytes(budget) - outside
-    low, high = (bound * shape.num_layers for bound in feasible_range(shape.num_experts, widths, list(sizes.values()), keep))
+    low, high = (bound * layers for bound in feasible_range(shape.num_experts, widths, list(sizes.values()), keep))
     if budget is not None and total < low:
         raise ValueError(
             f"allocation.budget={budget}: no allocation fits; this model takes from {(low + outside) / 2**20:.2f}MiB "

@@ -7,8 +7,10 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from moepress.inference.checkpoint import FORMAT_VERSION
+from moepress.models import families
+from moepress.models.files import read_header
 from moepress.models.streaming import ModelStream
-from moepress.quantization.size import num_weights, read_header, tensor_shapes
+from moepress.quantization.size import num_weights
 
 COPIED = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json")
 COPIED += ("merges.txt", "tokenizer.model", "chat_template.jinja", "added_tokens.json")
@@ -38,7 +40,7 @@ def finish(folder: Path, stream: ModelStream, group_size: int, modules: dict) ->
         total += max(entry["data_offsets"][1] for entry in header.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
-    config = json.loads((stream.folder / "config.json").read_text())
+    config = dict(families.standard_config(stream.source_config, "model"))
     config["quantization_config"] = {
         "quant_method": "moepress",
         "format_version": FORMAT_VERSION,
@@ -59,4 +61,4 @@ def size_on_disk(folder: Path, weights: int) -> dict:
 
 def weights_of(folder: Path) -> int:
     """Number of weights of a 16-bit model folder."""
-    return num_weights(tensor_shapes(folder))
+    return num_weights(families.tensors(folder))

@@ -161,7 +161,7 @@ class Run:
 
     @cached_property
     def num_weights(self) -> int:
-        return size.num_weights(size.tensor_shapes(self.model))
+        return size.num_weights(families.tensors(self.model))
 
     @cached_property
     def checkpoint_bytes(self) -> int:

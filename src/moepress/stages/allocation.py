@@ -4,6 +4,7 @@ from dataclasses import asdict
 
 from moepress import allocation
 from moepress.artefacts import Task, read_json, write_json
+from moepress.models import families
 from moepress.models.families import locate, read_shape
 from moepress.quantization import size
 
@@ -13,15 +14,14 @@ def run(task: Task) -> None:
     group_size = quantization["group_size"]
     folder = locate(task.inputs["model"])
     shape = read_shape(folder, "model")
-    tensors = size.tensor_shapes(folder)
-    attention_bits = quantization.get("attention_bits")
-    outside = size.bytes_outside_experts(shape, tensors, attention_bits, group_size)
-    sizes, total = size.plan_budget(config, shape, tensors, attention_bits, group_size)
+    tensors = families.tensors(folder)
+    outside = size.bytes_outside_experts(shape, tensors, quantization)
+    sizes, total = size.plan_budget(config, shape, tensors, quantization)
 
     if config["method"] == "uniform":
-        num_experts = shape.num_layers * shape.num_experts
+        num_experts = len(shape.moe_layers) * shape.num_experts
         fitting = [width for width, one in sizes.items() if one * num_experts <= total]
-        bits, solutions = [[max(fitting)] * shape.num_experts] * shape.num_layers, []
+        bits, solutions = [[max(fitting)] * shape.num_experts for _ in shape.moe_layers], []
     else:
         statistics = read_json(task.inputs["statistics"] / "statistics.json")
         one_each = [sizes[width] for width in config["widths"]]
@@ -33,6 +33,7 @@ def run(task: Task) -> None:
     write_json(
         task.out / "allocation.json",
         {
+            "layers": list(shape.moe_layers),
             "bits": bits,
             "mean_bits": sum(used) / len(used),
             "predicted_bytes": predicted,

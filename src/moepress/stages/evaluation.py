@@ -12,7 +12,7 @@ from moepress.data import sampling
 from moepress.evaluation import perplexity as ppl
 from moepress.inference.checkpoint import load
 from moepress.models.families import locate
-from moepress.pruning.policy import attach, routers
+from moepress.pruning.policy import attach, experts_of
 
 
 def run(task: Task) -> None:
@@ -29,8 +29,8 @@ def run(task: Task) -> None:
     reference = load_file(task.inputs["reference"] / "selections.safetensors") if "reference" in task.inputs else None
 
     model, _ = load(folder, task.runtime["device"])
-    num_experts = len(routers(model)[0].weight)
-    before, after = ppl.RouterTap(), ppl.RouterTap()
+    num_experts = experts_of(model)[0].num_experts
+    before, after = ppl.SelectionTap(), ppl.SelectionTap()
     before.watch(model)
     if "pruning" in task.inputs:
         attach(model, read_json(task.inputs["pruning"] / "policy.json"))

@@ -44,7 +44,7 @@ def refer(folder: Path, out: Path) -> None:
 
     shape = read_shape(folder, "model")
     stream = ModelStream(folder)
-    for name in tqdm(sorted(stream.files), desc="checking weights", unit="tensor", mininterval=1):
+    for name in tqdm(sorted(stream.entries), desc="checking weights", unit="tensor", mininterval=1):
         stream.read([name])
     hashes = {}
     for path in tqdm(sorted(p for p in folder.iterdir() if p.is_file()), desc="hashing", unit="file", mininterval=1):

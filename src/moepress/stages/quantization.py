@@ -5,36 +5,35 @@ import time
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from moepress.artefacts import Task, read_json, write_json
+from moepress.artefacts import Task, read_config, read_json, write_json
 from moepress.inference.checkpoint import pick_device
+from moepress.models import streams as hidden_states
 from moepress.models.families import locate
-from moepress.models.streaming import ModelStream, drop_state, load_state, save_state
+from moepress.models.streaming import ModelStream
 from moepress.quantization import writer
-from moepress.quantization.qesc import Recipe, quantize_model
+from moepress.quantization.experts import Recipe
+from moepress.quantization.qesc import quantize_model
 
 
 def run(task: Task) -> None:
     recipe = Recipe(**task.config["quantization"])
-    device = pick_device(task.runtime["device"])
-    stream = ModelStream(locate(task.inputs["model"]), device)
+    stream = ModelStream(locate(task.inputs["model"]), pick_device(task.runtime["device"]))
     bits = read_json(task.inputs["allocation"] / "allocation.json")["bits"]
-    tokens = None
+    tokens, coverage = None, "routed"
     if "calibration" in task.inputs:
         tokens = load_file(task.inputs["calibration"] / "tokens.safetensors")["token_ids"]
+        coverage = read_config(task.inputs["calibration"])["calibration"]["coverage"]
 
-    num_layers = stream.shape.num_layers
-    start, state = load_state(task.out)
-    streams = (state["x"].to(device), state["x_hat"].to(device)) if "x" in state else None
+    num_layers, folder = stream.shape.num_layers, task.out / "streams"
+    start = hidden_states.next_layer(folder)
     layers = read_json(task.out / "layers.json")[:start] if start else []
     remaining = tqdm(total=num_layers, initial=start, desc=f"quantization {task.name}", unit="layer")
     began = time.perf_counter()
-    for result in quantize_model(stream, tokens, bits, recipe, start, streams):
+    for result in quantize_model(stream, tokens, bits, recipe, folder, coverage):
         writer.write_shard(task.out, result.index, num_layers, result.tensors)
         seconds, began = time.perf_counter() - began, time.perf_counter()
         layers.append({**result.diagnostics, "modules": result.modules, "seconds": round(seconds, 3)})
         write_json(task.out / "layers.json", layers)
-        kept = {} if result.x is None else {"x": result.x, "x_hat": result.x_hat}
-        save_state(task.out, result.index + 1, kept)
         remaining.update()
 
     modules = {name: width for layer in layers for name, width in layer["modules"].items()}
@@ -49,5 +48,5 @@ def run(task: Task) -> None:
     size = writer.size_on_disk(task.out, writer.weights_of(stream.folder))
     write_json(task.out / "size.json", size)
     write_json(task.out / "timing.json", {"quantize_seconds": round(seconds, 3)})
-    drop_state(task.out)  # before what belongs to it, so that a kill between the two only costs time
+    hidden_states.drop(folder)  # before what belongs to it, so that a kill between the two only costs time
     (task.out / "layers.json").unlink()

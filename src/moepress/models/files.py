@@ -1,0 +1,80 @@
+"""What lies in a model folder's safetensors files, read from their headers alone: imports no torch."""
+
+import json
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+INDEX = "model.safetensors.index.json"
+ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "U8": 1, "I8": 1, "F8_E4M3": 1, "I16": 2, "I32": 4, "I64": 8, "BOOL": 1}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor: the file that holds it and its name there, its dtype in safetensors' words (`BF16`) and its shape."""
+
+    path: Path | None
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * ITEM_BYTES[self.dtype]
+
+
+def read_header(path: Path) -> dict[str, dict]:
+    """A safetensors file's tensors, name -> `{dtype, shape, data_offsets}`, without reading them.
+
+    Raises ValueError naming a file whose size is not what its header says.
+    """
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        try:
+            header = json.loads(file.read(length)) if length <= path.stat().st_size else None
+        except ValueError:
+            header = None
+    if not isinstance(header, dict):
+        raise ValueError(f"{path}: not a whole safetensors file (its header cannot be read); fetch it again")
+    header.pop("__metadata__", None)
+    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if 8 + length + end != path.stat().st_size:
+        raise ValueError(f"{path}: {path.stat().st_size} bytes, its header says {8 + length + end}; fetch it again")
+    return header
+
+
+def read_index(folder: Path) -> dict[str, str] | None:
+    """Tensor name -> file name as the folder's index has it; None without one."""
+    path = folder / INDEX
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text())["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not an index of safetensors files ({error!r}); fetch it again") from error
+
+
+def entries(folder: Path) -> dict[str, Entry]:
+    """Every tensor of a folder by its name on disk.
+
+    Raises ValueError naming a shard that is missing or not whole, or a tensor that is not where the index has it.
+    """
+    index = read_index(folder)
+    files = sorted({folder / name for name in index.values()}) if index is not None else sorted(folder.glob("*.safetensors"))
+    found: dict[str, Entry] = {}
+    for path in files:
+        if not path.is_file():
+            raise ValueError(f"{folder}: the index names {path.name}, which is not there; fetch it again")
+        for name, entry in read_header(path).items():
+            if entry["dtype"] not in ITEM_BYTES:
+                raise ValueError(f"{path}: the tensor {name} is stored as {entry['dtype']}, which is not handled")
+            if index is None or index.get(name) == path.name:
+                found[name] = Entry(path, name, entry["dtype"], tuple(entry["shape"]))
+    for name in index or ():
+        if name not in found:
+            raise ValueError(f"{folder / INDEX}: says that {index[name]} holds {name}, but it does not; fetch the index again")
+    return found

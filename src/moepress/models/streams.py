@@ -1,0 +1,70 @@
+"""Hidden states on their way through the layers, in files that memory maps: they need not fit in memory, and what was killed
+goes on from its last whole layer.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+
+class Streams:
+    """Named streams of hidden states `[N, S, H]` between two layers, float32, in files under `folder`.
+
+    `streams["x"]` is what enters layer `streams.layer`; `streams.next("x")` is written while it runs; `advance` makes the
+    one the other, all streams at once or not at all. `scratch` is for what lives within a layer.
+    """
+
+    def __init__(self, folder: Path, names: tuple[str, ...], shape: tuple[int, int, int]):
+        self.folder, self.names, self.shape = Path(folder), names, tuple(shape)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.layer = next_layer(self.folder)
+        self._open: dict[str, torch.Tensor] = {}
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._map(f"{name}-{self.layer}")
+
+    def next(self, name: str) -> torch.Tensor:
+        return self._map(f"{name}-{self.layer + 1}")
+
+    def scratch(self, name: str) -> torch.Tensor:
+        return self._map(name)
+
+    def advance(self) -> None:
+        """The layer is whole: what was written to `next` enters the one after it."""
+        before = self.layer
+        self.layer += 1
+        mark(self.folder, self.layer)
+        for name in self.names:
+            self._open.pop(f"{name}-{before}", None)
+            (self.folder / f"{name}-{before}.bin").unlink(missing_ok=True)
+
+    def _map(self, name: str) -> torch.Tensor:
+        if name not in self._open:
+            N, S, H = self.shape
+            path, size = self.folder / f"{name}.bin", 4 * N * S * H
+            with path.open("ab") as file:
+                if hasattr(os, "posix_fallocate"):  # a full disk is an error here, and a crash at the first touch of a page
+                    os.posix_fallocate(file.fileno(), 0, size)
+                file.truncate(size)
+            self._open[name] = torch.from_file(str(path), shared=True, size=N * S * H, dtype=torch.float32).view(N, S, H)
+        return self._open[name]
+
+
+def mark(folder: Path, layer: int) -> None:
+    """Keep that everything before `layer` is whole; atomic."""
+    beside = folder / "next_layer.json.new"
+    beside.write_text(json.dumps({"next_layer": layer}))
+    beside.replace(folder / "next_layer.json")
+
+
+def next_layer(folder: Path) -> int:
+    """The first layer that is not whole, 0 at the start."""
+    path = folder / "next_layer.json"
+    return json.loads(path.read_text())["next_layer"] if path.is_file() else 0
+
+
+def drop(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)

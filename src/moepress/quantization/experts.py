@@ -1,0 +1,172 @@
+"""Quantizing one layer's routed experts: what each of them sees, and the experts in batches that fit in memory.
+
+Legend: T tokens, H hidden size, I intermediate size, O output rows, E experts, C experts of one batch, K selected experts.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from moepress.models.experts import Experts
+from moepress.models.streaming import TOKENS_AT_ONCE, Routing
+from moepress.quantization import grid
+from moepress.quantization.gptq import Curvature, gptq, inverse_factor, output_error, shrunk
+from moepress.quantization.packing import Quantized
+from moepress.quantization.size import group_of
+
+WORKSPACE = 2 << 30
+"""Bytes that the curvatures of one batch of experts may take; a single expert may need more."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to quantize; the fields are those of conf/quantization/."""
+
+    method: str
+    group_size: int
+    clip_min: float
+    clip_steps: int
+    fit_rounds: int
+    attention_bits: int | None = None
+    shared_bits: int | None = None
+    damping: float = 0.0
+    block_size: int = 0
+    router_candidates: int | None = None
+    router_ridge: float = 0.0
+
+    def quantize(self, w_EOI: torch.Tensor, h_EII: torch.Tensor | None, bits: list[int], factor=None) -> Quantized:
+        how = grid.Search(self.clip_min, self.clip_steps, self.fit_rounds)
+        group_size = group_of(w_EOI.shape[-1], self.group_size)
+        if h_EII is None:
+            return grid.rtn(w_EOI, bits, group_size, how)
+        block_size = math.gcd(self.block_size, group_size)
+        return gptq(w_EOI, h_EII, bits, group_size, self.damping, how, block_size, factor)
+
+
+class ExpertInputs:
+    """What a layer's experts see, and the curvatures that their quantization needs.
+
+    m: the MoE block's input `[T, H]`, perhaps on disk. coverage: the tokens of an expert's curvature: `routed` to it,
+    those `weighted` by the square of their routing weight (their share in the block's squared error), or `all`.
+    """
+
+    def __init__(self, experts: Experts, m_TH: torch.Tensor, routing: Routing, coverage: str, device: str = "cpu"):
+        self.experts, self.m_TH, self.coverage, self.device = experts, m_TH, coverage, device
+        self.rows, self.shares = [], []
+        for e in range(experts.num_experts):
+            hits_TK = routing.indices == e
+            rows = hits_TK.any(-1).nonzero()[:, 0]
+            self.rows.append(rows)
+            weight = (routing.weights * hits_TK).sum(-1)[rows].square()
+            self.shares.append(weight / weight.mean().clamp(min=1e-30) if coverage == "weighted" else None)
+        self.num_tokens = [len(rows) for rows in self.rows]
+        self._pooled: Curvature | None = None
+
+    def batches(self) -> Iterator[range]:
+        """Experts that go together."""
+        return expert_batches(self.experts)
+
+    def gate_up_curvature(self, batch: range) -> torch.Tensor:
+        """`[C, H, H]`: of each expert's own tokens, shrunk towards that of all tokens."""
+        T, H = self.m_TH.shape
+        if self._pooled is None:
+            self._pooled = Curvature(1, H, self.device)
+            for part in self.m_TH.split(TOKENS_AT_ONCE):
+                self._pooled.add(0, part.to(self.device))
+        if self.coverage == "all":
+            return self._pooled.mean().expand(len(batch), H, H)
+        routed = Curvature(len(batch), H, self.device)
+        for i, e in enumerate(batch):
+            for x, share in self._tokens(e):
+                routed.add(i, x, share)
+        return shrunk(routed, self._pooled)
+
+    def down_curvature(self, batch: range, gate_up_COH: torch.Tensor) -> torch.Tensor:
+        """`[C, I, I]`: as above with the (quantized) gate and up; the layer's share comes from an even sample of all tokens,
+        since each expert has neurons of its own."""
+        T, I = len(self.m_TH), self.experts.intermediate_size
+        routed = Curvature(len(batch), I, self.device)
+        sample = torch.arange(0, T, 1 if self.coverage == "all" else max(1, T // I))
+        layer = routed if self.coverage == "all" else Curvature(len(batch), I, self.device)
+        for i, e in enumerate(batch):
+            for rows in sample.split(TOKENS_AT_ONCE):
+                layer.add(i, self.experts.hidden(e, self.m_TH[rows].to(self.device), gate_up_COH[i]))
+            if self.coverage != "all":
+                for x, share in self._tokens(e):
+                    routed.add(i, self.experts.hidden(e, x, gate_up_COH[i]), share)
+        return layer.mean() if self.coverage == "all" else shrunk(routed, layer)
+
+    def _tokens(self, e: int) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+        """An expert's tokens and their shares, some at a time."""
+        for start in range(0, len(self.rows[e]), TOKENS_AT_ONCE):
+            part = slice(start, start + TOKENS_AT_ONCE)
+            share = self.shares[e]
+            yield self.m_TH[self.rows[e][part]].to(self.device), None if share is None else share[part].to(self.device)
+
+
+def expert_batches(experts: Experts) -> Iterator[range]:
+    """Ranges of experts that go together: as many as the workspace holds."""
+    widest = max(experts.hidden_size, experts.intermediate_size)
+    step = max(1, WORKSPACE // (6 * 4 * widest**2))
+    for start in range(0, experts.num_experts, step):
+        yield range(start, min(start + step, experts.num_experts))
+
+
+def quantize_batch(recipe: Recipe, experts: Experts, batch: range, bits: list[int], inputs: ExpertInputs | None, h=None, u=None):
+    """`(gate_up, down, down_curvature)` of a batch of experts at `bits`; h, u: the gate-up curvature and its factor where
+    several widths share them. Without inputs: rounded to nearest, no curvature."""
+    gate_up_w = torch.stack([experts.gate_up_matrix(e, torch.float32) for e in batch])
+    if inputs is None:
+        gate_up, down_h = recipe.quantize(gate_up_w, None, bits), None
+        del gate_up_w
+    else:
+        h = inputs.gate_up_curvature(batch) if h is None else h
+        gate_up = recipe.quantize(gate_up_w, h, bits, u)
+        del gate_up_w, h, u
+        down_h = inputs.down_curvature(batch, gate_up.dequantize())
+    down_w = torch.stack([experts.down_matrix(e, torch.float32) for e in batch])
+    return gate_up, recipe.quantize(down_w, down_h, bits), down_h
+
+
+def quantize_experts(
+    recipe: Recipe, experts: Experts, bits: list[int], inputs: ExpertInputs | None
+) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+    """All of a layer's experts, expert e at bits[e]: the packed tensors by name (`gate_up.codes`, ...) and each expert's
+    relative output error of its down projection `[E]` (None without inputs)."""
+    parts, errors = [], []
+    for batch in expert_batches(experts):
+        gate_up, down, down_h = quantize_batch(recipe, experts, batch, [bits[e] for e in batch], inputs)
+        packed = {"gate_up": gate_up.pack(), "down": down.pack()}
+        parts.append({f"{name}.{part}": tensor for name, found in packed.items() for part, tensor in found.items()})
+        if inputs is not None:
+            for i, e in enumerate(batch):
+                original = experts.down_matrix(e, torch.float32)[None]
+                one = Quantized(down.codes[i : i + 1], down.scales[i : i + 1], down.zeros[i : i + 1], [bits[e]])
+                errors.append(output_error(original, one.dequantize(), down_h[i : i + 1]))
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, torch.cat(errors) if errors else None
+
+
+def width_errors(recipe: Recipe, inputs: ExpertInputs, weights_TE: torch.Tensor, widths: list[int]) -> torch.Tensor:
+    """PMQ's eps `[E, widths]`: Frobenius norm of the change of the MoE block's output when one expert alone is quantized
+    (MC, arXiv 2410.06270). Only the expert itself runs, on its own tokens. weights: routing weights, 0 where not selected."""
+    experts = inputs.experts
+    errors = torch.zeros(experts.num_experts, len(widths))
+    for batch in inputs.batches():
+        h = u = None
+        if recipe.method != "rtn":
+            h = inputs.gate_up_curvature(batch)
+            u = inverse_factor(h, recipe.damping)
+        for column, width in enumerate(widths):
+            given = None if recipe.method == "rtn" else inputs
+            gate_up, down, _ = quantize_batch(recipe, experts, batch, [width] * len(batch), given, h, u)
+            gate_up, down = gate_up.dequantize(), down.dequantize()
+            for i, e in enumerate(batch):
+                square = 0.0
+                for rows in inputs.rows[e].split(TOKENS_AT_ONCE):
+                    x = inputs.m_TH[rows].to(inputs.device)
+                    change = experts.output(e, x, gate_up[i], down[i]) - experts.output(e, x)
+                    square += (change * weights_TE[rows, e, None].to(inputs.device)).square().sum().item()
+                errors[e, column] = math.sqrt(square)
+    return errors
