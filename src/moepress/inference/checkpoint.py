@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, AutoTokenizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging as hf_logging
@@ -18,6 +18,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from moepress.inference.packed import PackedExperts, PackedLinear
 from moepress.models import families
+from moepress.models.streaming import ModelStream
 
 FORMAT_VERSION = 1
 
@@ -74,25 +75,35 @@ def load(folder, device: str = "auto", dtype: torch.dtype | None = None, pruning
     random ones.
     """
     folder = families.locate(Path(folder))
-    config_file = folder / "config.json"
-    if not config_file.is_file():
-        raise ValueError(f"{folder}: no config.json, so this is not a model folder")
-    families.shape_of(json.loads(config_file.read_text()), str(folder))
-    device = pick_device(device)
-    dtype = dtype or (torch.float32 if device == "cpu" else "auto")
-    with _quiet():
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
-        )
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info[kind]:
-            raise ValueError(f"{folder}: {kind.replace('_', ' ')} {sorted(map(str, info[kind]))[:5]}: not loaded")
-    model.eval().to(device)
+    model = load_model(folder, pick_device(device), dtype)
     if pruning:
         from moepress.pruning.policy import attach
 
         attach(model, pruning)
     return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+def load_model(folder: Path, device: str, dtype: torch.dtype | None = None):
+    """The model alone; see `load`."""
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        raise ValueError(f"{folder}: no config.json, so this is not a model folder")
+    config = json.loads(config_file.read_text())
+    families.shape_of(config, str(folder))
+    given = {"dtype": dtype or (torch.float32 if device == "cpu" else "auto"), "output_loading_info": True}
+    with _quiet():
+        if config["model_type"] in families.DIALECTS:
+            stream = ModelStream(folder)
+            known = MODEL_FOR_CAUSAL_LM_MAPPING[type(stream.config)]
+            model, info = known.from_pretrained(None, config=stream.config, state_dict=stream.read(list(stream.entries)), **given)
+        else:
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder, trust_remote_code=False, use_safetensors=True, **given
+            )
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[kind]:
+            raise ValueError(f"{folder}: {kind.replace('_', ' ')} {sorted(map(str, info[kind]))[:5]}: not loaded")
+    return model.eval().to(device)
 
 
 @contextmanager

@@ -157,7 +157,7 @@ class Run:
 
     @cached_property
     def shape(self) -> families.Shape:
-        return families.shape_of(self.model_config, "model")
+        return families.read_shape(self.model, "model")
 
     @cached_property
     def num_weights(self) -> int:

@@ -1,0 +1,143 @@
+"""Every family: the walk is the model, the chain ends in a checkpoint that loads as what was measured."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from moepress import allocation
+from moepress.inference.checkpoint import load_model
+from moepress.models import families
+from moepress.models.streaming import ModelStream
+from moepress.models.streams import Streams
+from moepress.pruning.policy import attach, experts_of
+from moepress.quantization import size, writer
+from moepress.quantization.experts import Recipe
+from moepress.quantization.qesc import quantize_model
+from moepress.statistics import layer_statistics
+from zoo import ZOO, plain_deepseek, write_zoo_model
+
+TOKENS = torch.randint(1, 300, (5, 24), generator=torch.Generator().manual_seed(0))
+GRID = {"group_size": 32, "clip_min": 0.5, "clip_steps": 2, "fit_rounds": 1, "damping": 0.01, "block_size": 32}
+QUANTIZATION = {"method": "qesc", **GRID, "attention_bits": 4, "shared_bits": 4, "router_candidates": None, "router_ridge": 0.01}
+PMQ = {"method": "pmq", "bits": 2.5, "budget": None, "widths": [2, 3, 4], "keep": [2, 3], "weights": "renormalized"}
+PMQ |= {"frequency_exponent": 1.0, "weight_exponent": 1.0, "error_exponent": 2.0}
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory):
+    """Family -> its model's folder, written once."""
+    written = {}
+
+    def folder(family):
+        if family not in written:
+            written[family] = write_zoo_model(tmp_path_factory.mktemp(family), family)
+        return written[family]
+
+    return folder
+
+
+def test_the_zoo_is_complete():
+    assert set(ZOO) == set(families.HANDLED)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("family", ZOO)
+def test_the_walk_is_the_model(zoo, family):
+    """Our residual, block input and (hidden, top_k_index, top_k_weights) reproduce every layer of transformers' own forward."""
+    model = load_model(zoo(family), "cpu", torch.float32)
+    stream = ModelStream(zoo(family))
+    inputs, outputs, triples = [], [], []
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+        layer.register_forward_hook(lambda _, __, out: outputs.append(out))
+    for experts in experts_of(model):
+        experts.register_forward_hook(lambda _, args, out: triples.append((*args, out)))
+    model(TOKENS)
+    x = stream.embed(TOKENS)
+    for index, layer in stream.layers():
+        assert torch.allclose(x, inputs[index], atol=1e-5, rtol=1e-4)
+        residual, m = stream.attend(index, layer, x)
+        if index in stream.shape.moe_layers:
+            hidden, indices, weights, expected = triples.pop(0)
+            routing = stream.route(layer, m)
+            assert torch.allclose(m.flatten(0, 1), hidden, atol=1e-4, rtol=1e-4)
+            assert torch.equal(routing.indices.sort(-1).values, indices.sort(-1).values)
+            experts = layer.get_submodule(stream.family.experts)
+            ours = experts(m.flatten(0, 1), routing.indices, routing.weights)
+            assert torch.allclose(ours, expected, atol=1e-4, rtol=1e-3)
+            scores = stream.selection_scores(layer, routing.logits)
+            best = (routing.indices == scores.argmax(-1, keepdim=True)).any(-1).float().mean()
+            assert best == 1 or (family == "deepseek_v3" and best > 0.7), "the choice goes by these scores (there by group first)"
+        x = stream.add_block(layer, residual, m)
+        assert torch.allclose(x, outputs[index], atol=1e-4, rtol=1e-3)
+    assert not triples, "no MoE layer is passed over"
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("family", ZOO)
+def test_the_chain(zoo, family, tmp_path):
+    """Statistics, allocation, QESC, packing, loading and PESF: what loads is what the quantization went on with."""
+    stream = ModelStream(zoo(family))
+    recipe = Recipe(**QUANTIZATION)
+    streams = Streams(tmp_path / "streams", ("x",), (*TOKENS.shape, stream.shape.hidden_size))
+    stream.embed(TOKENS, streams["x"])
+    statistics = []
+    for index, layer in stream.layers():
+        found = layer_statistics(stream, index, layer, streams, recipe, [2, 3, 4], ["a"] * 5, "routed")
+        streams.advance()
+        statistics += [found] if found else []
+    shape = stream.shape
+    assert [layer["layer"] for layer in statistics] == list(shape.moe_layers)
+    total = 2.5 * shape.num_experts * len(shape.moe_layers)
+    bits = [solution.bits for solution in allocation.pmq(statistics, PMQ, [2, 3, 4], [2, 3, 4], total)]
+
+    out = tmp_path / "packed"
+    out.mkdir()
+    stream, modules = ModelStream(zoo(family)), {}
+    for result in quantize_model(stream, TOKENS, bits, recipe, tmp_path / "hidden"):
+        writer.write_shard(out, result.index, shape.num_layers, result.tensors)
+        modules |= result.modules
+    writer.finish(out, stream, recipe.group_size, modules)
+    last = Streams(tmp_path / "hidden", ("x", "x_hat"), (*TOKENS.shape, shape.hidden_size))
+    model = load_model(out, "cpu", torch.float32)
+    seen = []
+    model.model.norm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model(TOKENS)
+    assert torch.equal(seen[0], last["x_hat"]), "the packed model is what was measured, to the bit"
+    original = load_model(zoo(family), "cpu", torch.float32)
+    original.model.norm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    original(TOKENS)
+    assert torch.allclose(seen[1], last["x"], atol=1e-3, rtol=1e-3)
+
+    tensors = families.tensors(zoo(family))
+    predicted = size.bytes_outside_experts(shape, tensors, QUANTIZATION)
+    predicted += sum(size.expert_bytes(shape, width, 32) for layer in bits for width in layer)
+    stored = [tensor for path in out.glob("*.safetensors") for tensor in load_file(path).values()]
+    assert sum(tensor.nbytes for tensor in stored) == predicted
+    linears = {n for n, m in original.named_modules() if isinstance(m, torch.nn.Linear) and n.startswith("model.layers.")}
+    kept = linears - set(modules)
+    assert all(name.endswith(("gate", "gate.wg", "router", "shared_expert_gate")) for name in kept), kept
+
+    for checkpoint in (model, original):
+        plain = checkpoint(TOKENS).logits
+        hooks = attach(checkpoint, {"method": "pesf", "alpha": 0.9, "renormalize": True})
+        pruned = checkpoint(TOKENS).logits
+        assert pruned.isfinite().all() and not torch.allclose(pruned, plain)
+        for hook in hooks:
+            hook.remove()
+        assert torch.equal(checkpoint(TOKENS).logits, plain)
+
+
+@torch.inference_mode()
+def test_first_generation_deepseek_against_plain_torch(zoo):
+    model = load_model(zoo("deepseek"), "cpu", torch.float32)
+    assert torch.allclose(model(TOKENS).logits, plain_deepseek(zoo("deepseek"))(TOKENS).logits, atol=1e-4, rtol=1e-3)
+
+
+def test_an_unknown_family_is_refused_by_name(zoo, tmp_path):
+    config = json.loads((zoo("mixtral") / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "jetmoe"}))
+    with pytest.raises(ValueError, match=r"model\.path: model type 'jetmoe' is not .*deepseek_v3.*mixtral"):
+        families.read_shape(tmp_path, "model.path")
