@@ -10,15 +10,8 @@ from moepress.inference.checkpoint import FORMAT_VERSION
 from moepress.models import families
 from moepress.models.files import read_header
 from moepress.models.streaming import ModelStream
+from moepress.quantization.budget import COPIED, shard_name
 from moepress.quantization.size import num_weights
-
-COPIED = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json")
-COPIED += ("merges.txt", "tokenizer.model", "chat_template.jinja", "added_tokens.json")
-
-
-def shard_name(index: int, num_layers: int) -> str:
-    return f"model-{index + 1:05d}-of-{num_layers + 1:05d}.safetensors"
-
 
 def write_shard(folder: Path, index: int, num_layers: int, tensors: dict) -> None:
     """Write shard `index` (a layer's; the last one holds the rest) through a rename."""
@@ -54,9 +47,11 @@ def finish(folder: Path, stream: ModelStream, group_size: int, modules: dict) ->
 
 
 def size_on_disk(folder: Path, weights: int) -> dict:
-    """Bytes of the weight files and bits per weight of the model, everything in them counted."""
+    """Bytes of the weight files and bits per weight of the model, everything in them counted; and bytes of all files of the
+    folder so far (config.yaml and provenance.json, some KiB, come last)."""
     total = sum(path.stat().st_size for path in folder.glob("model-*.safetensors"))
-    return {"checkpoint_bytes": total, "bits_effective": 8 * total / weights}
+    files = sum(path.stat().st_size for path in folder.iterdir() if path.is_file() and path.name != "layers.json")
+    return {"checkpoint_bytes": total, "folder_bytes": files, "bits_effective": 8 * total / weights}
 
 
 def weights_of(folder: Path) -> int:

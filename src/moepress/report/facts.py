@@ -12,6 +12,7 @@ from moepress.report.compare import mebibytes
 from moepress.report.readable import seconds
 from moepress.report.reading import Run
 
+SIZES = ("folder_bytes", "loaded_bytes")
 SPLITS = ("train", "calibration", "test")
 
 
@@ -103,6 +104,11 @@ def methods(runs: list[Run]) -> dict[str, str]:
         attention = listed({run.quantization.get("attention_bits") or 16 for run in quantized})
         facts["grid"] = (
             f"groups of {groups} weights share a scale and a zero point; attention at {attention} bits, router at 16"
+        )
+        off = {name: max(abs(run.sizes[f"predicted_{name}"] / run.sizes[name] - 1) for run in quantized) for name in SIZES}
+        facts["predicted sizes"] = (
+            f"the folders came within {100 * off['folder_bytes']:.2f} % of what was predicted before the run, the loaded models "
+            f"within {100 * off['loaded_bytes']:.2f} %"
         )
         starved = {run.title: sum(len(layer.get("starved", [])) for layer in run.diagnostics) for run in quantized}
         worst = max(starved, key=starved.__getitem__)

@@ -11,6 +11,7 @@ from moepress.artefacts import Task, read_json, write_json
 from moepress.data import sampling
 from moepress.evaluation import perplexity as ppl
 from moepress.inference.checkpoint import load
+from moepress.latency import weight_bytes
 from moepress.models.families import locate
 from moepress.pruning.policy import attach, experts_of
 
@@ -66,6 +67,8 @@ def run(task: Task) -> None:
     blocks.to_parquet(task.out / "blocks.parquet")
     summary = {
         "domains": domains,
+        "loaded_bytes": weight_bytes(model),
+        "device": model.device.type,
         "active_slots": float(np.mean([entry["active_slots"] for entry in domains.values()])),
         "selection_shift": 0.0 if reference is None else float(blocks["selection_shift"].mean()),
         "selection_shift_stderr": 0.0 if reference is None else float(blocks["selection_shift"].sem(ddof=1)),
