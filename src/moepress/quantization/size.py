@@ -63,9 +63,7 @@ def feasible_range(num_experts: int, widths: list[int], sizes: list[float], keep
     return kept + rest * min(sizes), kept + rest * max(sizes)
 
 
-def plan_budget(
-    config: dict, shape: Shape, tensors: dict[str, Entry], quantization: dict
-) -> tuple[dict[int, int], float]:
+def plan_budget(config: dict, shape: Shape, tensors: dict[str, Entry], quantization: dict) -> tuple[dict[int, int], float]:
     """`({width: size of one expert}, total for all experts)`, in bytes where config["budget"] is set, else in bits.
 
     config: as in conf/allocation/; quantization: as in conf/quantization/. tensors: as in `bytes_outside_experts`; read only
