@@ -19,7 +19,8 @@ from moepress.quantization.size import bytes_outside_experts, expert_bytes
 from moepress.schema import parse_bytes
 from zoo import COMMON, ZOO, write_zoo_model
 
-RTN = {"method": "rtn", "group_size": 32, "clip_min": 1.0, "clip_steps": 1, "fit_rounds": 0, "attention_bits": 4, "shared_bits": 3}
+RTN = {"method": "rtn", "group_size": 32, "clip_min": 1.0, "clip_steps": 1, "fit_rounds": 0}
+RTN |= {"attention_bits": 4, "shared_bits": 3}
 
 
 def written(model_folder, out, quantization, bits=None):

@@ -37,7 +37,6 @@ def test_values_are_plain_and_resolved():
         (["allocation.budget=lots"], r"allocation\.budget='lots'.*12GiB"),
         (["allocation.bits=1"], r"allocation\.bits=1: .*keep=\[2, 3\]; averages from 1\.375 to 3\.625 can be met"),
         (["quantization.group_size=100"], r"quantization\.group_size=100: a multiple of 8"),
-        (["quantization.group_size=96"], r"quantization\.group_size=96 does not divide.*take one of"),
         (["quantization=rtn", "statistics.quantizer=gptq"], r"statistics\.quantizer='gptq': quantization=rtn has no error"),
         (["quantization.damping=-1"], r"quantization\.damping=-1"),
         (["quantization.block_size=0"], r"quantization\.block_size=0: at least 1"),
@@ -66,7 +65,7 @@ def test_models_that_cannot_be_used(tmp_path, model_folder):
     (tmp_path / "config.json").write_text("{")
     refused("not valid JSON")
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    refused(r"model\.path: model type 'llama' is not a Mixture-of-Experts family that is handled \(mixtral\)")
+    refused(r"model\.path: model type 'llama' is not a Mixture-of-Experts family that is handled \(deepseek, .*mixtral")
     (tmp_path / "config.json").write_text((model_folder / "config.json").read_text())
     refused("no weights")
     (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")

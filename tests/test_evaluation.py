@@ -14,7 +14,7 @@ from moepress.pruning.policy import attach
 def test_measure_against_the_model(model_folder):
     model, _ = load(model_folder, "cpu")
     blocks = np.random.default_rng(0).integers(1, 250, (5, 16))
-    before, after = ppl.RouterTap(), ppl.RouterTap()
+    before, after = ppl.SelectionTap(), ppl.SelectionTap()
     before.watch(model)
     attach(model, {"method": "pesf", "alpha": 1.0, "renormalize": True})
     after.watch(model)

@@ -20,7 +20,14 @@ from zoo import ZOO, plain_deepseek, write_zoo_model
 
 TOKENS = torch.randint(1, 300, (5, 24), generator=torch.Generator().manual_seed(0))
 GRID = {"group_size": 32, "clip_min": 0.5, "clip_steps": 2, "fit_rounds": 1, "damping": 0.01, "block_size": 32}
-QUANTIZATION = {"method": "qesc", **GRID, "attention_bits": 4, "shared_bits": 4, "router_candidates": None, "router_ridge": 0.01}
+QUANTIZATION = {
+    "method": "qesc",
+    **GRID,
+    "attention_bits": 4,
+    "shared_bits": 4,
+    "router_candidates": None,
+    "router_ridge": 0.01,
+}
 PMQ = {"method": "pmq", "bits": 2.5, "budget": None, "widths": [2, 3, 4], "keep": [2, 3], "weights": "renormalized"}
 PMQ |= {"frequency_exponent": 1.0, "weight_exponent": 1.0, "error_exponent": 2.0}
 
@@ -60,7 +67,7 @@ def test_the_walk_is_the_model(zoo, family):
         assert torch.allclose(x, inputs[index], atol=1e-5, rtol=1e-4)
         residual, m = stream.attend(index, layer, x)
         if index in stream.shape.moe_layers:
-            hidden, indices, weights, expected = triples.pop(0)
+            hidden, indices, _, expected = triples.pop(0)
             routing = stream.route(layer, m)
             assert torch.allclose(m.flatten(0, 1), hidden, atol=1e-4, rtol=1e-4)
             assert torch.equal(routing.indices.sort(-1).values, indices.sort(-1).values)
@@ -69,7 +76,9 @@ def test_the_walk_is_the_model(zoo, family):
             assert torch.allclose(ours, expected, atol=1e-4, rtol=1e-3)
             scores = stream.selection_scores(layer, routing.logits)
             best = (routing.indices == scores.argmax(-1, keepdim=True)).any(-1).float().mean()
-            assert best == 1 or (family == "deepseek_v3" and best > 0.7), "the choice goes by these scores (there by group first)"
+            assert best == 1 or (family == "deepseek_v3" and best > 0.7), (
+                "the choice goes by these scores (there by group first)"
+            )
         x = stream.add_block(layer, residual, m)
         assert torch.allclose(x, outputs[index], atol=1e-4, rtol=1e-3)
     assert not triples, "no MoE layer is passed over"
@@ -134,6 +143,13 @@ def test_the_chain(zoo, family, tmp_path):
 def test_first_generation_deepseek_against_plain_torch(zoo):
     model = load_model(zoo("deepseek"), "cpu", torch.float32)
     assert torch.allclose(model(TOKENS).logits, plain_deepseek(zoo("deepseek"))(TOKENS).logits, atol=1e-4, rtol=1e-3)
+
+
+def test_groups_that_fit_no_row_are_refused():
+    shape = families.Shape("mixtral", 2, 192, 100, 4, 2, (0, 1))
+    assert families.group_of(192, 128) == 64
+    with pytest.raises(ValueError, match=r"group_size=128 shares no divisor of 8 .* intermediate_size=100; take one of"):
+        families.check_group_size(shape, 128)
 
 
 def test_an_unknown_family_is_refused_by_name(zoo, tmp_path):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from moepress.inference.checkpoint import load
 from moepress.pruning.pesf import pesf
-from moepress.pruning.policy import attach, routers
+from moepress.pruning.policy import attach, experts_of
 
 
 def slow_pesf(index, weights, mask, num_experts, alpha, renormalize):
@@ -73,7 +73,7 @@ def test_in_a_model_padding_and_neighbours_do_not_matter(model_folder, experts):
         plain = model(input_ids=ids).logits
         hooks = attach(model, {"method": "pesf", "alpha": 0.9, "renormalize": True})
         kept = []
-        watch = routers(model)[0].register_forward_hook(lambda _, __, out: kept.append(out[2]))
+        watch = experts_of(model)[0].register_forward_pre_hook(lambda _, args: kept.append(args[1]))
         alone = model(input_ids=ids[:1, :17]).logits
         mask = torch.ones_like(ids)
         mask[0, 17:] = 0

@@ -8,9 +8,12 @@ from safetensors.torch import load_file, save_file
 
 from conftest import write_model
 from moepress.inference.checkpoint import load
+from moepress.models import families
 from moepress.models.streaming import ModelStream
+from moepress.models.streams import Streams
 from moepress.quantization import size, writer
-from moepress.quantization.qesc import Recipe, quantize_model
+from moepress.quantization.experts import Recipe
+from moepress.quantization.qesc import STREAMS, quantize_model
 
 COMMON = {"group_size": 32, "clip_min": 0.25, "clip_steps": 8, "fit_rounds": 2, "attention_bits": 4}
 FEEDBACK = {"damping": 0.01, "block_size": 16}
@@ -24,12 +27,12 @@ TOKENS = torch.randint(1, 250, (6, 48), generator=torch.Generator().manual_seed(
 
 def compress(folder, out, recipe, bits):
     stream = ModelStream(folder)
-    modules, last = {}, None
-    for last in quantize_model(stream, None if recipe.method == "rtn" else TOKENS, bits, recipe):
-        writer.write_shard(out, last.index, stream.shape.num_layers, last.tensors)
-        modules.update(last.modules)
+    modules, tokens = {}, None if recipe.method == "rtn" else TOKENS
+    for result in quantize_model(stream, tokens, bits, recipe, out / "streams"):
+        writer.write_shard(out, result.index, stream.shape.num_layers, result.tensors)
+        modules.update(result.modules)
     writer.finish(out, stream, recipe.group_size, modules)
-    return last
+    return Streams(out / "streams", STREAMS, (*TOKENS.shape, stream.shape.hidden_size)) if tokens is not None else None
 
 
 @pytest.mark.parametrize("method", RECIPES)
@@ -39,12 +42,12 @@ def test_what_was_measured_is_what_loads(model_folder, tmp_path, method):
     model, _ = load(tmp_path, "cpu")
     with torch.inference_mode():
         hidden = model.model(TOKENS).last_hidden_state
-        if last.x_hat is not None:
-            assert torch.equal(hidden, model.model.norm(last.x_hat))
+        if last:
+            assert torch.equal(hidden, model.model.norm(last["x_hat"]))
     original, _ = load(model_folder, "cpu")
     with torch.inference_mode():
-        if last.x is not None:
-            assert torch.allclose(original.model(TOKENS).last_hidden_state, original.model.norm(last.x), atol=1e-5)
+        if last:
+            assert torch.allclose(original.model(TOKENS).last_hidden_state, original.model.norm(last["x"]), atol=1e-4)
     experts = model.get_submodule("model.layers.1.mlp.experts")
     assert experts.gate_up.bits == bits[1] and experts.gate_up.codes.dtype == torch.uint8
     assert experts.gate_up.scales.dtype == torch.float16
@@ -54,7 +57,7 @@ def test_every_quantized_weight_occupies_its_bits(model_folder, tmp_path):
     bits = [[1, 2, 3, 4], [2, 2, 3, 3]]
     compress(model_folder, tmp_path, RECIPES["rtn"], bits)
     shape = ModelStream(model_folder).shape
-    outside = size.bytes_outside_experts(shape, size.tensor_shapes(model_folder), 4, 32)
+    outside = size.bytes_outside_experts(shape, families.tensors(model_folder), {"attention_bits": 4, "group_size": 32})
     predicted = outside + sum(size.expert_bytes(shape, b, 32) for layer in bits for b in layer)
     tensors = {k: t for path in tmp_path.glob("*.safetensors") for k, t in load_file(path).items()}
     assert sum(t.numel() * t.element_size() for t in tensors.values()) == predicted
@@ -79,11 +82,14 @@ def test_packed_experts_are_the_unpacked_ones(model_folder, tmp_path):
             assert torch.allclose(packed(x, index, weight), plain(x, index, weight), atol=1e-4)
 
 
-def test_goes_on_from_any_layer_with_the_same_bytes(model_folder):
+def test_goes_on_from_any_layer_with_the_same_bytes(model_folder, tmp_path):
     recipe, bits = RECIPES["qesc"], [[2, 2, 3, 3]] * 2
     whole = list(quantize_model(ModelStream(model_folder), TOKENS, bits, recipe))
-    first = whole[0]
-    (rest,) = quantize_model(ModelStream(model_folder), TOKENS, bits, recipe, 1, (first.x, first.x_hat))
+    stopped = quantize_model(ModelStream(model_folder), TOKENS, bits, recipe, tmp_path)
+    next(stopped), next(stopped)  # the second layer is asked for, so the first is whole
+    stopped.close()
+    (rest,) = quantize_model(ModelStream(model_folder), TOKENS, bits, recipe, tmp_path)
+    assert rest.index == 1
     assert all(torch.equal(rest.tensors[name], tensor) for name, tensor in whole[1].tensors.items())
 
 

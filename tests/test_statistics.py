@@ -6,7 +6,8 @@ import torch
 
 from moepress.models.specialisation import mutual_information
 from moepress.models.streaming import ModelStream
-from moepress.quantization.qesc import ExpertInputs, Recipe, block_output, quantize_experts, rtn_experts
+from moepress.models.streams import Streams
+from moepress.quantization.experts import ExpertInputs, Recipe, quantize_batch
 from moepress.statistics import layer_statistics
 
 TOKENS = torch.randint(1, 250, (6, 40), generator=torch.Generator().manual_seed(0))
@@ -17,42 +18,54 @@ RECIPES = {"rtn": Recipe("rtn", **COMMON), "gptq": Recipe("gptq", **COMMON, damp
 
 
 @pytest.fixture(scope="module")
-def layer(model_folder):
+def walk(model_folder, tmp_path_factory):
+    """The first layer with what enters it, and the block's input."""
     stream = ModelStream(model_folder)
-    return stream, stream.layer(0), stream.embed(TOKENS), stream.positions(40)
+    streams = Streams(tmp_path_factory.mktemp("streams"), ("x",), (*TOKENS.shape, 64))
+    stream.embed(TOKENS, streams["x"])
+    with torch.inference_mode():
+        layer = stream.layer(0)
+        _, m = stream.attend(0, layer, streams["x"])
+    return stream, layer, streams, m
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("coverage", ["routed", "weighted", "all"])
 @pytest.mark.parametrize("method", RECIPES)
-def test_errors_against_the_whole_block(layer, method):
+def test_errors_against_the_whole_block(walk, method, coverage):
     """eps: quantize one expert alone, run the whole MoE block, take the Frobenius norm of the change."""
-    stream, module, x, positions = layer
-    found, _ = layer_statistics(stream, module, x, positions, RECIPES[method], WIDTHS, DOMAINS)
-    experts, block = stream.module(module, "experts"), stream.module(module, "moe")
-    _, m = stream.attend(module, x, positions)
-    original = block_output(block, m)
-    inputs = ExpertInputs(experts, m.flatten(0, 1), stream.route(module, m.flatten(0, 1))[2])
+    stream, layer, streams, m = walk
+    found = layer_statistics(stream, 0, layer, streams, RECIPES[method], WIDTHS, DOMAINS, coverage)
+    experts = layer.get_submodule(stream.family.experts)
+    original, kept = stream.block(layer, m), list(experts.weights)
+    inputs = ExpertInputs(experts, m.flatten(0, 1), stream.route(layer, m), coverage)
     for column, width in enumerate(WIDTHS):
-        if method == "rtn":
-            gate_up, down = rtn_experts(RECIPES[method], experts, [width] * 4)
-        else:
-            gate_up, down, _ = quantize_experts(RECIPES[method], inputs, [width] * 4)
+        given = None if method == "rtn" else inputs
+        gate_up, down, _ = quantize_batch(RECIPES[method], experts, range(4), [width] * 4, given)
         for e in range(4):
-            kept = experts.gate_up_proj[e].clone(), experts.down_proj[e].clone()
-            experts.gate_up_proj[e], experts.down_proj[e] = gate_up.dequantize()[e], down.dequantize()[e]
-            change = (block_output(block, m) - original).norm().item()
-            experts.gate_up_proj[e], experts.down_proj[e] = kept
+            experts.weights[e] = ([gate_up.dequantize()[e]], down.dequantize()[e])
+            change = (stream.block(layer, m) - original).norm().item()
+            experts.weights[e] = kept[e]
             assert found["errors"][e][column] == pytest.approx(change, rel=1e-3)
     errors = np.array(found["errors"])
     assert (errors[:, 0] > errors[:, 1]).all() and (errors[:, 1] > errors[:, 2]).all(), "wider is better"
 
 
 @torch.inference_mode()
-def test_counts_and_weights_against_loops(layer):
-    stream, module, x, positions = layer
-    found, x_next = layer_statistics(stream, module, x, positions, RECIPES["rtn"], [4], DOMAINS)
-    _, m = stream.attend(module, x, positions)
-    logits, weights, index = stream.route(module, m.flatten(0, 1))
+def test_one_expert_at_a_time_is_all_at_once(walk, monkeypatch):
+    stream, layer, streams, _ = walk
+    at_once = layer_statistics(stream, 0, layer, streams, RECIPES["gptq"], [2], DOMAINS, "routed")
+    monkeypatch.setattr("moepress.quantization.experts.WORKSPACE", 0)
+    one_by_one = layer_statistics(stream, 0, layer, streams, RECIPES["gptq"], [2], DOMAINS, "routed")
+    assert np.allclose(at_once["errors"], one_by_one["errors"], rtol=1e-3)
+
+
+@torch.inference_mode()
+def test_counts_and_weights_against_loops(walk):
+    stream, layer, streams, m = walk
+    found = layer_statistics(stream, 0, layer, streams, RECIPES["rtn"], [4], DOMAINS, "routed")
+    routing = stream.route(layer, m)
+    logits, weights, index = routing.logits, routing.weights, routing.indices
     tokens, weight, softmax, by_domain = [0] * 4, [0.0] * 4, [0.0] * 4, {"a": [0] * 4, "b": [0] * 4}
     for t in range(len(index)):
         for slot, e in enumerate(index[t].tolist()):
@@ -65,7 +78,30 @@ def test_counts_and_weights_against_loops(layer):
     assert found["weight"] == pytest.approx([w / len(index) for w in weight], rel=1e-4)
     assert found["softmax_weight"] == pytest.approx([w / len(index) for w in softmax], rel=1e-4)
     assert sum(found["weight"]) == pytest.approx(1) and sum(found["frequency"]) == pytest.approx(2)
-    assert torch.allclose(x_next, module(x, position_embeddings=positions), atol=1e-5)
+    assert torch.allclose(streams.next("x"), stream.call(0, layer, streams["x"]), atol=1e-5)
+
+
+@torch.inference_mode()
+def test_curvatures_against_loops(walk):
+    """Each coverage's curvature, token by token: sum of share x x^T, drawn towards that of all tokens."""
+    stream, layer, _, m = walk
+    experts, m_TH, routing = layer.get_submodule(stream.family.experts), m.flatten(0, 1), stream.route(layer, m)
+    T, H = m_TH.shape
+    pooled = m_TH.T @ m_TH / T
+    for coverage in ("routed", "weighted", "all"):
+        inputs = ExpertInputs(experts, m_TH, routing, coverage)
+        found = inputs.gate_up_curvature(range(1, 3))
+        for i, e in enumerate((1, 2)):
+            total, n, squares = torch.zeros(H, H), 0, []
+            for t in range(T):
+                hit = (routing.indices[t] == e).nonzero()
+                if len(hit):
+                    weight = routing.weights[t, hit[0, 0]].item() ** 2 if coverage == "weighted" else 1.0
+                    total, n = total + weight * torch.outer(m_TH[t], m_TH[t]), n + 1
+                    squares.append(weight)
+            total = total / np.mean(squares)
+            expected = pooled if coverage == "all" else (total + H * pooled) / (n + H)
+            assert torch.allclose(found[i], expected, rtol=1e-3, atol=1e-4)
 
 
 def test_mutual_information():

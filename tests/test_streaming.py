@@ -1,36 +1,17 @@
 """A layer at a time against the whole model; damaged checkpoints are refused by file and tensor."""
 
+import errno
 import json
+import os
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import write_model
-from moepress.inference.checkpoint import load
-from moepress.models import families
-from moepress.models.streaming import ModelStream, load_state, save_state
-from moepress.quantization import size
-from moepress.quantization.qesc import block_output
-
-TOKENS = torch.randint(1, 250, (3, 20), generator=torch.Generator().manual_seed(0))
-
-
-def test_the_walk_is_the_model(model_folder):
-    """Our residual, block input, routing and block output reproduce every layer of transformers' own forward."""
-    model, _ = load(model_folder, "cpu")
-    stream = ModelStream(model_folder)
-    x, positions = stream.embed(TOKENS), stream.positions(TOKENS.shape[1])
-    with torch.inference_mode():
-        expected = model.model(TOKENS, output_hidden_states=True).hidden_states
-        for index, layer in stream.layers():
-            assert torch.equal(x, expected[index])
-            residual, m = stream.attend(layer, x, positions)
-            _, weights, indices = stream.route(layer, m.flatten(0, 1))
-            from_triple = stream.module(layer, "experts")(m.flatten(0, 1), indices, weights).view_as(m)
-            x = residual + block_output(stream.module(layer, "moe"), m)
-            assert torch.allclose(residual + from_triple, x, atol=1e-6)
-        assert torch.equal(model.model.norm(x), expected[-1])
+from moepress.models import families, files
+from moepress.models.streaming import ModelStream
+from moepress.models.streams import Streams
 
 
 def test_shards_read_like_one_file(model_folder, tmp_path):
@@ -44,6 +25,12 @@ def test_shards_read_like_one_file(model_folder, tmp_path):
     (tmp_path / "config.json").write_text((model_folder / "config.json").read_text())
     whole, sharded = ModelStream(model_folder).layer_tensors(1), ModelStream(tmp_path).layer_tensors(1)
     assert whole.keys() == sharded.keys() and all(torch.equal(whole[n], sharded[n]) for n in whole)
+    name = "model.layers.1.self_attn.q_proj.weight"
+    (other,) = set(halves) - {index["weight_map"][name]}
+    index["weight_map"][name] = other
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"index\.json: says that .* holds .*q_proj.*, but it does not"):
+        ModelStream(tmp_path)
     (tmp_path / "b.safetensors").unlink()
     with pytest.raises(ValueError, match=r"index names b\.safetensors, which is not there"):
         ModelStream(tmp_path)
@@ -57,11 +44,20 @@ def test_damage_is_named(tmp_path):
     save_file(less, path, {"format": "pt"})
     with pytest.raises(ValueError, match=r"lacks the tensor model\.layers\.0\.block_sparse_moe\.experts\.2\.w3\.weight"):
         ModelStream(folder).layer(0)
+    less = {k: v for k, v in tensors.items() if ".experts.2." not in k}
+    save_file(less, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"layer 0 lacks expert 2, config\.json says 4 experts"):
+        ModelStream(folder)
+    odd = {k: v.to(torch.int8) if k == "model.layers.0.self_attn.k_proj.weight" else v for k, v in tensors.items()}
+    save_file(odd, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"model\.safetensors: model\.layers\.0\.self_attn\.k_proj\.weight is stored as I8"):
+        ModelStream(folder).layer(0)
+    save_file(tensors, path, {"format": "pt"})
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"model\.safetensors"):
         ModelStream(folder)
     with pytest.raises(ValueError, match=r"model\.safetensors: .* bytes, its header says"):
-        size.tensor_shapes(folder)
+        files.entries(folder)
 
 
 def test_fingerprint_sees_weights_and_config(tmp_path):
@@ -74,8 +70,22 @@ def test_fingerprint_sees_weights_and_config(tmp_path):
     assert families.fingerprint(folder) != first
 
 
-def test_state_is_whole(tmp_path):
-    assert load_state(tmp_path) == (0, {})
-    save_state(tmp_path, 3, {"x": torch.arange(4.0)})
-    layer, tensors = load_state(tmp_path)
-    assert layer == 3 and torch.equal(tensors["x"], torch.arange(4.0))
+def test_streams_go_on_from_the_last_whole_layer(tmp_path):
+    streams = Streams(tmp_path, ("x", "y"), (2, 3, 4))
+    streams["x"].fill_(1), streams.next("x").fill_(2), streams["y"].fill_(3), streams.next("y").fill_(4)
+    streams.scratch("m").fill_(9)
+    again = Streams(tmp_path, ("x", "y"), (2, 3, 4))
+    assert again.layer == 0 and (again["x"] == 1).all() and (again["y"] == 3).all(), "not advanced: the layer is done again"
+    streams.advance()
+    again = Streams(tmp_path, ("x", "y"), (2, 3, 4))
+    assert again.layer == 1 and (again["x"] == 2).all() and (again["y"] == 4).all()
+    assert not (tmp_path / "x-0.bin").exists(), "what no layer reads is not kept"
+
+
+def test_a_full_disk_is_an_error_and_no_crash(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match=r"x-0\.bin.*No space left|No space left.*x-0\.bin"):
+        Streams(tmp_path, ("x",), (2, 3, 4))["x"]

@@ -91,7 +91,7 @@ def test_refused_before_anything_is_written(place, tmp_path):
     _, small = place
     for override, message in (
         ("allocation.bitz=3", "keys of allocation"),
-        ("quantization.group_size=48", "does not divide the model's hidden_size=64"),
+        ("quantization.group_size=20", "quantization.group_size=20: a multiple of 8"),
         ("corpus.path=/nowhere", "corpus.path"),
         ("allocation.bits=1", "averages from 1.75 to 3.25 can be met"),
     ):

@@ -148,7 +148,11 @@ def write_deepseek(folder, seed: int):
             f"{prefix}.down_proj.weight": weight(H, width),
         }
 
-    tensors = {"model.embed_tokens.weight": weight(300, H), "lm_head.weight": weight(300, H), "model.norm.weight": 1 + weight(H)}
+    tensors = {
+        "model.embed_tokens.weight": weight(300, H),
+        "lm_head.weight": weight(300, H),
+        "model.norm.weight": 1 + weight(H),
+    }
     for layer in range(3):
         at = f"model.layers.{layer}"
         tensors |= {f"{at}.self_attn.{name}_proj.weight": weight(H, H) for name in "qkvo"}
@@ -189,7 +193,14 @@ def plain_deepseek(folder):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = json.loads((folder / "config.json").read_text())
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    names = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+    )
     llama = LlamaForCausalLM(LlamaConfig(**{name: config[name] for name in names}, rms_norm_eps=1e-6, rope_theta=10000.0))
     tensors = load_file(folder / "model.safetensors")
     for layer in (1, 2):

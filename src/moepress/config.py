@@ -90,7 +90,8 @@ def with_files(config: dict) -> dict:
         if config["model"]["name"] == "local":
             config["model"]["name"] = Path(config["model"]["path"]).resolve().name
     elif config["model"]["kind"] == "tiny":
-        model = dataclasses.replace(outline.from_recipe(config["model"]), files={})  # how large its tokenizer will be is not known yet
+        # How large its tokenizer will be is not known yet: only what surely does not fit is refused here.
+        model = dataclasses.replace(outline.from_recipe(config["model"]), files={})
     if model and config["quantization"]["method"] != "none":
         families.check_group_size(model.shape, config["quantization"]["group_size"])
         plan_budget(config["allocation"], Prediction(model, config["quantization"]))

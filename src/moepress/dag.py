@@ -130,9 +130,7 @@ STAGES: dict[str, Stage] = {
         lambda c: {**_model(c), "calibration": ("calibration", c)},
         lambda c: f"{c['model']['name']}-{c['statistics']['quantizer']}",
     ),
-    "allocation": Stage(
-        3, ("allocation", *(f"quantization.{name}" for name in _SIZES)), _allocation_inputs, _size_label
-    ),
+    "allocation": Stage(3, ("allocation", *(f"quantization.{name}" for name in _SIZES)), _allocation_inputs, _size_label),
     "quantization": Stage(2, ("quantization",), _quantization_inputs, _checkpoint_label),
     "pruning": Stage(1, ("pruning",), _model, run_label),
     "evaluation": Stage(3, ("evaluation",), _evaluation_inputs, run_label),

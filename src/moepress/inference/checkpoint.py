@@ -95,11 +95,11 @@ def load_model(folder: Path, device: str, dtype: torch.dtype | None = None):
         if config["model_type"] in families.DIALECTS:
             stream = ModelStream(folder)
             known = MODEL_FOR_CAUSAL_LM_MAPPING[type(stream.config)]
-            model, info = known.from_pretrained(None, config=stream.config, state_dict=stream.read(list(stream.entries)), **given)
-        else:
-            model, info = AutoModelForCausalLM.from_pretrained(
-                folder, trust_remote_code=False, use_safetensors=True, **given
+            model, info = known.from_pretrained(
+                None, config=stream.config, state_dict=stream.read(list(stream.entries)), **given
             )
+        else:
+            model, info = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, use_safetensors=True, **given)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[kind]:
             raise ValueError(f"{folder}: {kind.replace('_', ' ')} {sorted(map(str, info[kind]))[:5]}: not loaded")

@@ -87,4 +87,3 @@ class StoredExperts(Experts):
 
     def down_matrix(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
         return self.weights[expert][1].to(self.device, dtype)
-

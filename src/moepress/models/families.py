@@ -22,8 +22,8 @@ class Family:
     num_experts, intermediate_size, top_k: their keys in config.json.
     block: the MoE block's path inside a decoder layer (a dense layer has its MLP there). router: within the block.
     router_weight: within the router. correction: a bias within the router that only the selection sees.
-    scores: what the correction is added to, softmax or sigmoid of the logits. unquantized: linears of the block kept at 16 bits.
-    residual_scale: the layer's attribute that scales what the block adds. returns_tuple: the block's output is one.
+    scores: what the correction is added to, softmax or sigmoid of the logits. unquantized: linears of the block that stay
+    at 16 bits. residual_scale: the layer's attribute that scales what the block adds. returns_tuple: the block's output is one.
     gate, up, down: an expert's matrices on disk; with `fused` they are `(gate and up, down)` of all experts in 3-D tensors.
     disk_block: the block's path on disk where it is another. renames: regex on disk -> name in the module, within a layer.
     """
@@ -66,9 +66,7 @@ _SIGMOID = {"num_experts": "n_routed_experts", "correction": "e_score_correction
 
 FAMILIES = {
     "mixtral": Family(**_W123, renames=((r"^block_sparse_moe\.", "mlp."),)),
-    "phimoe": Family(
-        **_W123, router="router", renames=((r"^block_sparse_moe\.", "mlp."), (r"^mlp\.gate\.", "mlp.router."))
-    ),
+    "phimoe": Family(**_W123, router="router", renames=((r"^block_sparse_moe\.", "mlp."), (r"^mlp\.gate\.", "mlp.router."))),
     "qwen2_moe": Family(unquantized=("shared_expert_gate",)),
     "qwen3_moe": Family(),
     "olmoe": Family(intermediate_size="intermediate_size"),

@@ -87,7 +87,7 @@ def from_index(folder: Path, key: str) -> Outline:
     index = json.loads((folder / INDEX).read_text())
     total = (index.get("metadata") or {}).get("total_size")
     if not isinstance(total, int):
-        raise ValueError(f"{folder / INDEX}: has no metadata.total_size, which sizes are told from; fetch the *.safetensors too")
+        raise ValueError(f"{folder / INDEX}: no metadata.total_size, which sizes are told from; fetch the *.safetensors too")
     model_type = config["model_type"]
     names = {name: families.standard_name(model_type, name) for name in index["weight_map"] if not name.endswith("_scale_inv")}
     shape = families.shape_of(config, key, names.values())

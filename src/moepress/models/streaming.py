@@ -133,7 +133,9 @@ class ModelStream:
             for e in range(stored.num_experts):
                 rows, down = sum(len(part) for part in stored.weights[e][0]), tuple(stored.weights[e][1].shape)
                 if rows != 2 * I or down != (H, I):
-                    raise ValueError(f"{self.folder}: expert {e} of layer {index} is {rows} x {down}, config.json has {I} x {H}")
+                    raise ValueError(
+                        f"{self.folder}: expert {e} of layer {index} is {rows} x {down}, config.json has {I} x {H}"
+                    )
             layer.set_submodule(self.family.experts, stored)
         return layer.requires_grad_(False)
 
@@ -242,8 +244,7 @@ class ModelStream:
         return {
             name: module
             for name, module in layer.named_modules()
-            if isinstance(module, nn.Linear)
-            and families.linear_kind(self.family, name, module.in_features, group_size) == kind
+            if isinstance(module, nn.Linear) and families.linear_kind(self.family, name, module.in_features, group_size) == kind
         }
 
 

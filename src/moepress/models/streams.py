@@ -46,11 +46,21 @@ class Streams:
             N, S, H = self.shape
             path, size = self.folder / f"{name}.bin", 4 * N * S * H
             with path.open("ab") as file:
-                if hasattr(os, "posix_fallocate"):  # a full disk is an error here, and a crash at the first touch of a page
-                    os.posix_fallocate(file.fileno(), 0, size)
-                file.truncate(size)
+                reserve(file, size)
             self._open[name] = torch.from_file(str(path), shared=True, size=N * S * H, dtype=torch.float32).view(N, S, H)
         return self._open[name]
+
+
+def reserve(file, size: int) -> None:
+    """Make a file's bytes its own: on a full disk an error here, not a crash at the first touch of a mapped page."""
+    try:
+        if hasattr(os, "posix_fallocate") and size:
+            os.posix_fallocate(file.fileno(), 0, size)
+        file.truncate(size)
+    except OSError as error:
+        raise OSError(
+            error.errno, f"{error.strerror}: {size:,} bytes of hidden states; free some space or set paths.results", file.name
+        ) from error
 
 
 def mark(folder: Path, layer: int) -> None:

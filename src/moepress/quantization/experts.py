@@ -70,7 +70,7 @@ class ExpertInputs:
 
     def gate_up_curvature(self, batch: range) -> torch.Tensor:
         """`[C, H, H]`: of each expert's own tokens, shrunk towards that of all tokens."""
-        T, H = self.m_TH.shape
+        H = self.m_TH.shape[1]
         if self._pooled is None:
             self._pooled = Curvature(1, H, self.device)
             for part in self.m_TH.split(TOKENS_AT_ONCE):
@@ -114,7 +114,9 @@ def expert_batches(experts: Experts) -> Iterator[range]:
         yield range(start, min(start + step, experts.num_experts))
 
 
-def quantize_batch(recipe: Recipe, experts: Experts, batch: range, bits: list[int], inputs: ExpertInputs | None, h=None, u=None):
+def quantize_batch(
+    recipe: Recipe, experts: Experts, batch: range, bits: list[int], inputs: ExpertInputs | None, h=None, u=None
+):
     """`(gate_up, down, down_curvature)` of a batch of experts at `bits`; h, u: the gate-up curvature and its factor where
     several widths share them. Without inputs: rounded to nearest, no curvature."""
     gate_up_w = torch.stack([experts.gate_up_matrix(e, torch.float32) for e in batch])

@@ -97,7 +97,7 @@ def round_to_grid(w_EOC, scale_EO, zero_EO, top_E1) -> tuple[torch.Tensor, torch
 
 def rtn(w_EOI: torch.Tensor, bits: list[int], group_size: int, how: Search) -> Quantized:
     """Round to nearest: every group on its own best grid, no text read. w: `[E, O, I]`, bits: E widths."""
-    E, O, I = w_EOI.shape
+    E, _, I = w_EOI.shape
     top = top_code(bits, w_EOI.device)
     codes, scales, zeros = [], [], []
     for rows in w_EOI.split(max(1, ELEMENTS_AT_ONCE // (E * I)), dim=1):

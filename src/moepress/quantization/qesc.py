@@ -23,7 +23,6 @@ from moepress.models.streaming import TOKENS_AT_ONCE, ModelStream, Routing
 from moepress.models.streams import Streams
 from moepress.quantization.experts import ExpertInputs, Recipe, quantize_experts
 from moepress.quantization.gptq import Curvature
-from moepress.quantization.packing import Quantized
 from moepress.quantization.router import RouterFit, num_candidates, shift
 
 STREAMS = ("x", "x_hat")

@@ -13,6 +13,7 @@ from moepress.models.streaming import ModelStream
 from moepress.quantization.budget import COPIED, shard_name
 from moepress.quantization.size import num_weights
 
+
 def write_shard(folder: Path, index: int, num_layers: int, tensors: dict) -> None:
     """Write shard `index` (a layer's; the last one holds the rest) through a rename."""
     path = folder / shard_name(index, num_layers)

@@ -107,8 +107,8 @@ def methods(runs: list[Run]) -> dict[str, str]:
         )
         off = {name: max(abs(run.sizes[f"predicted_{name}"] / run.sizes[name] - 1) for run in quantized) for name in SIZES}
         facts["predicted sizes"] = (
-            f"the folders came within {100 * off['folder_bytes']:.2f} % of what was predicted before the run, the loaded models "
-            f"within {100 * off['loaded_bytes']:.2f} %"
+            f"the folders came within {100 * off['folder_bytes']:.2f} % of what was predicted before the run, the loaded "
+            f"models within {100 * off['loaded_bytes']:.2f} %"
         )
         starved = {run.title: sum(len(layer.get("starved", [])) for layer in run.diagnostics) for run in quantized}
         worst = max(starved, key=starved.__getitem__)
