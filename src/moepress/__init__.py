@@ -8,3 +8,10 @@ def load(folder, device="auto", dtype=None, pruning=None):
     from moepress.inference.checkpoint import load as load_checkpoint
 
     return load_checkpoint(folder, device=device, dtype=dtype, pruning=pruning)
+
+
+def compress(model, out=None, budget=None, **overrides):
+    """Compress a model as the command does; see `moepress.api.compress`."""
+    from moepress.api import compress as run
+
+    return run(model, out=out, budget=budget, **overrides)

@@ -3,6 +3,7 @@ a budget leaves for the experts. Plain arithmetic on an `Outline`: imports no to
 
 import json
 import math
+from collections import Counter
 from functools import cached_property
 
 from moepress.models import families
@@ -106,8 +107,9 @@ class Prediction:
 def packed_entries(name: str, rows: int, columns: int, bits: list[int], group_size: int) -> dict[str, Entry]:
     """The three tensors of packed matrices `[rows, columns]`, one for each of `bits`."""
     groups = columns // group_of(columns, group_size)
-    codes = sum(packed_bytes(rows * columns, width) for width in bits)
-    zeros = sum(packed_bytes(rows * groups, zero_width(width)) for width in bits)
+    widths = Counter(bits)
+    codes = sum(n * packed_bytes(rows * columns, width) for width, n in widths.items())
+    zeros = sum(n * packed_bytes(rows * groups, zero_width(width)) for width, n in widths.items())
     parts = {"codes": ("U8", (codes,)), "zeros": ("U8", (zeros,)), "scales": ("F16", (len(bits), rows, groups))}
     return {f"{name}.{part}": Entry(None, f"{name}.{part}", dtype, shape) for part, (dtype, shape) in parts.items()}
 
