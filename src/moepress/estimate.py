@@ -43,7 +43,10 @@ def has_statistics(config: dict) -> bool:
 
 
 def memory(model: Outline, config: dict, packed_bytes: int | None, device: str) -> dict[str, int]:
-    """Stage -> bytes at its peak, of RAM on "cpu", of the GPU on "cuda". packed_bytes: of the packed model, loaded."""
+    """Stage -> bytes at its peak, of RAM on "cpu", of the GPU on "cuda". packed_bytes: of the packed model, loaded.
+
+    Of mapped files, whose pages the system drops where memory is short, only a layer's experts are counted.
+    """
     shape, quantized = model.shape, config["quantization"]["method"] != "none"
     H, I, E = shape.hidden_size, shape.intermediate_size, shape.num_experts
     T = config["calibration"]["num_sequences"] * config["calibration"]["seq_len"]
@@ -106,7 +109,8 @@ def seconds(model: Outline, config: dict, flops_per_second: float, correction: f
     found["evaluation and latency"] = sum(once) / flops_per_second
     if method != "none":
         found["evaluation and latency"] += sum(measurement_work(model, config, is_packed=True)) / flops_per_second
-    return {stage: value + STARTUP_SECONDS for stage, value in found.items()}
+    jobs = {"evaluation and latency": 2 if method == "none" else 4}
+    return {stage: value + STARTUP_SECONDS * jobs.get(stage, 1) for stage, value in found.items()}
 
 
 def forward_flops(model: Outline, tokens: int, length: int) -> float:

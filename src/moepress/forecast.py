@@ -132,25 +132,17 @@ def describe(model: Outline, config: dict) -> list[str]:
     """Model, layers, experts, parameters, size at 16 bits."""
     shape, named = model.shape, config["model"]
     name = named.get("id") or named.get("path") or named["name"]
-    dense = shape.num_layers - len(shape.moe_layers)
-    stored = readable(model.nbytes)
+    sparse = len(shape.moe_layers)
+    experts = f"{sparse} with {shape.num_experts} experts, {shape.top_k} a token"
+    routed, active = model.routed_weights / model.num_weights, count(model.active_weights)
     lines = [
         ("model", f"{name} ({shape.family})"),
-        (
-            "layers",
-            f"{shape.num_layers}: {dense} dense, {len(shape.moe_layers)} with {shape.num_experts} experts, {shape.top_k} a token",
-        ),
-        (
-            "parameters",
-            f"{count(model.num_weights)}: {model.routed_weights / model.num_weights:.1%} in routed experts, "
-            f"{count(model.active_weights)} active for a token",
-        ),
-        ("as it is", f"{stored} on disk, {readable(unpacked_bytes(model, 'cpu'))} loaded on a CPU (float32)"),
+        ("layers", f"{shape.num_layers}: {shape.num_layers - sparse} dense, {experts}"),
+        ("parameters", f"{count(model.num_weights)}: {routed:.1%} in routed experts, {active} active for a token"),
+        ("as it is", f"{readable(model.nbytes)} on disk, {readable(unpacked_bytes(model, 'cpu'))} loaded on a CPU (float32)"),
     ]
     if model.is_estimate:
-        lines.append(
-            ("note", "the weights are not there: linears outside the experts are an estimate from the index's total size")
-        )
+        lines.append(("note", "no weights there: linears outside the experts are an estimate from the index's total size"))
     elif named["kind"] == "tiny":
         lines.append(("note", "the tokenizer is not trained yet: its size is an estimate"))
     return [f"{key:11} {text}" for key, text in lines]
@@ -167,46 +159,48 @@ def size_table(sizes: list[Size]) -> list[str]:
 def resources(model: Outline, config: dict, asked: Size | None) -> tuple[list[str], list[str]]:
     """The lines on memory, disk and time, and what is missing."""
     on_gpu = uses_gpu(config["device"]) and estimate.gpu_memory() is not None
-    device = "cuda" if on_gpu else "cpu"
+    what, has = ("GPU memory", estimate.gpu_memory()) if on_gpu else ("memory", estimate.machine_memory())
     packed = None if asked is None else asked.on_gpu if on_gpu else asked.on_cpu
-    memory = estimate.memory(model, config, packed, device)
-    has = estimate.gpu_memory() if on_gpu else estimate.machine_memory()
-    what = "GPU memory" if on_gpu else "memory"
+    memory = estimate.memory(model, config, packed, "cuda" if on_gpu else "cpu")
+    lacking = [(stage, n) for stage, n in memory.items() if n > has]
+    problems = [f"{stage} needs {readable(n)} of {what}, this machine has {readable(has)}" for stage, n in lacking]
+
     results = Path(config["paths"]["results"])
     disk = estimate.disk(model, config, asked and asked.folder)
-    free = estimate.free_disk(results)
-    problems = [
-        f"{stage} needs {readable(n)} of {what}, this machine has {readable(has)}" for stage, n in memory.items() if n > has
-    ]
-    if sum(disk.values()) > free:
-        problems.append(
-            f"the run needs {readable(sum(disk.values()))} of disk, paths.results={results} has {readable(free)} free"
-        )
+    total, free = sum(disk.values()), estimate.free_disk(results)
+    if total > free:
+        problems.append(f"the run needs {readable(total)} of disk, paths.results={results} has {readable(free)} free")
 
-    speed = estimate.measured_flops()
-    correction = estimate.correction_from(results, speed, hardware(config["device"]))
-    spent = estimate.seconds(model, config, speed, correction or 1.0)
-    source = "" if correction is None else f", corrected by finished quantizations (x {correction:.2g})"
     rows = [(f"{what}, at the most", readable(max(memory.values())), f"of {readable(has)}")]
     rows += [(f"  {stage}", readable(n), "") for stage, n in memory.items()]
-    rows += [("disk", readable(sum(disk.values())), f"of {readable(free)} free")]
+    rows += [("disk", readable(total), f"of {readable(free)} free")]
     rows += [(f"  {name}", readable(n), "") for name, n in disk.items()]
-    rows += [("time, roughly", duration(sum(spent.values())), f"{speed / 1e9:.0f} GFLOP/s measured on the CPU{source}")]
-    rows += [(f"  {stage}", duration(n), "") for stage, n in spent.items()]
-    return aligned(rows, left_last=True), problems
+    return aligned([*rows, *time_rows(model, config, on_gpu)], left_last=True), problems
+
+
+def time_rows(model: Outline, config: dict, on_gpu: bool) -> list[tuple[str, str, str]]:
+    """Of the whole and of each stage, from this machine's measured speed."""
+    speed = estimate.measured_flops()
+    correction = estimate.correction_from(Path(config["paths"]["results"]), speed, hardware(config["device"]))
+    spent = estimate.seconds(model, config, speed, correction or 1.0)
+    source = f"at {speed / 1e9:.0f} GFLOP/s, measured on the CPU"
+    if correction is not None:
+        source += f", and finished quantizations here (x {correction:.2g})"
+    elif on_gpu:
+        source += "; the GPU is faster"
+    rows = [("time, roughly", duration(sum(spent.values())), source)]
+    return rows + [(f"  {stage}", duration(n), "") for stage, n in spent.items()]
 
 
 def aligned(rows: list[tuple[str, ...]], left_last: bool = False) -> list[str]:
     """Columns: the first flush left, the others flush right, perhaps but the last."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    right = len(widths) - left_last
-    return [
-        "  ".join(
-            f"{cell:>{width}}" if 0 < i < right else f"{cell:{width}}"
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    flush_left = {0, len(widths) - 1} if left_last else {0}
+    lines = []
+    for row in rows:
+        cells = zip(row, widths, strict=True)
+        lines.append("  ".join(f"{c:{w}}" if i in flush_left else f"{c:>{w}}" for i, (c, w) in enumerate(cells)).rstrip())
+    return lines
 
 
 def count(number: float) -> str:
