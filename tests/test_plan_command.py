@@ -129,6 +129,15 @@ def test_what_the_machine_lacks(model_folder, tmp_path, monkeypatch, capsys):
     assert "it fits" not in capsys.readouterr().out
 
 
+def test_a_gpu_is_what_the_model_must_fit_in(model_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(forecast, "uses_gpu", lambda device: True)
+    monkeypatch.setattr(estimate, "gpu_memory", lambda: 1 << 20)
+    text, problems = forecast.forecast(["model=local", f"model.path={model_folder}", *SMALL])
+    assert "GPU memory, at the most" in text and "the GPU is faster" in text
+    assert problems and all("of GPU memory, this machine has 1.00MiB" in problem for problem in problems)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -1,6 +1,6 @@
 """What an experiment will take, before anything is computed or, for a hub model, downloaded: sizes, memory, disk and time.
 
-moepress plan model=hub model.id=mistralai/Mixtral-8x7B-v0.1 allocation.budget=16GiB
+moepress plan model=hub model.id=Qwen/Qwen3-30B-A3B allocation.budget=12GiB
 
 Imports no torch, and reads config.json, the index and headers only.
 """
