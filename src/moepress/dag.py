@@ -131,7 +131,7 @@ STAGES: dict[str, Stage] = {
     "allocation": Stage(
         1, ("allocation", "quantization.group_size", "quantization.attention_bits"), _allocation_inputs, _size_label
     ),
-    "quantization": Stage(1, ("quantization",), _quantization_inputs, _checkpoint_label),
+    "quantization": Stage(2, ("quantization",), _quantization_inputs, _checkpoint_label),
     "pruning": Stage(1, ("pruning",), _model, run_label),
     "evaluation": Stage(1, ("evaluation",), _evaluation_inputs, run_label),
     "latency": Stage(1, ("latency",), lambda c: {"corpus": ("corpus", c), **_checkpoint(c), **_model(c)}, run_label),

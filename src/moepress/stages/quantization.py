@@ -11,6 +11,7 @@ from moepress.models.families import locate
 from moepress.models.streaming import ModelStream, drop_state, load_state, save_state
 from moepress.quantization import writer
 from moepress.quantization.qesc import Recipe, quantize_model
+from moepress.report import card, made
 
 
 def run(task: Task) -> None:
@@ -48,6 +49,9 @@ def run(task: Task) -> None:
     write_json(task.out / "diagnostics.json", {"layers": diagnostics})
     size = writer.size_on_disk(task.out, writer.weights_of(stream.folder))
     write_json(task.out / "size.json", size)
+    facts = made.facts(task, stream.shape)
+    write_json(task.out / "card.json", facts)
+    (task.out / "README.md").write_text(card.render(facts), encoding="utf-8")
     write_json(task.out / "timing.json", {"quantize_seconds": round(seconds, 3)})
     drop_state(task.out)  # before what belongs to it, so that a kill between the two only costs time
     (task.out / "layers.json").unlink()
