@@ -306,6 +306,12 @@ def test_saving_is_a_fixed_point_for_families_that_transformers_renames(tmp_path
     assert torch.equal(plain(saved).lm_head.weight, tensors["model.embed_tokens.weight"].float())
 
 
+def test_loading_converts_nothing(checkpoint):
+    """Names are the modules'; no renaming, transformers' or the caller's, gets hold of them."""
+    model = plain(checkpoint, key_mapping={"input_layernorm": "post_attention_layernorm"})
+    assert torch.equal(logits(model), logits(loaded(checkpoint)))
+
+
 ORDERS = {
     "moepress first": "import moepress; from transformers import AutoModelForCausalLM",
     "transformers first": "from transformers import AutoModelForCausalLM, modeling_utils; import moepress",
@@ -405,6 +411,12 @@ def test_the_cards_command_makes_the_same_checkpoint(made):
     paths = [word for word in overrides if word.startswith(("model.path", "corpus.path"))]
     again = dag.experiment([*command[1:], *paths])
     assert again.artefacts["quantization"].key == checkpoint.name[-12:]
+
+
+def test_what_upstream_does_not_tell_is_said(checkpoint):
+    facts = json.loads((checkpoint / "card.json").read_text())
+    assert facts["not_told"] == [] and "is not recorded" not in card.render(facts)
+    assert "chosen for corpus is not recorded" in card.render(facts | {"not_told": ["corpus"]})
 
 
 @pytest.mark.parametrize(

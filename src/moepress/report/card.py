@@ -79,6 +79,10 @@ Not measured yet.
 {{ calibration }}
 
 {{ command }}
+{% if not_told %}
+
+What was chosen for {{ not_told }} is not recorded.
+{% endif %}
 
 Checkpoint key `{{ key }}`{% if commit %}, commit `{{ commit }}`{% endif %}. Versions: {{ versions }}.
 """
@@ -145,6 +149,7 @@ def _values(facts: dict) -> dict:
         "rows": bit_rows(facts["bits"], widths),
         "calibration": calibration(facts["calibration"]),
         "command": fenced(facts["command"]),
+        "not_told": ", ".join(facts["not_told"]),
         "key": Markdown(re.sub(r"\W", "", facts["key"])),
         "commit": Markdown(re.sub(r"[^\w+]", "", facts["git_commit"] or "")),
         "versions": ", ".join(f"{name} {version}" for name, version in facts["versions"].items()),

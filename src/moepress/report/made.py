@@ -37,6 +37,7 @@ def facts(task: Task, shape: Shape) -> dict:
         "allocation": groups["allocation"],
         "calibration": read,
         "command": command(groups, model.name),
+        "not_told": sorted(VARIANT.keys() - groups.keys()),
         "key": task.key,
         "git_commit": git_commit(),
         "versions": versions(),
@@ -44,15 +45,18 @@ def facts(task: Task, shape: Shape) -> dict:
 
 
 def settings(task: Task) -> dict[str, dict]:
-    """The configuration groups that the quantization's key depends on, from the config.yaml of everything upstream."""
+    """The configuration groups that the quantization's key depends on, from the config.yaml of everything upstream. Folders
+    beyond the stage's own inputs may have been deleted; what only they could tell is not there."""
     found: dict[str, dict] = {}
 
     def visit(folder: Path) -> None:
+        if not (folder / "config.yaml").is_file():
+            return
         described = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
         for group, values in described["config"].items():
             found[group] = values | found.get(group, {})
         for name in described["inputs"].values():
-            visit(folder.parent.parent / name)
+            visit(folder.resolve().parent.parent / name)
 
     for folder in task.inputs.values():
         visit(folder)
