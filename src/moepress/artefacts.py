@@ -144,7 +144,7 @@ def provenance(task: Task, start: float, startup: float) -> dict:
         "start": datetime.fromtimestamp(start, UTC).isoformat(timespec="seconds"),
         "seconds": round(time.time() - start, 3),
         "cpu_seconds": {"startup": round(startup, 3), "total": round(time.process_time(), 3)},
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_memory_bytes": peak_memory(),
         "device": hardware(task.runtime["device"]),
         "machine": {"system": platform.platform(), "cores": os.cpu_count()},
         "versions": {"python": platform.python_version(), **versions()},
@@ -180,6 +180,11 @@ def write_json(path: Path, value) -> None:
 
 def read_json(path: Path):
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def peak_memory() -> int:
+    """The most bytes of memory that this process has had so far, mapped files included."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def read_config(folder: Path) -> dict:

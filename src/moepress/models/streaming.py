@@ -122,7 +122,10 @@ class ModelStream:
         """Decoder layer `index` with its weights, its experts as `StoredExperts`."""
         layer = self.body.layers[index]
         rest = {name: tensor.to(self.device, self.dtype) for name, tensor in self.layer_tensors(index).items()}
-        missing, left_over = layer.load_state_dict(rest, strict=False, assign=True)
+        try:
+            missing, left_over = layer.load_state_dict(rest, strict=False, assign=True)
+        except RuntimeError as error:  # torch's word for another shape
+            raise ValueError(f"{self.folder}: layer {index} does not fit config.json: {error}") from error
         matrices = {f"{self.family.experts}.{name}" for name in ("gate_up_proj", "down_proj")}
         if left_over or set(missing) - (matrices if index in self.shape.moe_layers else set()):
             raise ValueError(f"{self.folder}: layer {index} lacks {missing} or has unknown tensors {left_over}")
@@ -140,10 +143,15 @@ class ModelStream:
         return layer.requires_grad_(False)
 
     def layers(self, start: int = 0) -> Iterator[tuple[int, nn.Module]]:
-        """Every layer from `start` on in turn; one is in memory at a time."""
+        """Every layer from `start` on in turn; one is in memory at a time: its weights go when the next one is asked for."""
         for index in range(start, self.shape.num_layers):
-            yield index, self.layer(index)
+            layer = self.layer(index)
+            yield index, layer
             self.body.layers[index] = nn.Identity()
+            layer.to("meta")
+            for module in layer.modules():
+                if isinstance(module, StoredExperts):
+                    module.weights.clear()
 
     def embed(self, token_ids_NS: torch.Tensor, out_NSH: torch.Tensor | None = None) -> torch.Tensor:
         """Hidden states `[N, S, H]` that enter the first layer, written to `out` where it is given.

@@ -59,7 +59,7 @@ def inverse_factor(h_EII: torch.Tensor, damping: float) -> torch.Tensor:
 def invert_lower(l_EII: torch.Tensor, leaf: int = 256) -> None:
     """Invert lower triangular matrices in place, by halves: `[[A, 0], [B, C]]^-1 = [[A^-1, 0], [-C^-1 B A^-1, C^-1]]`."""
     I = l_EII.shape[-1]
-    if I <= leaf:
+    if I <= leaf:  # noqa: SIM300
         one = torch.eye(I, device=l_EII.device, dtype=l_EII.dtype).expand_as(l_EII)
         l_EII.copy_(torch.linalg.solve_triangular(l_EII, one, upper=False))
         return
