@@ -55,7 +55,13 @@ def write_checkpoint(folder: Path, layers: int) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
     config = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "vocab_size": VOCAB, "hidden_size": H}
     config |= {"intermediate_size": I, "num_hidden_layers": layers, "num_attention_heads": HEADS, "dtype": "bfloat16"}
-    config |= {"num_key_value_heads": KV_HEADS, "num_local_experts": E, "num_experts_per_tok": 2, "rope_theta": 1e6}
+    config |= {
+        "num_key_value_heads": KV_HEADS,
+        "num_local_experts": E,
+        "num_experts_per_tok": 2,
+        "rope_theta": 1e6,
+        "eos_token_id": 0,
+    }
     (folder / "config.json").write_text(json.dumps(config))
 
 
@@ -131,7 +137,7 @@ def main() -> None:
     arguments, overrides = parser.parse_known_args()
     folder = arguments.folder.resolve()
     write_checkpoint(folder / "model", arguments.layers)
-    write_texts(folder / "texts", folder / "model")
+    write_texts(folder / "texts" / "words", folder / "model")
     sequences, seq_len = 8, 256
     overrides = ["quantization=qesc", "allocation=uniform", "allocation.bits=2", *overrides]
     overrides = ["model=local", f"model.path={folder / 'model'}", "corpus=local", f"corpus.path={folder / 'texts'}", *overrides]

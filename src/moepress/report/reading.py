@@ -160,6 +160,13 @@ class Run:
         return families.read_shape(self.model, "model")
 
     @cached_property
+    def has_shared(self) -> bool:
+        """Whether the model has shared experts or dense layers."""
+        family = families.FAMILIES[self.shape.family]
+        found = families.tensors(self.model).items()
+        return any(families.kind_of(family, name, entry.shape, 8) == "shared" for name, entry in found)
+
+    @cached_property
     def num_weights(self) -> int:
         return size.num_weights(families.tensors(self.model))
 
