@@ -5,6 +5,7 @@ the stage's slice of the configuration and the folders it reads. The stage fills
 that long stages can go on from it, and the folder gets its name only when it is complete.
 """
 
+import errno
 import hashlib
 import importlib
 import json
@@ -102,6 +103,19 @@ def stage_main() -> None:
         sys.exit(f"moepress: {error}")
     except KeyboardInterrupt:
         sys.exit("moepress: interrupted; what is whole is kept, and the next run goes on from there")
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        sys.exit(
+            f"moepress: {sys.argv[2]}: the disk is full ({error}); free some space or set paths.results: whole layers are "
+            "kept, and the next run goes on from there"
+        )
+
+
+def is_disk_full(error: Exception) -> bool:
+    """Whether an error, of the system or of safetensors, says that no byte more can be written."""
+    full = (errno.ENOSPC, errno.EDQUOT)
+    return getattr(error, "errno", None) in full or any(f"(os error {number})" in str(error) for number in full)
 
 
 def run_stage(task_file: Path, out: Path) -> None:
