@@ -82,3 +82,41 @@ def model_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def text_folder(tmp_path_factory):
     return write_texts(tmp_path_factory.mktemp("texts"))
+
+
+SMALL = [
+    "quantization.group_size=32",
+    "calibration.num_sequences=8",
+    "calibration.seq_len=64",
+    "evaluation.seq_len=64",
+    "evaluation.num_blocks=4",
+    "latency.prefill_len=32",
+    "latency.prefill_batch=2",
+    "latency.decode_tokens=2",
+    "latency.repeats=1",
+    "latency.threads=1",
+    "device=cpu",
+    "quantization=qesc",
+    "allocation.bits=2.5",
+]
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory, model_folder, text_folder):
+    """An experiment by the real stages: its overrides, its report's folder, and the checkpoint."""
+    from moepress import artefacts, plan
+
+    place = tmp_path_factory.mktemp("made")
+    fractions = "corpus.fractions={train: 0.6, calibration: 0.2, test: 0.2}"
+    source = [f"model.path={model_folder}", "corpus=local", f"corpus.path={text_folder}", fractions]
+    overrides = ["model=local", *source, *SMALL, f"paths.results={place}"]
+    planned = plan.for_overrides(overrides)
+    for folder in planned.artefacts:
+        artefacts.run_stage(artefacts.task_path(place, folder), place / folder)
+    (checkpoint,) = place.glob("quantization/*")
+    return overrides, place / planned.report.removeprefix(f"{place}/"), checkpoint
+
+
+@pytest.fixture(scope="session")
+def checkpoint(made):
+    return made[2]

@@ -129,7 +129,7 @@ def test_a_budget_is_a_bound_on_the_folder_and_says_what_can_be_met(wide, method
         plan_budget(allocation, prediction)
     assert ("every expert at 1 bit" if method == "uniform" else "allocation.keep=[2, 3]") in str(error.value)
     smallest = str(error.value).split("from ")[1].split(" ")[0]
-    assert parse_bytes(smallest) == pytest.approx(prediction.folder_bytes(least), rel=0.01)
+    assert 0 <= parse_bytes(smallest) - prediction.folder_bytes(least) < 0.011 * 2**20
 
     sizes, total = plan_budget(allocation | {"budget": smallest}, prediction)  # the budget that was named can be met
     assert total >= sum(sizes[width] for layer in least for width in layer)

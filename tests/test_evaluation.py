@@ -1,14 +1,22 @@
 """Perplexity, selection shift and their errors against plain computations; token windows."""
 
+import json
+from types import SimpleNamespace
+
 import numpy as np
+import psutil
 import pytest
 import torch
 from tqdm import tqdm
 
+from conftest import write_model
 from moepress.data import sampling
 from moepress.evaluation import perplexity as ppl
-from moepress.inference.checkpoint import load
+from moepress.inference.checkpoint import fits, load, load_model
+from moepress.models import families
+from moepress.models.streaming import ModelStream
 from moepress.pruning.policy import attach
+from zoo import write_zoo_model
 
 
 def test_measure_against_the_model(model_folder):
@@ -27,6 +35,44 @@ def test_measure_against_the_model(model_folder):
     assert measured.selected_NSLK.shape == (5, 16, 2, 2) and measured.selected_NSLK.flags["C_CONTIGUOUS"]
     assert measured.selected_NSLK.max() < 4, "what routers chose, before pruning"
     assert 0.5 <= measured.active < 1
+
+
+@pytest.mark.parametrize("family", ["mixtral", "granitemoe", "phimoe", "deepseek_v3", "gpt_oss"])
+def test_a_layer_at_a_time_gives_the_same_numbers(family, tmp_path):
+    """Its own scaling of embedding and logits, biases of the head, masks and dense layers included."""
+    folder = write_zoo_model(tmp_path / "model", family)
+    model = load_model(folder)
+    blocks = np.random.default_rng(0).integers(1, 250, (5, 16))
+    before, after = ppl.SelectionTap(), ppl.SelectionTap()
+    before.watch(model), after.watch(model)
+    stream = ModelStream(folder)
+    whole = ppl.measure(model, stream.shape.num_experts, before, after, blocks, 2, tqdm(disable=True))
+    streamed = ppl.measure_streamed(stream, blocks, tmp_path / "streams", tqdm(disable=True))
+    assert np.allclose(whole.nll_N, streamed.nll_N, atol=1e-4)
+    assert np.array_equal(np.sort(whole.selected_NSLK), np.sort(streamed.selected_NSLK))
+    assert whole.selected_NSLK.dtype == streamed.selected_NSLK.dtype
+
+
+def test_what_fits_in_memory(model_folder, monkeypatch):
+    weights = sum(entry.numel for entry in families.tensors(model_folder).values())
+    for free, expected in ((4 * 1.1 * weights + 1, True), (4 * 1.1 * weights - 1, False)):
+        monkeypatch.setattr(psutil, "virtual_memory", lambda free=free: SimpleNamespace(available=free))
+        assert fits(model_folder, "cpu") == expected
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path):
+    folder = write_model(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 280}))
+    with pytest.raises(ValueError, match=r"tokenizer\.json has the token \d+ .* vocab_size=280: it is another model's"):
+        sampling.check_tokenizer(folder, sampling.load_tokenizer(folder))
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": 9999}))
+    with pytest.raises(ValueError, match=r"config\.json: eos_token_id=9999 is no token of tokenizer\.json"):
+        sampling.end_of_document(folder, sampling.load_tokenizer(folder))
+    config.pop("eos_token_id")
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "generation_config.json").unlink()
+    assert sampling.end_of_document(folder, sampling.load_tokenizer(folder)) == 0, "the one that tokenizer_config.json names"
 
 
 def test_perplexity_and_its_error():

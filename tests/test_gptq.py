@@ -136,3 +136,27 @@ def test_curvature_accumulates_and_shrinks():
     h = shrunk(routed, layer)
     assert torch.allclose(h[2], layer.mean()[0])  # no token: the layer's altogether
     assert torch.allclose(h[1], (torch.outer(x[0], x[0]) + 8 * layer.mean()[0]) / 9, atol=1e-5)
+
+
+def test_starved_experts_are_nearly_as_good_as_fully_sampled_ones():
+    """Output error on held-out tokens at 2 bits: an expert with few tokens, or none, is saved by the layer's curvature."""
+    g, width = torch.Generator().manual_seed(0), 128
+    basis = torch.randn(width, width, generator=g) * torch.linspace(2, 0.05, width)[:, None]  # correlated, as hidden states are
+    layer_tokens = torch.randn(8192, width, generator=g) @ basis
+    own = torch.eye(width) + 0.1 * torch.randn(width, width, generator=g) / width**0.5  # what this expert sees is its own
+    tokens, held_out = ((torch.randn(n, width, generator=g) @ basis) @ own for n in (4096, 4096))
+    w = torch.randn(1, 256, width, generator=g)
+    layer = Curvature(1, width)
+    layer.add(0, layer_tokens)
+
+    def error(count: int, is_shrunk: bool = True, feedback: bool = True) -> float:
+        routed = Curvature(1, width)
+        routed.add(0, tokens[:count])
+        h = shrunk(routed, layer) if is_shrunk else routed.mean()
+        quantized = gptq(w, h, [2], 32, 0.01, GRID, 32) if feedback else grid.rtn(w, [2], 32, GRID)
+        return output_error(w, quantized.dequantize(), (held_out.T @ held_out / len(held_out))[None]).item()
+
+    full = error(4096)
+    assert error(60, is_shrunk=False) > 2 * full, "few tokens alone mislead, more than rounding does"
+    assert error(60) < 1.1 * full and error(0) < 1.1 * full, "with the layer's curvature, few or none"
+    assert error(0, feedback=False) > 1.5 * full, "rounding, which reads no tokens"

@@ -209,6 +209,14 @@ def test_the_estimates_know_the_codes_own_numbers():
     assert (estimate.WORKSPACE, estimate.TOKENS_AT_ONCE) == (experts.WORKSPACE, streaming.TOKENS_AT_ONCE)
 
 
+def test_a_16_bit_model_beyond_the_memory_is_evaluated_a_layer_at_a_time(exact_v3):
+    values = config.values(["allocation.budget=220GiB"])
+    large_enough, smaller = (estimate.memory(exact_v3, values, 240 << 30, "cpu", has) for has in (4 << 40, 512 << 30))
+    assert large_enough["evaluation at 16 bits"] > 4 * exact_v3.num_weights > 40 * smaller["evaluation at 16 bits"]
+    assert large_enough["latency"] - smaller["latency"] == 4 * exact_v3.num_weights
+    assert max(smaller.values()) < 512 << 30, "so that the run fits"
+
+
 def test_more_work_takes_longer(model_folder):
     model = outline.read(model_folder, "model")
 

@@ -126,19 +126,14 @@ def test_control_c_at_any_moment(place):
     assert (folder / report / "runs.csv").is_file()
 
 
+@pytest.mark.parametrize("stage", ["statistics", "quantization"])
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_stopped_and_started_again(place, how, tmp_path):
-    """Stopped in the middle of quantization: whole folders or none, and afterwards the bytes of an undisturbed run."""
+def test_stopped_and_started_again(place, how, stage, tmp_path):
+    """Stopped behind the first layer: whole folders or none, and afterwards the bytes of an undisturbed run."""
     folder, small = place
-    settings = [*small, "allocation=uniform", "allocation.bits=2", "quantization=qesc"]
-    task = next(iter_tasks(folder, settings))
-    out = tmp_path / "results" / "quantization" / Path(task).stem
-    (tmp_path / "results").mkdir()
-    for stage in ("model", "calibration", "allocation"):
-        (tmp_path / "results" / stage).symlink_to(folder / "results" / stage)
-    command = [sys.executable, "-m", "moepress.stages", task, str(out)]
+    command, out, whole = alone(folder, small, stage, tmp_path)
     running = subprocess.Popen(command, env=ENV, stderr=subprocess.DEVNULL, start_new_session=True)
-    state = out.with_name(f"{out.name}.partial") / "state.safetensors"
+    state = out.with_name(f"{out.name}.partial") / "streams" / "next_layer.json"
     deadline = time.time() + 60
     while not state.exists() and running.poll() is None and time.time() < deadline:
         time.sleep(0.002)
@@ -147,14 +142,52 @@ def test_stopped_and_started_again(place, how, tmp_path):
     if not out.exists():  # on a fast machine it may have finished before the signal
         assert state.exists()
         subprocess.run(command, env=ENV, check=True, capture_output=True)
-    whole = folder / "results" / "quantization" / out.name
-    for path in whole.glob("*"):
-        if path.suffix in (".safetensors", ".json") and path.name not in ("provenance.json", "timing.json"):
-            assert path.read_bytes() == (out / path.name).read_bytes(), path.name
+    assert_same_bytes(whole, out)
 
 
-def iter_tasks(folder, settings):
-    """The quantization task of an experiment that has been run undisturbed."""
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="needs root, to mount a small disk")
+def test_a_full_disk_in_the_middle_of_a_layer(place, tmp_path):
+    """A disk that gets a little more after each failure: the error says so, whole layers are kept, the bytes are the same."""
+    folder, small = place
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    size = 128
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("this system lets nobody mount")
+    try:
+        command, out, whole = alone(folder, small, "quantization", disk)
+        failures, layers_kept = [], []
+        while not out.exists():
+            done = subprocess.run(command, env=ENV, capture_output=True, text=True)
+            if done.returncode:
+                assert "Traceback" not in done.stderr, done.stderr
+                failures.append("the disk is full" in done.stderr and "whole layers are kept" in done.stderr)
+                state = out.with_name(f"{out.name}.partial") / "streams" / "next_layer.json"
+                layers_kept.append(json.loads(state.read_text())["next_layer"] if state.exists() else 0)
+                size += 96
+                subprocess.run(["mount", "-o", f"remount,size={size}k", str(disk)], check=True)
+        assert failures and all(failures) and layers_kept == sorted(layers_kept)
+        assert_same_bytes(whole, out)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def alone(folder, small, stage, place):
+    """A stage's command into results of its own under `place`, its folder there, and the one of an undisturbed run."""
+    settings = [*small, "allocation.bits=2.5", "quantization=qesc"]
     report = moepress(folder, *settings).stdout.splitlines()[-1]
     runs = yaml.safe_load((folder / report / "config.yaml").read_text())["config"]["runs"]
-    yield str(folder / "results" / "tasks" / f"{runs[-1]['artefacts']['quantization']}.yaml")
+    name = runs[-1]["artefacts"][stage]
+    (place / "results" / stage).mkdir(parents=True)
+    for upstream in {"model", "corpus", "calibration", "statistics", "allocation"} - {stage}:
+        (place / "results" / upstream).symlink_to(folder / "results" / upstream)
+    task, out = folder / "results" / "tasks" / f"{name}.yaml", place / "results" / name
+    return [sys.executable, "-m", "moepress.stages", str(task), str(out)], out, folder / "results" / name
+
+
+def assert_same_bytes(whole, out):
+    compared = [p for p in whole.glob("*") if p.suffix in (".safetensors", ".json")]
+    for path in compared:
+        if path.name not in ("provenance.json", "timing.json"):
+            assert path.read_bytes() == (out / path.name).read_bytes(), path.name
+    assert {p.name for p in whole.iterdir()} - {".snakemake_timestamp"} == {p.name for p in out.iterdir()}

@@ -5,6 +5,7 @@ the stage's slice of the configuration and the folders it reads. The stage fills
 that long stages can go on from it, and the folder gets its name only when it is complete.
 """
 
+import errno
 import hashlib
 import importlib
 import json
@@ -102,6 +103,19 @@ def stage_main() -> None:
         sys.exit(f"moepress: {error}")
     except KeyboardInterrupt:
         sys.exit("moepress: interrupted; what is whole is kept, and the next run goes on from there")
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        sys.exit(
+            f"moepress: {sys.argv[2]}: the disk is full ({error}); free some space or set paths.results: whole layers are "
+            "kept, and the next run goes on from there"
+        )
+
+
+def is_disk_full(error: Exception) -> bool:
+    """Whether an error, of the system or of safetensors, says that no byte more can be written."""
+    full = (errno.ENOSPC, errno.EDQUOT)
+    return getattr(error, "errno", None) in full or any(f"(os error {number})" in str(error) for number in full)
 
 
 def run_stage(task_file: Path, out: Path) -> None:
@@ -144,7 +158,7 @@ def provenance(task: Task, start: float, startup: float) -> dict:
         "start": datetime.fromtimestamp(start, UTC).isoformat(timespec="seconds"),
         "seconds": round(time.time() - start, 3),
         "cpu_seconds": {"startup": round(startup, 3), "total": round(time.process_time(), 3)},
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_memory_bytes": peak_memory(),
         "device": hardware(task.runtime["device"]),
         "machine": {"system": platform.platform(), "cores": os.cpu_count()},
         "versions": {"python": platform.python_version(), **versions()},
@@ -180,6 +194,11 @@ def write_json(path: Path, value) -> None:
 
 def read_json(path: Path):
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def peak_memory() -> int:
+    """The most bytes of memory that this process has had so far, mapped files included."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def read_config(folder: Path) -> dict:

@@ -42,8 +42,9 @@ def has_statistics(config: dict) -> bool:
     )
 
 
-def memory(model: Outline, config: dict, packed_bytes: int | None, device: str) -> dict[str, int]:
-    """Stage -> bytes at its peak, of RAM on "cpu", of the GPU on "cuda". packed_bytes: of the packed model, loaded.
+def memory(model: Outline, config: dict, packed_bytes: int | None, device: str, has: int) -> dict[str, int]:
+    """Stage -> bytes at its peak, of RAM on "cpu", of the GPU on "cuda". packed_bytes: of the packed model, loaded. has: bytes
+    that there are; a 16-bit model beyond them is evaluated a layer at a time, and nothing is timed against it.
 
     Of mapped files, whose pages the system drops where memory is short, only a layer's experts are counted.
     """
@@ -61,10 +62,11 @@ def memory(model: Outline, config: dict, packed_bytes: int | None, device: str) 
         found["quantization"] = layer + max(experts, linears)
     logits = 3 * 4 * config["evaluation"]["batch_size"] * config["evaluation"]["seq_len"] * shape.vocab_size
     original = unpacked_bytes(model, device)
-    found["evaluation at 16 bits"] = library + original + logits
+    is_whole = library + 1.1 * original < has  # as inference/checkpoint.py's `fits`
+    found["evaluation at 16 bits"] = (library + original if is_whole else layer) + logits
     if quantized:
         found["evaluation"] = library + packed_bytes + logits
-    found["latency"] = library + original + (packed_bytes if quantized else 0)
+    found["latency"] = library + original * is_whole + (packed_bytes if quantized else 0)
     return found
 
 

@@ -70,10 +70,8 @@ def publish(plan: Plan, out: str | Path) -> Path:
     """
     from moepress.export import export
 
-    found = rows(Path(plan.report))
-    folder = Path(out).expanduser()
-    export(last_run(plan)["quantization"], folder, found[-1] | {"reference": found[0]})
-    return folder
+    pruned = "pruning" in last_run(plan)  # what was measured then is not the checkpoint's own
+    return export(last_run(plan)["quantization"], Path(out).expanduser(), None if pruned else Path(plan.report))
 
 
 def policy(plan: Plan) -> dict | None:

@@ -161,7 +161,7 @@ def resources(model: Outline, config: dict, asked: Size | None) -> tuple[list[st
     on_gpu = uses_gpu(config["device"]) and estimate.gpu_memory() is not None
     what, has = ("GPU memory", estimate.gpu_memory()) if on_gpu else ("memory", estimate.machine_memory())
     packed = None if asked is None else asked.on_gpu if on_gpu else asked.on_cpu
-    memory = estimate.memory(model, config, packed, "cuda" if on_gpu else "cpu")
+    memory = estimate.memory(model, config, packed, "cuda" if on_gpu else "cpu", has)
     lacking = [(stage, n) for stage, n in memory.items() if n > has]
     problems = [f"{stage} needs {readable(n)} of {what}, this machine has {readable(has)}" for stage, n in lacking]
 

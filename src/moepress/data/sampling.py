@@ -1,6 +1,7 @@
 """From documents to token windows: the calibration sample and the blocks that perplexity is measured on."""
 
 import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
@@ -19,15 +20,34 @@ def load_tokenizer(folder: Path):
 
 
 def end_of_document(folder: Path, tokenizer) -> int:
-    """The token that is put between documents: the model's eos."""
-    import json
-
-    config = json.loads((folder / "config.json").read_text())
-    eos = config.get("eos_token_id")
-    eos = eos[0] if isinstance(eos, list) else eos
-    if eos is None or eos >= tokenizer.get_vocab_size():
-        raise ValueError(f"{folder}/config.json: eos_token_id={eos!r} is no token of the tokenizer")
+    """The token that is put between documents: the model's eos, as its configuration, else its tokenizer, names it."""
+    for name in ("config.json", "generation_config.json"):
+        eos = _read(folder / name).get("eos_token_id")
+        eos = eos[0] if isinstance(eos, list) and eos else eos
+        if eos is not None:
+            break
+    else:
+        token = _read(folder / "tokenizer_config.json").get("eos_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        name, eos = "config.json", token and tokenizer.token_to_id(token)
+    if not isinstance(eos, int) or tokenizer.id_to_token(eos) is None:
+        raise ValueError(f"{folder / name}: eos_token_id={eos!r} is no token of tokenizer.json; give this model's tokenizer")
     return eos
+
+
+def check_tokenizer(folder: Path, tokenizer) -> None:
+    """ValueError for a tokenizer whose tokens the model has no embedding for."""
+    rows = _read(folder / "config.json").get("vocab_size")
+    last = max(tokenizer.get_vocab().values())
+    if rows is not None and last >= rows:
+        raise ValueError(
+            f"{folder}: tokenizer.json has the token {last} ({tokenizer.id_to_token(last)!r}), config.json says "
+            f"vocab_size={rows}: it is another model's tokenizer"
+        )
+
+
+def _read(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def token_blocks(tokenizer, separator: int, texts: list[str], seq_len: int) -> tuple[np.ndarray, int]:
@@ -51,6 +71,7 @@ def domain_blocks(
     domains: None for all that have text in the split. key: the configuration group to name in errors.
     """
     tokenizer = load_tokenizer(model)
+    check_tokenizer(model, tokenizer)
     separator = end_of_document(model, tokenizer)
     documents = corpus.read(folder, split)
     present = list(dict.fromkeys(documents["domain"]))

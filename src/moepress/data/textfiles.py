@@ -41,7 +41,8 @@ def fingerprint(files: list[Path], root: Path) -> str:
 def read(config: dict) -> list[tuple[str, str, str]]:
     """Documents as `(domain, document, text)`.
 
-    The domain of a file is the folder it lies in below `path`, else its stem. A .txt or .md file is a document, a
+    The domain of a file is the folder it lies in below `path`, else its stem; a folder of at least `min_documents` files and
+    nothing below it is one domain. A .txt or .md file is a document, a
     .jsonl line is one. A domain with fewer than `min_documents` has its documents cut at blank lines into blocks of
     about `block_characters`, so that there is something to split.
 
@@ -49,8 +50,11 @@ def read(config: dict) -> list[tuple[str, str, str]]:
     """
     root = Path(config["path"] or "")
     domains: dict[str, list[tuple[str, str]]] = defaultdict(list)
-    for file in find(config["path"]):
-        domain = file.stem if file.parent == root or file == root else file.parent.name
+    files = find(config["path"])
+    is_one = len(files) >= config["min_documents"] and all(file.parent == root for file in files)
+    for file in files:
+        above = root.resolve().name if is_one else file.stem
+        domain = above if file.parent == root or file == root else file.parent.name
         name = file.relative_to(root).as_posix() if file != root else file.name
         rows = _rows(file, config["field"]) if file.suffix.lower() == ".jsonl" else [(None, _decode(file))]
         domains[domain] += [(name if row is None else f"{name}:{row}", text) for row, text in rows if text.strip()]

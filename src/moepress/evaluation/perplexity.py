@@ -4,10 +4,13 @@ Legend: N blocks, S positions, L MoE layers, K selected experts, E experts, V vo
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
 
+from moepress.models.streaming import ModelStream
+from moepress.models.streams import Streams
 from moepress.pruning.policy import experts_of
 
 
@@ -54,10 +57,41 @@ def measure(
         active += int((kept_LTK < num_experts).sum())
         slots += kept_LTK.numel()
         per_block = chosen_LTK.unflatten(1, ids_BS.shape).permute(1, 2, 0, 3)
-        selected.append(per_block.to(torch.uint8 if num_experts <= 256 else torch.int16).cpu().numpy())
+        selected.append(per_block.cpu().numpy().astype(_index_dtype(num_experts)))
         progress.update(len(ids_BS))
     # contiguous, for safetensors writes an array's memory as it lies
     return Measured(np.asarray(nll), np.ascontiguousarray(np.concatenate(selected)), active / slots)
+
+
+@torch.inference_mode()
+def measure_streamed(stream: ModelStream, blocks_NS: np.ndarray, folder: Path, progress) -> Measured:
+    """The same for a 16-bit model that does not fit in memory: all blocks go through it a layer at a time.
+
+    folder: where the hidden states live meanwhile; what was killed goes on from its last whole layer. progress: counts layers.
+    """
+    ids_NS = torch.from_numpy(blocks_NS)
+    streams = Streams(folder, ("x",), (*ids_NS.shape, stream.shape.hidden_size))
+    if streams.layer == 0:
+        stream.embed(ids_NS, streams["x"])
+    progress.update(streams.layer)
+    for index, layer in stream.layers(streams.layer):
+        m = streams.scratch("m")
+        stream.attend(index, layer, streams["x"], streams.next("x"), m)
+        if index in stream.shape.moe_layers:
+            np.save(folder / f"selected-{index}.npy", stream.route(layer, m).indices.unflatten(0, ids_NS.shape).numpy())
+        stream.add_block(layer, streams.next("x"), m)
+        streams.advance()
+        progress.update()
+    nll = []
+    for ids_S, x_SH in zip(ids_NS, streams["x"], strict=True):
+        logits_SV = stream.logits(x_SH[None])[0, :-1].float()
+        nll.append(torch.nn.functional.cross_entropy(logits_SV, ids_S[1:].to(logits_SV.device)).item())
+    chosen = np.stack([np.load(folder / f"selected-{index}.npy") for index in stream.shape.moe_layers], axis=2)
+    return Measured(np.asarray(nll), chosen.astype(_index_dtype(stream.shape.num_experts)), 1.0)
+
+
+def _index_dtype(num_experts: int):
+    return np.uint8 if num_experts <= 256 else np.int16
 
 
 def perplexity(nll_N: np.ndarray) -> tuple[float, float]:

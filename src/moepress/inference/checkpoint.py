@@ -1,63 +1,19 @@
-"""Loading a packed checkpoint, by transformers' own `from_pretrained` or by `load`, which also checks it.
+"""Loading a packed checkpoint, or the 16-bit model beside it, with every file and tensor checked.
 
-Importing this module registers the quantization method "moepress" with transformers; without it `from_pretrained` knows
-nothing of the packed experts.
+transformers' own `from_pretrained` checks packed folders in the same way: see `quantizer.py`.
 """
 
-import json
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import torch
-from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, AutoTokenizer
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
-from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging as hf_logging
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from moepress.inference.packed import PackedExperts, PackedLinear
+from moepress.inference import manifest, quantizer
 from moepress.models import families
 from moepress.models.streaming import ModelStream
-
-FORMAT_VERSION = 1
-
-
-@register_quantization_config("moepress")
-class MoepressConfig(QuantizationConfigMixin):
-    """`quantization_config` of a packed checkpoint. modules: module name -> its width, or a list with every expert's."""
-
-    def __init__(self, group_size: int, modules: dict, format_version: int = FORMAT_VERSION, quant_method="moepress", **_):
-        self.quant_method = quant_method
-        self.format_version = format_version
-        self.group_size = group_size
-        self.modules = modules
-
-
-@register_quantizer("moepress")
-class MoepressQuantizer(HfQuantizer):
-    """Swaps the modules named in the configuration for packed ones before the weights are read."""
-
-    requires_calibration = True
-
-    def _process_model_before_weight_loading(self, model, **_):
-        config = self.quantization_config
-        if config.format_version > FORMAT_VERSION:
-            raise ValueError(
-                f"this checkpoint has format version {config.format_version}, this moepress reads up to {FORMAT_VERSION}: "
-                "update moepress"
-            )
-        for name, bits in config.modules.items():
-            module = model.get_submodule(name)
-            packed = PackedLinear if isinstance(module, nn.Linear) else PackedExperts
-            model.set_submodule(name, packed(module, bits, config.group_size))
-
-    def is_serializable(self) -> bool:
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        return False
 
 
 def pick_device(device: str) -> str:
@@ -65,17 +21,29 @@ def pick_device(device: str) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
-def load(folder, device: str = "auto", dtype: torch.dtype | None = None, pruning: dict | None = None):
+def fits(folder: Path, device: str, dtype: torch.dtype | None = None) -> bool:
+    """Whether a 16-bit model folder can be loaded as `load` does it, with a tenth of it to spare for what runs through it."""
+    entries = families.tensors(families.locate(Path(folder))).values()
+    if torch.device(device).type == "cuda":
+        free, default = torch.cuda.mem_get_info(device)[0], None
+    else:
+        free, default = psutil.virtual_memory().available, torch.float32
+    width = (dtype or default).itemsize if dtype or default else None
+    return 1.1 * sum(entry.numel * width if width else entry.nbytes for entry in entries) < free
+
+
+def load(folder, device: str = "auto", dtype: torch.dtype | None = None, pruning: dict | None = None, verify: bool = True):
     """`(model, tokenizer)` of a folder: packed by moepress, or the 16-bit model of a family that is handled.
 
     folder: a checkpoint, or a folder of results (of the model or the quantization stage).
     dtype: of the computation; default float32 on CPU, else the checkpoint's own.
     pruning: a policy such as `{"method": "pesf", "alpha": 0.3, "renormalize": True}`, active in the loaded model.
-    Raises ValueError for weights that are missing, left over or of the wrong shape: transformers alone would go on with
-    random ones.
+    verify: hash every file of a packed folder and compare; False compares only names, sizes and headers.
+    Raises ValueError naming a file that is missing, unexpected, truncated, altered or of a newer format, and weights that
+    are missing, left over or of the wrong shape: transformers alone would go on with random ones.
     """
     folder = families.locate(Path(folder))
-    model = load_model(folder, pick_device(device), dtype)
+    model = load_model(folder, pick_device(device), dtype, verify)
     if pruning:
         from moepress.pruning.policy import attach
 
@@ -83,27 +51,38 @@ def load(folder, device: str = "auto", dtype: torch.dtype | None = None, pruning
     return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
-def load_model(folder: Path, device: str, dtype: torch.dtype | None = None):
+def load_model(folder: Path, device: str = "cpu", dtype: torch.dtype | None = None, verify: bool = True):
     """The model alone; see `load`."""
-    config_file = folder / "config.json"
-    if not config_file.is_file():
+    if not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: no config.json, so this is not a model folder")
-    config = json.loads(config_file.read_text())
+    is_packed = manifest.is_packed(folder)
+    if is_packed:
+        manifest.check(folder, verify)
+    config = manifest.read_json(folder / "config.json")
     families.shape_of(config, str(folder))
     given = {"dtype": dtype or (torch.float32 if device == "cpu" else "auto"), "output_loading_info": True}
-    with _quiet():
+    with _quiet(), _checked(folder if is_packed else None):
         if config["model_type"] in families.DIALECTS:
             stream = ModelStream(folder)
             known = MODEL_FOR_CAUSAL_LM_MAPPING[type(stream.config)]
-            model, info = known.from_pretrained(
-                None, config=stream.config, state_dict=stream.read(list(stream.entries)), **given
-            )
+            tensors = stream.read(list(stream.entries))
+            model, info = known.from_pretrained(None, config=stream.config, state_dict=tensors, **given)
         else:
             model, info = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, use_safetensors=True, **given)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[kind]:
             raise ValueError(f"{folder}: {kind.replace('_', ' ')} {sorted(map(str, info[kind]))[:5]}: not loaded")
     return model.eval().to(device)
+
+
+@contextmanager
+def _checked(folder: Path | None):
+    """transformers loads this folder without comparing the hashes again."""
+    token = quantizer.checked.set(folder and folder.resolve())
+    try:
+        yield
+    finally:
+        quantizer.checked.reset(token)
 
 
 @contextmanager

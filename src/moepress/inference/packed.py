@@ -37,6 +37,13 @@ class PackedMatrices(nn.Module):
         shape = (self.rows, groups)
         return dequantize(codes.view(self.rows, self.columns), self.scales[e], zeros.view(shape), dtype)
 
+    def _apply(self, fn, recurse=True):
+        """Moves to a device; the scales stay float16 whatever dtype the model is cast to."""
+        scales = self.scales
+        super()._apply(fn, recurse)
+        self.scales = scales.to(self.scales.device)
+        return self
+
     def extra_repr(self) -> str:
         return f"{len(self.bits)} x [{self.rows}, {self.columns}], bits={self.bits}, group_size={self.group_size}"
 

@@ -122,7 +122,10 @@ class ModelStream:
         """Decoder layer `index` with its weights, its experts as `StoredExperts`."""
         layer = self.body.layers[index]
         rest = {name: tensor.to(self.device, self.dtype) for name, tensor in self.layer_tensors(index).items()}
-        missing, left_over = layer.load_state_dict(rest, strict=False, assign=True)
+        try:
+            missing, left_over = layer.load_state_dict(rest, strict=False, assign=True)
+        except RuntimeError as error:  # torch's word for another shape
+            raise ValueError(f"{self.folder}: layer {index} does not fit config.json: {error}") from error
         matrices = {f"{self.family.experts}.{name}" for name in ("gate_up_proj", "down_proj")}
         if left_over or set(missing) - (matrices if index in self.shape.moe_layers else set()):
             raise ValueError(f"{self.folder}: layer {index} lacks {missing} or has unknown tensors {left_over}")
@@ -140,10 +143,15 @@ class ModelStream:
         return layer.requires_grad_(False)
 
     def layers(self, start: int = 0) -> Iterator[tuple[int, nn.Module]]:
-        """Every layer from `start` on in turn; one is in memory at a time."""
+        """Every layer from `start` on in turn; one is in memory at a time: its weights go when the next one is asked for."""
         for index in range(start, self.shape.num_layers):
-            yield index, self.layer(index)
+            layer = self.layer(index)
+            yield index, layer
             self.body.layers[index] = nn.Identity()
+            layer.to("meta")
+            for module in layer.modules():
+                if isinstance(module, StoredExperts):
+                    module.weights.clear()
 
     def embed(self, token_ids_NS: torch.Tensor, out_NSH: torch.Tensor | None = None) -> torch.Tensor:
         """Hidden states `[N, S, H]` that enter the first layer, written to `out` where it is given.
@@ -169,6 +177,31 @@ class ModelStream:
         finally:
             self.body.layers, self.body.norm, self.body.embed_tokens = keep
         return out
+
+    def logits(self, x_NSH: torch.Tensor) -> torch.Tensor:
+        """The model's logits `[N, S, V]` for what leaves the last layer: its own last norm, head and scaling."""
+        self._load_head()
+        keep = (self.body.layers, self.body.embed_tokens)
+        self.body.layers = nn.ModuleList([_Replay(x_NSH.to(self.device))])
+        self.body.embed_tokens = _Embedding(torch.zeros(1, self.shape.hidden_size), self.device, self.dtype)
+        try:
+            nothing = torch.zeros(x_NSH.shape[:2], dtype=torch.long, device=self.device)
+            return self.skeleton(input_ids=nothing, use_cache=False).logits
+        finally:
+            self.body.layers, self.body.embed_tokens = keep
+
+    def _load_head(self) -> None:
+        """The last norm and the head, which may be the embedding's."""
+        tied = "lm_head.weight" not in self.entries
+        for module, prefix in ((self.body.norm, "model.norm."), (self.skeleton.lm_head, "lm_head.")):
+            if not any(tensor.is_meta for tensor in module.state_dict().values()):
+                continue
+            found = self.read([name for name in self.entries if name.startswith(prefix)])
+            tensors = {name.removeprefix(prefix): tensor for name, tensor in found.items()}
+            if module is self.skeleton.lm_head and tied:
+                tensors["weight"] = self.read(["model.embed_tokens.weight"])["model.embed_tokens.weight"]
+            module.load_state_dict({n: t.to(self.device, self.dtype) for n, t in tensors.items()}, assign=True)
+            module.requires_grad_(False)
 
     def call(self, index: int, layer: nn.Module, x_NSH: torch.Tensor) -> torch.Tensor:
         """A layer's own forward, with the arguments that its model gives it."""
@@ -279,6 +312,17 @@ class _Note(nn.Module):
     def forward(self, x, **arguments):
         self.arguments = arguments
         return x
+
+
+class _Replay(nn.Module):
+    """In the layers' place: what left the last one."""
+
+    def __init__(self, x):
+        super().__init__()
+        self.x = x
+
+    def forward(self, *_, **__):
+        return self.x
 
 
 class _Embedding(nn.Module):

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from functools import cached_property
 
+from moepress.inference import manifest
 from moepress.models import families
 from moepress.models.families import FAMILIES, group_of, in_layer, kind_of, layer_prefix, module_name
 from moepress.models.files import Entry
@@ -13,12 +14,11 @@ from moepress.models.outline import Outline
 from moepress.quantization.size import expert_bytes, feasible_range, packed_bytes, zero_width
 from moepress.schema import WIDTHS, parse_bytes
 
-COPIED = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json")
-COPIED += ("merges.txt", "tokenizer.model", "chat_template.jinja", "added_tokens.json")
-"""Files of the 16-bit model's folder that the packed checkpoint takes over."""
-
 ORDER = ("F64", "F32", "BF16", "F16", "I8", "U8", "BOOL")
 """Of dtypes in a safetensors file."""
+
+
+HEAD = "lm_head.weight"
 
 
 def shard_name(index: int, num_layers: int) -> str:
@@ -41,7 +41,7 @@ class Prediction:
         shards, modules = [{} for _ in range(self.shape.num_layers + 1)], {}
         for name, entry in self.outline.tensors.items():
             kind = kind_of(self.family, name, entry.shape, self.group_size)
-            if kind == "expert":
+            if kind == "expert" or (name == HEAD and self.outline.is_tied):
                 continue
             inside, shard = in_layer(name), shards[-1]
             if inside is not None:
@@ -75,33 +75,32 @@ class Prediction:
     def folder_bytes(self, bits_LE: list[list[int]]) -> int:
         """Of the whole folder: shards, index, configuration with every module's bits, tokenizer, moepress's records."""
         num_layers = self.shape.num_layers
-        shards = self.shards(bits_LE)
-        where = {name: shard_name(i, num_layers) for i, shard in enumerate(shards) for name in shard}
-        total = sum(entry.nbytes for shard in shards for entry in shard.values())
-        index = {"metadata": {"total_size": total}, "weight_map": where}
-        copied = sum(size for name, size in self.outline.files.items() if name in COPIED)
-        config = json_bytes(self.checkpoint_config(bits_LE))
-        return sum(map(file_bytes, shards)) + json_bytes(index) + config + copied + self.record_bytes()
+        shards = {shard_name(i, num_layers): shard for i, shard in enumerate(self.shards(bits_LE))}
+        files = {name: size for name, size in self.outline.files.items() if name in manifest.BESIDE}
+        files |= {name: file_bytes(shard) for name, shard in shards.items()}
+        files["config.json"] = json_bytes(self.checkpoint_config(bits_LE))
+        total = sum(entry.nbytes for shard in shards.values() for entry in shard.values())
+        known = {name: {"bytes": size, "sha256": "0" * 64} for name, size in files.items()}
+        where = {name: shard for shard, tensors in shards.items() for name in tensors}
+        index = {"metadata": {"total_size": total, "files": known}, "weight_map": where}
+        return sum(files.values()) + json_bytes(index) + self.record_bytes()
 
     def checkpoint_config(self, bits_LE: list[list[int]]) -> dict:
         """config.json as the checkpoint has it."""
         widths = {self.experts(layer): bits for layer, bits in zip(self.shape.moe_layers, bits_LE, strict=True)}
-        added = {"quant_method": "moepress", "format_version": 1, "group_size": self.group_size}
+        added = {"quant_method": manifest.METHOD, "format_version": manifest.FORMAT_VERSION, "group_size": self.group_size}
         config = families.standard_config(self.outline.config, "model")
         return config | {"quantization_config": added | {"modules": self.fixed[1] | widths}}
 
     def record_bytes(self) -> int:
-        """About what provenance.json (a line for every file), diagnostics.json (for every layer and expert) and the like
-        take: some KiB, unlike everything else here not counted to the byte."""
+        """About what provenance.json (a line for every file), diagnostics.json and card.json (for every layer and expert) and
+        README.md take: some KiB, unlike everything else here not counted to the byte."""
         num_experts = len(self.shape.moe_layers) * self.shape.num_experts
-        return 3500 + 170 * (self.shape.num_layers + 5) + 250 * self.shape.num_layers + 50 * num_experts
+        return 6000 + 470 * self.shape.num_layers + 60 * num_experts
 
     def loaded_bytes(self, bits_LE: list[list[int]], device: str) -> int:
         """Of all parameters and buffers of the loaded model: what is not packed is float32 on "cpu", as stored on "cuda"."""
-        found = {name: entry for shard in self.shards(bits_LE) for name, entry in shard.items()}
-        if self.outline.is_tied:
-            found.pop("lm_head.weight", None)
-        return sum(loaded(entry, device) for entry in found.values())
+        return sum(loaded(entry, device) for shard in self.shards(bits_LE) for entry in shard.values())
 
 
 def packed_entries(name: str, rows: int, columns: int, bits: list[int], group_size: int) -> dict[str, Entry]:
@@ -124,7 +123,7 @@ def loaded(entry: Entry, device: str) -> int:
 
 def unpacked_bytes(outline: Outline, device: str) -> int:
     """Of the 16-bit model's parameters, loaded."""
-    entries = (entry for name, entry in outline.tensors.items() if not (name == "lm_head.weight" and outline.is_tied))
+    entries = (entry for name, entry in outline.tensors.items() if not (name == HEAD and outline.is_tied))
     return sum(loaded(entry, device) for entry in entries)
 
 

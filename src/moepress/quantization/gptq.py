@@ -41,16 +41,33 @@ def shrunk(routed: Curvature, prior: Curvature) -> torch.Tensor:
 
 def inverse_factor(h_EII: torch.Tensor, damping: float) -> torch.Tensor:
     """Upper triangular U `[E, I, I]` with `(H + damping * mean(diag H) * 1)^-1 = U^T U`; inputs that never occur get a
-    diagonal of their own, so they are merely rounded."""
-    work = h_EII.float().clone()  # one name for each step's result: a large matrix is freed as soon as the next one is there
+    diagonal of their own, so they are merely rounded.
+
+    With both axes reversed `H = L L^T`, so `U = L^-1` reversed back: no inverse of H is formed.
+    """
+    work = h_EII.float().flip(-1, -2)  # one name for each step's result: a large matrix is freed as soon as the next is there
     diagonal = work.diagonal(dim1=-2, dim2=-1)
     mean = diagonal.mean(-1, keepdim=True)
     mean = torch.where(mean > 0, mean, torch.ones_like(mean))
     diagonal += damping * mean
     del diagonal
     work = torch.linalg.cholesky(work)
-    work = torch.cholesky_inverse(work)
-    return torch.linalg.cholesky(work, upper=True)
+    invert_lower(work)
+    return work.flip(-1, -2)
+
+
+def invert_lower(l_EII: torch.Tensor, leaf: int = 256) -> None:
+    """Invert lower triangular matrices in place, by halves: `[[A, 0], [B, C]]^-1 = [[A^-1, 0], [-C^-1 B A^-1, C^-1]]`."""
+    I = l_EII.shape[-1]
+    if I <= leaf:  # noqa: SIM300
+        one = torch.eye(I, device=l_EII.device, dtype=l_EII.dtype).expand_as(l_EII)
+        l_EII.copy_(torch.linalg.solve_triangular(l_EII, one, upper=False))
+        return
+    half = I // 2
+    a, b, c = l_EII[:, :half, :half], l_EII[:, half:, :half], l_EII[:, half:, half:]
+    invert_lower(a, leaf)
+    invert_lower(c, leaf)
+    b.copy_(c @ (b @ a)).neg_()
 
 
 def gptq(
@@ -70,7 +87,7 @@ def gptq(
     """
     assert group_size % block_size == 0, (group_size, block_size)
     E, O, I = w_EOI.shape
-    w = w_EOI.float().clone()
+    w = w_EOI.float().transpose(1, 2).contiguous()  # [E, I, O]: a column's weights lie side by side
     u = inverse_factor(h_EII, damping) if factor_EII is None else factor_EII
     importance = h_EII.diagonal(dim1=-2, dim2=-1).float()
     top = grid.top_code(bits, w.device)
@@ -81,17 +98,18 @@ def gptq(
         group, end = start // group_size, start + block_size
         if start % group_size == 0:
             columns = slice(start, start + group_size)
-            scale, zero = grid.search(w[:, :, columns], top, importance[:, columns], how)
+            scale, zero = grid.search(w[:, columns].transpose(1, 2), top, importance[:, columns], how)
             scales[:, :, group], zeros[:, :, group] = scale, zero
-        block, factor = w[:, :, start:end], u[:, start:end, start:end]
-        errors = torch.empty_like(block)
+        block, factor = w[:, start:end], u[:, start:end, start:end]
+        errors, rounded = torch.empty_like(block), torch.empty_like(block)
         for j in range(block_size):
-            column = block[:, :, j : j + 1]
+            column = block[:, j, :, None]
             code, value = grid.round_to_grid(column, scale, zero, top)
-            codes[:, :, start + j] = code[:, :, 0].to(torch.uint8)
-            errors[:, :, j] = ((column - value) / factor[:, j : j + 1, j : j + 1])[:, :, 0]
-            block[:, :, j + 1 :] -= errors[:, :, j : j + 1] * factor[:, j : j + 1, j + 1 :]
-        w[:, :, end:] -= errors @ u[:, start:end, end:]
+            rounded[:, j] = code[..., 0]
+            errors[:, j] = (column - value)[..., 0] / factor[:, j, j, None]
+            block[:, j + 1 :].baddbmm_(factor[:, j, j + 1 :, None], errors[:, j, None, :], alpha=-1)
+        codes[:, :, start:end] = rounded.transpose(1, 2)
+        w[:, end:].baddbmm_(u[:, start:end, end:].transpose(1, 2), errors, alpha=-1)
     return Quantized(codes, scales.half(), zeros.to(torch.int16), list(bits))
 
 

@@ -22,8 +22,8 @@ def top_code(bits: list[int], device=None) -> torch.Tensor:
     return torch.tensor([[2.0**b - 1] for b in bits], device=device)
 
 
-ELEMENTS_AT_ONCE = 1 << 24
-"""Weights in one search of `rtn`, which needs several times their memory."""
+ELEMENTS_AT_ONCE = 1 << 17
+"""Weights that are searched together: few enough to stay in a processor's cache."""
 
 
 @dataclass(frozen=True)
@@ -43,15 +43,22 @@ def search(
     importance: weight of each column's squared error (the curvature's diagonal), None for equal weights. The ends are
     searched together, then each alone: 3 x clip_steps trials. No trial is kept that is worse than the one before.
     """
-    w_EOC = w_EOC.float()
+    step = max(1, ELEMENTS_AT_ONCE // (w_EOC.shape[0] * w_EOC.shape[2]))  # rows that stay in the cache through all trials
+    found = [_search(rows.float().contiguous(), top_E1, importance_EC, how) for rows in w_EOC.split(step, dim=1)]
+    return tuple(torch.cat(parts, 1) for parts in zip(*found, strict=True))
+
+
+def _search(w_EOC, top_E1, importance_EC, how: Search):
     low_EO, high_EO = w_EOC.amin(-1).clamp(max=0), w_EOC.amax(-1).clamp(min=0)
-    weight_EOC = torch.ones_like(w_EOC[:1, :1]) if importance_EC is None else importance_EC[:, None]
-    ones = torch.ones_like(low_EO)
+    weight_EC = torch.ones_like(w_EOC[:, 0]) if importance_EC is None else importance_EC
+    ones, zero_E11 = torch.ones_like(low_EO), torch.zeros_like(top_E1[..., None])
 
     def better(trial, found):
-        """The trial `(scale, zero, ...)` where its error is smaller."""
-        _, value = round_to_grid(w_EOC, trial[0], trial[1], top_E1)
-        error = ((value - w_EOC).square_() * weight_EOC).sum(-1)
+        """The trial `(scale, zero, ...)` where its error is smaller: `scale^2 |round(z) - z|^2`, z the weights in codes."""
+        scale, zero = trial[:2]
+        z = torch.addcmul(zero[..., None] / ZERO_STEPS, w_EOC, 1 / scale[..., None])
+        off = torch.clamp(z.round(), zero_E11, top_E1[..., None]).sub_(z).square_()
+        error = (off @ weight_EC[..., None])[..., 0] * scale.square()
         wins = error < found[0]
         return tuple(torch.where(wins, new, old) for new, old in zip((error, *trial), found, strict=True))
 
@@ -63,7 +70,7 @@ def search(
             found = better((*fit(a * low_EO, b * high_EO, top_E1), a, b), found)
     found = found[:3]
     for _ in range(how.fit_rounds):
-        found = better(least_squares(w_EOC, *found[1:], top_E1, weight_EOC), found)
+        found = better(least_squares(w_EOC, *found[1:], top_E1, weight_EC[:, None]), found)
     return found[1:]
 
 
@@ -97,14 +104,12 @@ def round_to_grid(w_EOC, scale_EO, zero_EO, top_E1) -> tuple[torch.Tensor, torch
 
 def rtn(w_EOI: torch.Tensor, bits: list[int], group_size: int, how: Search) -> Quantized:
     """Round to nearest: every group on its own best grid, no text read. w: `[E, O, I]`, bits: E widths."""
-    E, _, I = w_EOI.shape
+    E, O, I = w_EOI.shape
     top = top_code(bits, w_EOI.device)
-    codes, scales, zeros = [], [], []
-    for rows in w_EOI.split(max(1, ELEMENTS_AT_ONCE // (E * I)), dim=1):
-        as_rows = rows.float().reshape(E, -1, group_size)
-        scale, zero = search(as_rows, top, None, how)
-        shape = (E, rows.shape[1], I // group_size)
-        codes.append(round_to_grid(as_rows, scale, zero, top)[0].to(torch.uint8).view(E, -1, I))
-        scales.append(scale.half().view(shape))
-        zeros.append(zero.to(torch.int16).view(shape))
-    return Quantized(torch.cat(codes, 1), torch.cat(scales, 1), torch.cat(zeros, 1), list(bits))
+    as_rows = w_EOI.reshape(E, O * (I // group_size), group_size)
+    scale, zero = search(as_rows, top, None, how)
+    step = max(1, ELEMENTS_AT_ONCE // (E * group_size))
+    parts = zip(as_rows.split(step, 1), scale.split(step, 1), zero.split(step, 1), strict=True)
+    codes = torch.cat([round_to_grid(w.float(), s, z, top)[0].to(torch.uint8) for w, s, z in parts], 1)
+    shape = (E, O, I // group_size)
+    return Quantized(codes.view(E, O, I), scale.view(shape).half(), zero.view(shape).to(torch.int16), list(bits))

@@ -167,6 +167,7 @@ def _pruned(runs: list[Run]) -> list[str]:
 
 
 def _speed(runs: list[Run]) -> list[str]:
+    runs = [run for run in runs if run.latency["speedup_decode"]]  # null where the 16-bit model did not fit in memory
     devices = dict.fromkeys(run.latency["device"] for run in runs if not run.is_reference)
     found = []
     for device in devices:

@@ -102,8 +102,10 @@ def methods(runs: list[Run]) -> dict[str, str]:
     if quantized:
         groups = listed({run.quantization["group_size"] for run in quantized})
         attention = listed({run.quantization.get("attention_bits") or 16 for run in quantized})
+        shared = listed({run.quantization.get("shared_bits") or 16 for run in quantized})
+        beside = f", shared experts and dense layers at {shared}" if runs[0].has_shared else ""
         facts["grid"] = (
-            f"groups of {groups} weights share a scale and a zero point; attention at {attention} bits, router at 16"
+            f"groups of {groups} weights share a scale and a zero point; attention at {attention} bits{beside}, router at 16"
         )
         off = {name: max(abs(run.sizes[f"predicted_{name}"] / run.sizes[name] - 1) for run in quantized) for name in SIZES}
         facts["predicted sizes"] = (
@@ -113,7 +115,7 @@ def methods(runs: list[Run]) -> dict[str, str]:
         starved = {run.title: sum(len(layer.get("starved", [])) for layer in run.diagnostics) for run in quantized}
         worst = max(starved, key=starved.__getitem__)
         if starved[worst]:
-            of = runs[0].shape.num_layers * runs[0].shape.num_experts
+            of = len(runs[0].shape.moe_layers) * runs[0].shape.num_experts
             facts["starved experts"] = (
                 f"at most {starved[worst]} of {of} ({worst}) saw fewer calibration tokens than they have inputs; their "
                 "curvature is shrunk towards their layer's"

@@ -32,7 +32,7 @@ def bits(runs: list[Run]) -> tuple[Figure, pd.DataFrame] | None:
         bits_LE = np.array(group[0].bits)
         methods = ", ".join(dict.fromkeys(label(run.quantization["method"]) for run in group))
         title = f"{label(group[0].allocation['method'])}, {group[0].target} ({methods})"
-        frame = _tidy(bits_LE, "bits").assign(allocation=title)
+        frame = _tidy(bits_LE, "bits", group[0].shape.moe_layers).assign(allocation=title)
         if relative_LE is not None and relative_LE.shape == bits_LE.shape:
             frame["frequency"] = frequency_LE.ravel()
             ranks = [pd.Series(values.ravel()).rank() for values in (bits_LE, relative_LE)]
@@ -67,6 +67,7 @@ def bits(runs: list[Run]) -> tuple[Figure, pd.DataFrame] | None:
                 axis.text(expert, layer, str(width), ha="center", va="center", fontsize=9, color=ink)
     for axis in axes[:, 0]:
         axis.set_ylabel("layer")
+        _name_layers(axis, next(iter(mixed.values()))[0].shape.moe_layers)
     for axis in axes.flat[-columns:]:
         axis.set_xlabel("expert")
     patches = [
@@ -94,7 +95,7 @@ def expert_use(runs: list[Run]) -> tuple[Figure, pd.DataFrame] | None:
     figure, axes = plt.subplots(lines, columns, figsize=size, sharex=True, sharey=True, squeeze=False)
     for axis, layer in zip(axes.flat, shown, strict=False):
         mesh = _mesh(axis, 100 * use_DLE[:, layer], cmap="Blues", vmin=0, vmax=100 * use_DLE.max())
-        axis.set_title(f"layer {layer}: {information[layer]:.2f} bit")
+        axis.set_title(f"layer {run.shape.moe_layers[layer]}: {information[layer]:.2f} bit")
         axis.set_yticks(range(len(domains)), [shorten(domain, 22) for domain in domains])
         if inside and outside:
             axis.axhline(len(inside) - 0.5, color=INK, linewidth=1)
@@ -107,7 +108,7 @@ def expert_use(runs: list[Run]) -> tuple[Figure, pd.DataFrame] | None:
     bar.outline.set_visible(False)
     frames = []
     for index, domain in enumerate(domains):
-        frame = _tidy(use_DLE[index], "share").assign(domain=domain, out_of_domain=domain in outside)
+        frame = _tidy(use_DLE[index], "share", run.shape.moe_layers).assign(domain=domain, out_of_domain=domain in outside)
         frames.append(frame.assign(mutual_information=np.repeat(information, experts)))
     return figure, pd.concat(frames, ignore_index=True)
 
@@ -127,7 +128,13 @@ def _mesh(axis, values: np.ndarray, **options):
     return mesh
 
 
-def _tidy(values_LE: np.ndarray, name: str) -> pd.DataFrame:
-    """One row per layer and expert."""
+def _name_layers(axis, layers: tuple[int, ...]) -> None:
+    """Rows are the MoE layers; dense ones before them shift their numbers."""
+    if layers[0] > 0 or layers[-1] != len(layers) - 1:
+        axis.yaxis.set_major_formatter(lambda row, _: str(layers[int(row)]) if 0 <= row < len(layers) else "")
+
+
+def _tidy(values_LE: np.ndarray, name: str, layers: tuple[int, ...]) -> pd.DataFrame:
+    """One row per MoE layer and expert; layers: their numbers."""
     layer, expert = np.indices(values_LE.shape)
-    return pd.DataFrame({"layer": layer.ravel(), "expert": expert.ravel(), name: values_LE.ravel()})
+    return pd.DataFrame({"layer": np.asarray(layers)[layer.ravel()], "expert": expert.ravel(), name: values_LE.ravel()})

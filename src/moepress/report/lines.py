@@ -171,7 +171,8 @@ def selection_shift(runs: list[Run]) -> Drawn:
             weights=[d["num_blocks"] for d in domains],
         )
         row = {"target": run.target, "series": run.series, "run": run.name}
-        found += [row | {"layer": layer, "selection_shift": value} for layer, value in enumerate(by_layer)]
+        layers = run.shape.moe_layers
+        found += [row | {"layer": layer, "selection_shift": value} for layer, value in zip(layers, by_layer, strict=True)]
     if not found:
         return None
     data, styles = pd.DataFrame(found), series_styles(runs)
@@ -193,7 +194,7 @@ def speed(runs: list[Run]) -> Drawn:
     """Prefill and decode against the 16-bit model in the same process: medians, and the middle half of the repeats."""
     found = []
     for run in runs:
-        for phase in ("prefill", "decode") if not run.is_reference else ():
+        for phase in ("prefill", "decode") if not run.is_reference and run.latency["speedup_decode"] else ():
             own, base = run.latency[f"{phase}_ms"], run.latency[f"{phase}_ms_16bit"]["median"]
             row = {"run": run.name, "title": run.title, "series": run.series, "phase": phase}
             row |= {"milliseconds": own["median"], "milliseconds_16bit": base, "speedup": base / own["median"]}
@@ -225,8 +226,9 @@ def router_fit(runs: list[Run]) -> Drawn:
             continue
         seen.add(run.artefacts["quantization"])
         for layer in run.diagnostics:
-            row = {"run": run.name, "title": run.title, "layer": layer["layer"]}
-            found.append(row | {"before": layer["selection_shift_before_fit"], "after": layer["selection_shift"]})
+            if "selection_shift" in layer:  # a dense layer selects nothing
+                row = {"run": run.name, "title": run.title, "layer": layer["layer"]}
+                found.append(row | {"before": layer["selection_shift_before_fit"], "after": layer["selection_shift"]})
     if not found:
         return None
     data = pd.DataFrame(found)

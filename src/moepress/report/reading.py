@@ -140,7 +140,11 @@ class Run:
         """Bytes that were predicted before the checkpoint was made, beside those that were measured: of its weight files
         (`checkpoint_bytes`, `predicted_bytes`), of its folder, and of the model loaded for the evaluation."""
         found = {"checkpoint_bytes": self.checkpoint_bytes, "predicted_bytes": nan, "folder_bytes": nan}
-        found |= {"predicted_folder_bytes": nan, "loaded_bytes": self.metrics["loaded_bytes"], "predicted_loaded_bytes": nan}
+        found |= {
+            "predicted_folder_bytes": nan,
+            "loaded_bytes": self.metrics["loaded_bytes"] or nan,
+            "predicted_loaded_bytes": nan,
+        }
         if self.is_quantized:
             found["folder_bytes"] = self.json("quantization", "size.json")["folder_bytes"]
             found |= {name: self.allocated[name] for name in ("predicted_bytes", "predicted_folder_bytes")}
@@ -175,6 +179,13 @@ class Run:
     @cached_property
     def shape(self) -> families.Shape:
         return families.read_shape(self.model, "model")
+
+    @cached_property
+    def has_shared(self) -> bool:
+        """Whether the model has shared experts or dense layers."""
+        family = families.FAMILIES[self.shape.family]
+        found = families.tensors(self.model).items()
+        return any(families.kind_of(family, name, entry.shape, 8) == "shared" for name, entry in found)
 
     @cached_property
     def num_weights(self) -> int:

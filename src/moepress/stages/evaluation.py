@@ -1,6 +1,7 @@
 """Perplexity on every domain's test text and selection shift against the 16-bit model, with standard errors."""
 
 import hashlib
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -10,9 +11,12 @@ from tqdm import tqdm
 from moepress.artefacts import Task, read_json, write_json
 from moepress.data import sampling
 from moepress.evaluation import perplexity as ppl
-from moepress.inference.checkpoint import load
+from moepress.inference import manifest
+from moepress.inference.checkpoint import fits, load, pick_device
 from moepress.latency import weight_bytes
+from moepress.models import streams
 from moepress.models.families import locate
+from moepress.models.streaming import ModelStream
 from moepress.pruning.policy import attach, experts_of
 
 
@@ -29,19 +33,13 @@ def run(task: Task) -> None:
         )
     reference = load_file(task.inputs["reference"] / "selections.safetensors") if "reference" in task.inputs else None
 
-    model, _ = load(folder, task.runtime["device"])
-    num_experts = experts_of(model)[0].num_experts
-    before, after = ppl.SelectionTap(), ppl.SelectionTap()
-    before.watch(model)
-    if "pruning" in task.inputs:
-        attach(model, read_json(task.inputs["pruning"] / "policy.json"))
-    after.watch(model)
+    device = pick_device(task.runtime["device"])
+    is_whole = manifest.is_packed(folder) or "pruning" in task.inputs or fits(folder, device)
+    results, num_experts, loaded_bytes = (_loaded if is_whole else _streamed)(task, folder, device, texts)
 
     domains, rows, selections = {}, [], {}
-    num_blocks = sum(len(blocks) for blocks, _ in texts.values())
-    progress = tqdm(total=num_blocks, desc=f"evaluation {task.name}", unit="block", mininterval=1)
     for domain, (blocks, num_bytes) in texts.items():
-        measured = ppl.measure(model, num_experts, before, after, blocks, config["batch_size"], progress)
+        measured = results[domain]
         selections[domain] = measured.selected_NSLK
         value, error = ppl.perplexity(measured.nll_N)
         entry = {
@@ -67,8 +65,8 @@ def run(task: Task) -> None:
     blocks.to_parquet(task.out / "blocks.parquet")
     summary = {
         "domains": domains,
-        "loaded_bytes": weight_bytes(model),
-        "device": model.device.type,
+        "loaded_bytes": loaded_bytes,
+        "device": device.partition(":")[0],
         "active_slots": float(np.mean([entry["active_slots"] for entry in domains.values()])),
         "selection_shift": 0.0 if reference is None else float(blocks["selection_shift"].mean()),
         "selection_shift_stderr": 0.0 if reference is None else float(blocks["selection_shift"].sem(ddof=1)),
@@ -76,6 +74,40 @@ def run(task: Task) -> None:
     write_json(task.out / "metrics.json", summary)
     if reference is None:
         save_file(selections, task.out / "selections.safetensors")
+
+
+def _loaded(task: Task, folder: Path, device: str, texts: dict) -> tuple[dict[str, ppl.Measured], int, int | None]:
+    """Each domain's results, the number of experts and the bytes of the weights in memory, with the whole model loaded."""
+    model, _ = load(folder, device)
+    num_experts = experts_of(model)[0].num_experts
+    before, after = ppl.SelectionTap(), ppl.SelectionTap()
+    before.watch(model)
+    if "pruning" in task.inputs:
+        attach(model, read_json(task.inputs["pruning"] / "policy.json"))
+    after.watch(model)
+    num_blocks = sum(len(blocks) for blocks, _ in texts.values())
+    progress = tqdm(total=num_blocks, desc=f"evaluation {task.name}", unit="block", mininterval=1)
+    at_once = task.config["evaluation"]["batch_size"]
+    measured = {
+        d: ppl.measure(model, num_experts, before, after, blocks, at_once, progress) for d, (blocks, _) in texts.items()
+    }
+    return measured, num_experts, weight_bytes(model)
+
+
+def _streamed(task: Task, folder: Path, device: str, texts: dict) -> tuple[dict[str, ppl.Measured], int, int | None]:
+    """The same for a 16-bit model that does not fit in memory: a layer at a time over all domains' blocks."""
+    print(f"{folder} does not fit in this machine's memory: it is evaluated a layer at a time")
+    stream = ModelStream(folder, device)
+    progress = tqdm(total=stream.shape.num_layers, desc=f"evaluation {task.name}", unit="layer")
+    together = np.concatenate([blocks for blocks, _ in texts.values()])
+    measured = ppl.measure_streamed(stream, together, task.out / "streams", progress)
+    streams.drop(task.out / "streams")
+    ends = np.cumsum([len(blocks) for blocks, _ in texts.values()])
+    parts = {
+        domain: ppl.Measured(measured.nll_N[end - len(blocks) : end], measured.selected_NSLK[end - len(blocks) : end], 1.0)
+        for (domain, (blocks, _)), end in zip(texts.items(), ends, strict=True)
+    }
+    return parts, stream.shape.num_experts, None
 
 
 def _some(blocks, num_bytes: int, wanted: int):

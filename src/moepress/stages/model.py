@@ -26,7 +26,7 @@ def download(model_id: str, revision: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md"]  # that one for its licence
     try:
         return Path(snapshot_download(model_id, revision=revision, allow_patterns=patterns))
     except (OSError, HFValidationError) as error:  # hub and connection errors are OSErrors

@@ -5,7 +5,7 @@ import time
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from moepress.artefacts import Task, read_config, read_json, write_json
+from moepress.artefacts import Task, peak_memory, read_config, read_json, write_json
 from moepress.inference.checkpoint import pick_device
 from moepress.models import streams as hidden_states
 from moepress.models.families import locate
@@ -13,6 +13,7 @@ from moepress.models.streaming import ModelStream
 from moepress.quantization import writer
 from moepress.quantization.experts import Recipe
 from moepress.quantization.qesc import quantize_model
+from moepress.report import card, made
 
 
 def run(task: Task) -> None:
@@ -33,6 +34,7 @@ def run(task: Task) -> None:
         writer.write_shard(task.out, result.index, num_layers, result.tensors)
         seconds, began = time.perf_counter() - began, time.perf_counter()
         layers.append({**result.diagnostics, "modules": result.modules, "seconds": round(seconds, 3)})
+        layers[-1]["peak_memory_bytes"] = peak_memory()
         write_json(task.out / "layers.json", layers)
         remaining.update()
 
@@ -43,10 +45,15 @@ def run(task: Task) -> None:
     if starved:
         print(f"experts with fewer calibration tokens than inputs, by layer (kept sound by the layer's curvature): {starved}")
     # Times differ from run to run, so they stay out of the files whose bytes must not.
-    seconds = sum(layer.pop("seconds") for layer in diagnostics)
+    timing = {name: [layer.pop(name) for layer in diagnostics] for name in ("seconds", "peak_memory_bytes")}
+    seconds = sum(timing["seconds"])
     write_json(task.out / "diagnostics.json", {"layers": diagnostics})
     size = writer.size_on_disk(task.out, writer.weights_of(stream.folder))
     write_json(task.out / "size.json", size)
-    write_json(task.out / "timing.json", {"quantize_seconds": round(seconds, 3)})
+    facts = made.facts(task, stream.shape)
+    write_json(task.out / "card.json", facts)
+    (task.out / "README.md").write_text(card.render(facts), encoding="utf-8")
+    write_json(task.out / "size.json", size | {"folder_bytes": writer.folder_bytes(task.out)})
+    write_json(task.out / "timing.json", {"quantize_seconds": round(seconds, 3), "layers": timing})
     hidden_states.drop(folder)  # before what belongs to it, so that a kill between the two only costs time
     (task.out / "layers.json").unlink()

@@ -1,0 +1,150 @@
+"""How a checkpoint was made: what its model card says, gathered from the folders that the quantization read."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from moepress.artefacts import Task, git_commit, read_json, versions
+from moepress.config import ROOT
+from moepress.models import families
+from moepress.models.families import Shape, locate
+from moepress.quantization import size
+
+VARIANT = {"model": "kind", "corpus": "kind", "allocation": "method", "quantization": "method"}
+"""Groups that the command names by their option in conf/, and the key that tells their options apart."""
+MACHINE = ("path", "fingerprint")
+"""Keys that say where something lies or what it hashes to."""
+
+
+def facts(task: Task, shape: Shape) -> dict:
+    """Everything that the card of a just written checkpoint (`task.out`, with its size.json) says, as plain JSON values."""
+    model = locate(task.inputs["model"])
+    groups = settings(task)
+    bits = read_json(task.inputs["allocation"] / "allocation.json")["bits"]
+    read = groups.get("calibration") if "calibration" in task.inputs else None
+    return {
+        "base_model": base_model(groups["model"], model, task.inputs["model"].name.rpartition("-")[0]),
+        "licence": licence(model),
+        "shape": vars(shape),
+        "weights": size.num_weights(families.tensors(model)),
+        **read_json(task.out / "size.json"),
+        "bits_nominal": float(np.mean([width for layer in bits for width in layer])),
+        "bits": bits,
+        "quantization": task.config["quantization"],
+        "allocation": groups["allocation"],
+        "calibration": read,
+        "command": command(groups, model.name),
+        "not_told": sorted(VARIANT.keys() - groups.keys()),
+        "key": task.key,
+        "git_commit": git_commit(),
+        "versions": versions(),
+    }
+
+
+def settings(task: Task) -> dict[str, dict]:
+    """The configuration groups that the quantization's key depends on, from the config.yaml of everything upstream. Folders
+    beyond the stage's own inputs may have been deleted; what only they could tell is not there."""
+    found: dict[str, dict] = {}
+
+    def visit(folder: Path) -> None:
+        if not (folder / "config.yaml").is_file():
+            return
+        described = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        for group, values in described["config"].items():
+            found[group] = values | found.get(group, {})
+        for name in described["inputs"].values():
+            visit(folder.resolve().parent.parent / name)
+
+    for folder in task.inputs.values():
+        visit(folder)
+    return found | task.config
+
+
+def base_model(config: dict, folder: Path, label: str) -> str:
+    """The 16-bit model's hub id where it has one (by the configuration, or by the hub's cache), else its name."""
+    if config["kind"] == "hub":
+        return config["id"]
+    cached = [part for part in folder.parts if part.startswith("models--")]
+    return cached[-1].removeprefix("models--").replace("--", "/") if cached else label
+
+
+def licence(folder: Path) -> dict[str, str]:
+    """`license`, `license_name`, `license_link` of the front matter of a model folder's README.md, as far as it has them."""
+    path = folder / "README.md"
+    matter = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", path.read_text(encoding="utf-8"), re.DOTALL) if path.is_file() else None
+    try:
+        values = yaml.safe_load(matter.group(1)) if matter else {}
+    except yaml.YAMLError:
+        values = {}
+    names = ("license", "license_name", "license_link")
+    return {name: values[name] for name in names if isinstance(values, dict) and isinstance(values.get(name), str)}
+
+
+def command(groups: dict[str, dict], model_name: str) -> str:
+    """The command that makes the same checkpoint again: the options of conf/, and every value that is not theirs.
+    A folder of the user's own is named by its last part."""
+    words = []
+    for group in sorted(
+        groups, key=lambda group: (group not in VARIANT, list(VARIANT).index(group) if group in VARIANT else 0)
+    ):
+        option, changed = closest(group, groups[group], groups)
+        words += [f"{group}={option}"] if group in VARIANT else []
+        if group in ("model", "corpus") and groups[group].get("kind") == "local":
+            words.append(f"{group}.path={_value(model_name if group == 'model' else 'TEXTS')}")
+        words += [f"{'seed' if key == 'calibration.seed' else key}={_value(value)}" for key, value in changed.items()]
+    return shlex.join(["moepress", *words])
+
+
+def closest(group: str, values: dict, groups: dict[str, dict]) -> tuple[str, dict]:
+    """The option of conf/GROUP/ that the values differ least from, and the differing ones, by full key."""
+    found = {}
+    for path in sorted((ROOT / "conf" / group).glob("*.yaml")):
+        defaults = dict(_leaves(option_values(path), group))
+        variant = f"{group}.{VARIANT.get(group)}"
+        if group not in VARIANT or defaults.get(variant) == values.get(VARIANT[group]):
+            changed = {key: value for key, value in _leaves(values, group) if _differs(key, value, defaults.get(key), groups)}
+            found[path.stem] = changed
+    return (
+        min(found.items(), key=lambda item: len(item[1])) if found else (values[VARIANT[group]], dict(_leaves(values, group)))
+    )
+
+
+def option_values(path: Path) -> dict:
+    """An option's values as conf/ has them, with those of the options it builds on."""
+    values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    bases = [name for name in values.pop("defaults", []) if name != "_self_"]
+    merged: dict = {}
+    for name in bases:
+        merged |= option_values(path.with_name(f"{name}.yaml"))
+    return merged | values
+
+
+def _differs(key: str, value, default, groups: dict[str, dict]) -> bool:
+    if key.rpartition(".")[2] in MACHINE:
+        return False
+    if key == "statistics.quantizer":
+        return value != ("rtn" if groups["quantization"]["method"] == "rtn" else "gptq")
+    if key == "calibration.seed":
+        return value != 0
+    return value != default and not str(default).startswith("${")
+
+
+def _leaves(value, path: str):
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _leaves(inner, f"{path}.{key}")
+    else:
+        yield path, value
+
+
+def _value(value) -> str:
+    """A value in Hydra's grammar of overrides."""
+    if isinstance(value, str) and re.fullmatch(r"[\w./:@-]+", value):
+        return value
+    if isinstance(value, list):
+        return f"[{','.join(_value(item) for item in value)}]"
+    return json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,147 @@
+"""The model card, and the folder for the hub."""
+
+import json
+import re
+import shlex
+import shutil
+
+import pytest
+import torch
+import yaml
+
+from moepress import dag
+from moepress.export import export
+from moepress.report import card
+from moepress.report import made as made_from
+from test_format import FIRST, change_json, flip, loaded, logits
+
+
+def front_matter(text):
+    _, matter, body = text.split("---\n", 2)
+    return yaml.safe_load(matter), body
+
+
+def test_the_card_says_what_the_folder_is(checkpoint, model_folder):
+    facts = json.loads((checkpoint / "card.json").read_text())
+    front, body = front_matter((checkpoint / "README.md").read_text())
+    assert front["base_model"] == model_folder.name and front["library_name"] == "transformers" and "license" not in front
+    assert front["tags"] == ["moepress", "mixture-of-experts", "quantized"] and front["pipeline_tag"] == "text-generation"
+    assert "QESC + PMQ" in body and "Not measured yet" in body and facts["key"] in body
+    size = json.loads((checkpoint / "size.json").read_text())
+    assert f"{size['bits_effective']:.3f}" in body and "512 tokens (8 sequences of 64)" in body
+    widths = sorted({width for layer in facts["bits"] for width in layer})
+    assert card.bit_rows([[2, 3], [3, 2], [2, 2]], [2, 3]) == [("0-1", [1, 1]), ("2", [2, 0])]
+    for layers, counts in card.bit_rows(facts["bits"], widths):
+        assert f"| {layers} | {' | '.join(map(str, counts))} |" in body
+    assert str(model_folder.parent) not in body + json.dumps(facts), "no path of this machine"
+
+
+def test_the_cards_command_makes_the_same_checkpoint(made):
+    overrides, _, checkpoint = made
+    command = shlex.split(json.loads((checkpoint / "card.json").read_text())["command"])
+    assert command[0] == "moepress" and "quantization=qesc" in command and "seed=0" not in command
+    paths = [word for word in overrides if word.startswith(("model.path", "corpus.path"))]
+    again = dag.experiment([*command[1:], *paths])
+    assert again.artefacts["quantization"].key == checkpoint.name[-12:]
+
+
+def test_what_upstream_does_not_tell_is_said(checkpoint):
+    facts = json.loads((checkpoint / "card.json").read_text())
+    assert facts["not_told"] == [] and "is not recorded" not in card.render(facts)
+    assert "chosen for corpus is not recorded" in card.render(facts | {"not_told": ["corpus"]})
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "",
+        "seed=3 quantization=rtn quantization.attention_bits=null allocation=uniform allocation.budget=2MiB",
+        "model.training.steps=9 model.seed=4 allocation.widths=[1,2,3] calibration.domains=[wiki_en,python] seed=1",
+        "quantization=gptq statistics.quantizer=rtn corpus.seed=2 corpus.domains=[bible] corpus.test_domains=[]",
+    ],
+)
+def test_any_command_is_found_again(line):
+    wanted = dag.experiment(shlex.split(line)).artefacts["quantization"]
+    groups = {}
+    for item in [wanted, *dag.everything([wanted]).values()]:
+        for group, values in item.config.items():
+            groups[group] = values | groups.get(group, {})
+    command = shlex.split(made_from.command(groups, "tiny"))
+    assert dag.experiment(command[1:]).artefacts["quantization"].key == wanted.key, command
+
+
+def test_the_base_model_and_its_licence(tmp_path):
+    cached = tmp_path / "models--org--some-name" / "snapshots" / "0"
+    cached.mkdir(parents=True)
+    assert made_from.base_model({"kind": "local"}, cached, "some-name") == "org/some-name"
+    assert made_from.base_model({"kind": "local"}, tmp_path, "mine") == "mine"
+    assert made_from.base_model({"kind": "hub", "id": "a/b"}, cached, "hub") == "a/b"
+    assert made_from.licence(tmp_path) == {}
+    (tmp_path / "README.md").write_text("---\nlicense: other\nlicense_name: theirs\ntags: [a]\n---\n# Model\n")
+    assert made_from.licence(tmp_path) == {"license": "other", "license_name": "theirs"}
+    (tmp_path / "README.md").write_text("---\nlicense: [unclosed\n---\n")
+    assert made_from.licence(tmp_path) == {}
+
+
+def test_names_cannot_break_out_of_the_card(checkpoint):
+    facts = json.loads((checkpoint / "card.json").read_text())
+    evil = "a|b`c`<script>x</script>\n# [y](z)\n```\n---"
+    facts |= {"base_model": evil, "command": f"moepress 'model.id={evil}'", "licence": {"license": "mit"}}
+    front, body = front_matter(card.render(facts))
+    assert front["base_model"] == evil and front["license"] == "mit"
+    shown, code = body.split("````bash\n")
+    assert "<script>" not in shown and "\n# \\[y" not in body and r"\[y\](z)" in shown and r"a\|b\`c" in shown
+    assert "[y]" not in shown
+    assert code.split("\n````\n")[0].count("\n") == 0
+
+
+def test_export_is_complete(made, tmp_path):
+    _, report, checkpoint = made
+    out = export(checkpoint, tmp_path / "deep" / "out", report)
+    assert torch.equal(logits(loaded(out)), logits(loaded(checkpoint)))
+    assert {path.name for path in out.iterdir()} == {
+        *(path.name for path in checkpoint.glob("model*")),
+        "README.md",
+        "card.json",
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    assert (out / FIRST).stat().st_ino == (checkpoint / FIRST).stat().st_ino
+    assert (out / "config.json").stat().st_ino != (checkpoint / "config.json").stat().st_ino
+    metrics = {}
+    for folder in report.parent.parent.glob("evaluation/*"):
+        metrics[folder.name.split("-")[0]] = json.loads((folder / "metrics.json").read_text())
+    _, body = front_matter((out / "README.md").read_text())
+    for domain in ("even", "odd"):
+        (row,) = re.findall(rf"\| {domain} \| ([\d.]+) ± [\d.]+ \| ([\d.]+) ± [\d.]+ \|", body)
+        for text, name in zip(row, ("16bit", "qesc"), strict=True):
+            assert float(text) == pytest.approx(metrics[name]["domains"][domain]["ppl"], rel=0.05)
+    assert "selected experts that changed" in body and "times as fast as at 16 bits" in body and "Not measured" not in body
+
+
+def test_export_replaces_only_itself(made, tmp_path):
+    _, report, checkpoint = made
+    out = tmp_path / "out"
+    out.mkdir()
+    export(checkpoint, out)
+    assert "Not measured yet" in (out / "README.md").read_text()
+    export(checkpoint, out, report / "runs.csv")
+    assert "Not measured yet" not in (out / "README.md").read_text()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"], "nothing is left beside it"
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"holds notes\.txt, which no export wrote"):
+        export(checkpoint, out)
+    with pytest.raises(ValueError, match="not empty, and no export"):
+        export(checkpoint, tmp_path)
+    with pytest.raises(ValueError, match="is the checkpoint itself"):
+        export(checkpoint, checkpoint)
+    other = shutil.copytree(checkpoint, tmp_path / "other")
+    change_json(other / "card.json", lambda facts: facts.update(key="0" * 12))
+    with pytest.raises(ValueError, match="no row of the checkpoint 000000000000"):
+        export(other, tmp_path / "new", report)
+    flip(other / FIRST, -1)
+    with pytest.raises(ValueError, match="altered"):
+        export(other, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
