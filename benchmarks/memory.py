@@ -84,8 +84,8 @@ def write_texts(folder: Path, tokenizer_folder: Path) -> None:
     (tokenizer_folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
-def stages_running() -> dict[int, str]:
-    """Process id -> stage of the jobs that run."""
+def stages_running(results: Path) -> dict[int, str]:
+    """Process id -> stage of the jobs that fill a results folder."""
     found = {}
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -94,7 +94,8 @@ def stages_running() -> dict[int, str]:
             continue
         if b"moepress.stages" in words and b"python" in words[0]:
             task = Path(words[words.index(b"moepress.stages") + 1].decode())
-            found[int(path.parent.name)] = task.parent.name
+            if task.is_relative_to(results):
+                found[int(path.parent.name)] = task.parent.name
     return found
 
 
@@ -160,7 +161,7 @@ def main() -> None:
         if not trace.stat().st_size:
             writer.writeheader()
         while run.poll() is None:
-            for pid, stage in stages_running().items():
+            for pid, stage in stages_running(folder / "results").items():
                 if found := memory_of(pid):
                     writer.writerow({"seconds": round(time.time() - started, 1), "stage": stage, **found})
             file.flush()

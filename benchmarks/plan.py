@@ -1,4 +1,4 @@
-"""How long `moepress plan` takes for a model of 671B parameters, from config.json and an index of 91 thousand names:
+"""How long `moepress plan` takes for a model of 671B parameters, from config.json and an index of 92 thousand names:
 
 python benchmarks/plan.py
 """
@@ -15,7 +15,7 @@ from large import write_index
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as place:
-        folder = write_index(Path(place) / "deepseek-v3", scales=True)
+        folder = write_index(Path(place) / "deepseek-v3", float8=True)
         names = len(json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"])
         command = [sys.executable, "-m", "moepress", "plan", "model=local", f"model.path={folder}", "allocation.budget=220GiB"]
         for _ in range(3):

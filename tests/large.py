@@ -71,14 +71,18 @@ def shapes() -> dict[str, tuple[int, ...]]:
     return found
 
 
-def write_index(folder, scales: bool = False):
-    """The folder with config.json and the index; scales: with the names of FP8's scales too, about 91 thousand in all."""
+def write_index(folder, float8: bool = False):
+    """The folder with config.json and the index; float8: as it is published, with the names of the scales 92 thousand."""
     folder.mkdir(parents=True, exist_ok=True)
-    found = shapes()
+    found, config = shapes(), dict(CONFIG)
     total = sum(2 * prod(shape) for shape in found.values())
-    if scales:
-        found |= {f"{name}_scale_inv": () for name, shape in found.items() if len(shape) == 2 and "proj" in name}
-    (folder / "config.json").write_text(json.dumps(CONFIG))
+    if float8:
+        config["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+        linears = {name: shape for name, shape in found.items() if "_proj" in name and "eh_proj" not in name}
+        scales = {f"{name}_scale_inv": (-(-rows // 128), -(-columns // 128)) for name, (rows, columns) in linears.items()}
+        total += sum(4 * prod(shape) for shape in scales.values()) - sum(map(prod, linears.values()))
+        found |= scales
+    (folder / "config.json").write_text(json.dumps(config))
     where = {name: f"model-{number % 163 + 1:05d}-of-000163.safetensors" for number, name in enumerate(sorted(found))}
     index = {"metadata": {"total_size": total}, "weight_map": where}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from moepress import allocation
 from moepress.inference.checkpoint import load_model
@@ -157,3 +157,56 @@ def test_an_unknown_family_is_refused_by_name(zoo, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "jetmoe"}))
     with pytest.raises(ValueError, match=r"model\.path: model type 'jetmoe' is not .*deepseek_v3.*mixtral"):
         families.read_shape(tmp_path, "model.path")
+
+
+def write_float8(source, out):
+    """DeepSeek-V3's form: linears of the layers in float8, a scale for each block of 128 x 128. Returns the 16-bit twin."""
+    tensors, stored, dense = load_file(source / "model.safetensors"), {}, {}
+    for name, tensor in tensors.items():
+        stored[name] = dense[name] = tensor
+        if tensor.ndim == 2 and name.startswith("model.layers.") and not name.endswith("mlp.gate.weight"):
+            blocks = tensor.float().abs().amax() / 448  # these are smaller than one block
+            stored[name] = (tensor.float() / blocks).to(torch.float8_e4m3fn)
+            stored[f"{name}_scale_inv"] = blocks.reshape(1, 1)
+            dense[name] = (stored[name].float() * blocks).bfloat16()
+    return stored, dense, {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+
+
+def write_mxfp4(source, out):
+    """gpt-oss's form: experts in 4 bits. Returns the 16-bit twin, made by transformers' own conversion."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    tensors, g = load_file(source / "model.safetensors"), torch.Generator().manual_seed(0)
+    stored, dense = dict(tensors), dict(tensors)
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj")) and "experts" in name]:
+        E, columns, rows = stored.pop(name).shape
+        stored[f"{name}_blocks"] = torch.randint(0, 256, (E, rows, columns // 32, 16), generator=g, dtype=torch.uint8)
+        stored[f"{name}_scales"] = torch.randint(122, 126, (E, rows, columns // 32), generator=g, dtype=torch.uint8)
+        dense[name] = convert_moe_packed_tensors(stored[f"{name}_blocks"], stored[f"{name}_scales"]).contiguous()
+        assert dense[name].shape == (E, columns, rows)
+    return stored, dense, {"quant_method": "mxfp4"}
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(("family", "write"), [("deepseek_v3", write_float8), ("gpt_oss", write_mxfp4)])
+def test_published_in_fewer_bits(zoo, tmp_path, family, write):
+    """Read as the 16-bit model it stands for: the same walk, the same logits, the same packed bytes as from the dense twin."""
+    config = json.loads((zoo(family) / "config.json").read_text())
+    stored, dense, quantization = write(zoo(family), tmp_path)
+    folders = {}
+    for kind, tensors in (("low", stored), ("dense", dense)):
+        folders[kind] = tmp_path / kind
+        folders[kind].mkdir()
+        save_file(tensors, folders[kind] / "model.safetensors", {"format": "pt"})
+        extra = {"quantization_config": quantization} if kind == "low" else {}
+        (folders[kind] / "config.json").write_text(json.dumps(config | extra))
+    logits = {kind: load_model(folder)(TOKENS).logits for kind, folder in folders.items()}
+    assert torch.equal(logits["low"], logits["dense"])
+    shape = families.read_shape(folders["low"], "model.path")
+    bits = [[2] * shape.num_experts for _ in shape.moe_layers]
+    packed = {k: list(quantize_model(ModelStream(f), TOKENS, bits, Recipe(**QUANTIZATION))) for k, f in folders.items()}
+    for low, full in zip(packed["low"], packed["dense"], strict=True):
+        assert low.tensors.keys() == full.tensors.keys()
+        assert all(torch.equal(low.tensors[name], full.tensors[name]) for name in full.tensors)
+    sizes = [size.num_weights(families.tensors(folder)) for folder in folders.values()]
+    assert sizes[0] == sizes[1]

@@ -52,8 +52,29 @@ def test_the_numbers_of_a_671b_index(deepseek_v3, exact_v3, tmp_path):
     quantization = config.values([])["quantization"]
     for one, exact in zip(*(forecast.uniform_sizes(m, quantization) for m in (found, exact_v3)), strict=True):
         assert one.folder == pytest.approx(exact.folder, rel=0.01) and one.bits == pytest.approx(exact.bits, rel=0.01)
-    with_scales = outline.read_any(large.write_index(tmp_path, scales=True), "model.path")
-    assert with_scales.tensors.keys() == found.tensors.keys()
+    float8 = outline.read_any(large.write_index(tmp_path, float8=True), "model.path")
+    assert float8.tensors.keys() == found.tensors.keys()
+    assert float8.num_weights == pytest.approx(671e9, rel=1e-3), "published in 8 bits, read as 16-bit"
+
+
+def test_experts_in_four_bits_are_told_by_their_names(tmp_path):
+    whole, bare = write_zoo_model(tmp_path / "whole", "gpt_oss"), tmp_path / "bare"
+    bare.mkdir()
+    exact = outline.read_any(whole, "model.path")
+    config_file = json.loads((whole / "config.json").read_text())
+    (bare / "config.json").write_text(json.dumps(config_file | {"quantization_config": {"quant_method": "mxfp4"}}))
+    names, total = {}, 0
+    for name, entry in exact.tensors.items():
+        is_expert = name.endswith(("experts.gate_up_proj", "experts.down_proj"))
+        names |= dict.fromkeys(
+            [f"{name}_blocks", f"{name}_scales"] if is_expert else [name], "model-00001-of-00001.safetensors"
+        )
+        total += entry.numel * 17 // 32 if is_expert else entry.nbytes
+    index = {"metadata": {"total_size": total}, "weight_map": names}
+    (bare / "model.safetensors.index.json").write_text(json.dumps(index))
+    found = outline.read_any(bare, "model.path")
+    assert found.tensors.keys() == exact.tensors.keys() and found.routed_weights == exact.routed_weights
+    assert found.num_weights == pytest.approx(exact.num_weights, rel=0.01)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "deepseek_v3", "hunyuan_v1_moe", "granitemoe", "deepseek"])

@@ -134,12 +134,16 @@ def describe(model: Outline, config: dict) -> list[str]:
     name = named.get("id") or named.get("path") or named["name"]
     sparse = len(shape.moe_layers)
     experts = f"{sparse} with {shape.num_experts} experts, {shape.top_k} a token"
+    on_disk, loaded = readable(2 * model.num_weights), readable(unpacked_bytes(model, "cpu"))
     routed, active = model.routed_weights / model.num_weights, count(model.active_weights)
     lines = [
         ("model", f"{name} ({shape.family})"),
         ("layers", f"{shape.num_layers}: {shape.num_layers - sparse} dense, {experts}"),
         ("parameters", f"{count(model.num_weights)}: {routed:.1%} in routed experts, {active} active for a token"),
-        ("as it is", f"{readable(model.nbytes)} on disk, {readable(unpacked_bytes(model, 'cpu'))} loaded on a CPU (float32)"),
+        (
+            "at 16 bits",
+            f"{readable(2 * model.num_weights)} on disk, {readable(unpacked_bytes(model, 'cpu'))} loaded on a CPU (float32)",
+        ),
     ]
     if model.is_estimate:
         lines.append(("note", "no weights there: linears outside the experts are an estimate from the index's total size"))

@@ -19,11 +19,15 @@ from moepress.dag import (
     run_label,
     study_experiments,
 )
+from moepress.models.families import read_config
+
+LARGE_HIDDEN_SIZE = 1024
 
 
 @dataclass(frozen=True)
 class Plan:
-    """artefacts: folder -> Artefact of everything needed. report: the folder that joins it. targets: for `rule all`."""
+    """artefacts: folder -> Artefact of everything needed. report: the folder that joins it. targets: for `rule all`.
+    large: ids of the models whose stages take all cores."""
 
     results: str
     artefacts: dict[str, Artefact]
@@ -31,6 +35,7 @@ class Plan:
     targets: list[str]
     gpus: int
     project: str
+    large: frozenset[str]
 
     @property
     def shell_prefix(self) -> str:
@@ -45,6 +50,17 @@ class Plan:
         from snakemake.io import ancient
 
         return ancient(f"{self.results}/tasks/{stage}/{{id}}.yaml")
+
+    def threads(self, stage: str, cores: int):
+        """Snakemake's threads of a job: one where the model is small, so that several run side by side; all the cores where
+        it is large. A job's bytes may depend on it, so it depends on nothing else."""
+
+        def wanted(wildcards):
+            item = self.artefacts.get(f"{stage}/{wildcards.id}")
+            models = [found for found in everything([item]).values() if found.stage == "model"] if item else []
+            return cores if any(found.id in self.large for found in models) else 1
+
+        return wanted
 
     def upstream(self, stage: str):
         """Snakemake input function: the folders that a stage's job reads; none for an artefact of another plan."""
@@ -83,7 +99,17 @@ def make(name: str, caption: str, experiments: list[Experiment]) -> Plan:
     if tracking["mode"] != "disabled":
         targets.append(f"{results}/tracking/{tracking['mode']}/{report.id}.json")
     gpus = int(uses_gpu(first["device"]))
-    return Plan(str(results), artefacts, targets[0], targets, gpus, tracking["project"])
+    models = {folder: configs[folder]["model"] for folder, item in artefacts.items() if item.stage == "model"}
+    large = frozenset(artefacts[folder].id for folder, model in models.items() if is_large(model))
+    return Plan(str(results), artefacts, targets[0], targets, gpus, tracking["project"], large)
+
+
+def is_large(model: dict) -> bool:
+    """Whether a model's matrices are worth more than one thread each. model: the configuration group."""
+    if model["kind"] == "hub":
+        return True
+    config = model["architecture"] if model["kind"] == "tiny" else read_config(Path(model["path"]), "model.path")
+    return config.get("hidden_size", 0) >= LARGE_HIDDEN_SIZE
 
 
 def for_overrides(overrides: list[str]) -> Plan:

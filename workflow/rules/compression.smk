@@ -9,6 +9,7 @@ rule statistics:
         f"{RESULTS}/logs/statistics/{{id}}.log",
     conda:
         "../../environment.yml"
+    threads: PLAN.threads("statistics", ALL_CORES)
     resources:
         gpu=PLAN.gpus,
     shell:
@@ -39,6 +40,7 @@ rule quantization:
         f"{RESULTS}/logs/quantization/{{id}}.log",
     conda:
         "../../environment.yml"
+    threads: PLAN.threads("quantization", ALL_CORES)
     resources:
         gpu=PLAN.gpus,
     shell:

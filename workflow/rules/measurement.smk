@@ -9,6 +9,7 @@ rule evaluation:
         f"{RESULTS}/logs/evaluation/{{id}}.log",
     conda:
         "../../environment.yml"
+    threads: PLAN.threads("evaluation", ALL_CORES)
     resources:
         gpu=PLAN.gpus,
     shell:

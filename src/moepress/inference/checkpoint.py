@@ -62,10 +62,10 @@ def load_model(folder: Path, device: str = "cpu", dtype: torch.dtype | None = No
     families.shape_of(config, str(folder))
     given = {"dtype": dtype or (torch.float32 if device == "cpu" else "auto"), "output_loading_info": True}
     with _quiet(), _checked(folder if is_packed else None):
-        if config["model_type"] in families.DIALECTS:
+        if not is_packed and families.is_foreign(config):
             stream = ModelStream(folder)
             known = MODEL_FOR_CAUSAL_LM_MAPPING[type(stream.config)]
-            tensors = stream.read(list(stream.entries))
+            tensors = stream.read_whole()
             model, info = known.from_pretrained(None, config=stream.config, state_dict=tensors, **given)
         else:
             model, info = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, use_safetensors=True, **given)

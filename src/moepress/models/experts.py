@@ -71,8 +71,8 @@ class Experts(nn.Module):
 class StoredExperts(Experts):
     """16-bit experts as they lie on disk, one matrix at a time widened to the computation's dtype.
 
-    weights: for each expert its gate-up rows, in one part or two, and its down projection. On CPU they stay views of the
-    mapped files, so that what a layer holds in memory is little more than the expert in hand.
+    weights: for each expert its gate-up rows, in one part or two, and its down projection, as tensors or `LowBit`. On CPU
+    they stay views of the mapped files, so that what a layer holds in memory is little more than the expert in hand.
     """
 
     def __init__(self, original: nn.Module, weights: list[tuple[list[torch.Tensor], torch.Tensor]], device: str):
@@ -82,8 +82,8 @@ class StoredExperts(Experts):
         self.weights = weights if on_cpu else [([part.to(device) for part in gu], d.to(device)) for gu, d in weights]
 
     def gate_up_matrix(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
-        parts = self.weights[expert][0]
-        return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(self.device, dtype)
+        parts = [part.to(self.device, dtype) for part in self.weights[expert][0]]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def down_matrix(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
         return self.weights[expert][1].to(self.device, dtype)

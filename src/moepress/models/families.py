@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from math import gcd
 from pathlib import Path
 
-from moepress.models.files import Entry, entries, read_index
+from moepress.models.files import Entry, entries, read_index, with_scales
 
 
 @dataclass(frozen=True)
@@ -137,6 +137,7 @@ HANDLED = tuple(sorted([*FAMILIES, *DIALECTS]))
 
 def standard_config(config: dict, key: str) -> dict:
     """config.json in the words of a model type of transformers; ValueError where the dialect says what that cannot."""
+    config = {name: value for name, value in config.items() if name != "quantization_config"}
     if config.get("model_type") not in DIALECTS:
         return config
     odd = {
@@ -228,8 +229,13 @@ def read_config(folder: Path, key: str) -> dict:
         config = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from error
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method")
+    quantized = config.get("quantization_config") or {}
+    is_read = quantized.get("quant_method") == "mxfp4" or (quantized.get("quant_method"), quantized.get("fmt")) == (
+        "fp8",
+        "e4m3",
+    )
+    if quantized and not is_read:
+        method = quantized.get("quant_method")
         raise ValueError(f"{key}={str(folder)!r}: already quantized (quant_method {method!r}); give the 16-bit model")
     return config
 
@@ -256,11 +262,11 @@ def read_model(folder: Path, key: str) -> tuple[dict, Shape, dict[str, Entry]]:
 def tensors(folder: Path, config: dict | None = None) -> dict[str, Entry]:
     """Every tensor of a 16-bit model folder by its family's name on disk (see `Dialect`), added ones included."""
     config = json.loads((folder / "config.json").read_text()) if config is None else config
-    return standard_tensors(entries(folder), config)
+    return standard_tensors(with_scales(entries(folder)), config)
 
 
 def standard_tensors(stored: dict[str, Entry], config: dict) -> dict[str, Entry]:
-    """The same from the entries by their stored names.
+    """The same from the entries by their stored names, as `with_scales` gives them.
 
     Layers beyond config.json's (those for multi-token prediction) are left out, as transformers leaves them out.
     """
@@ -284,6 +290,11 @@ def standard_name(model_type: str | None, name: str) -> str:
     for pattern, replacement in DIALECTS[model_type].renames if model_type in DIALECTS else ():
         name = re.sub(pattern, replacement, name)
     return name
+
+
+def is_foreign(config: dict) -> bool:
+    """Whether transformers' own loader does not give the 16-bit model: another model type, or fewer bits."""
+    return config.get("model_type") in DIALECTS or "quantization_config" in config
 
 
 def is_doubled(config: dict, stored_name: str) -> bool:

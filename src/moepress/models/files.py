@@ -1,7 +1,7 @@
 """What lies in a model folder's safetensors files, read from their headers alone: imports no torch."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
@@ -11,12 +11,16 @@ ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "U8": 1, "I8": 1, "F8_E4M
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor: the file that holds it and its name there, its dtype in safetensors' words (`BF16`) and its shape."""
+    """One tensor: the file that holds it and its name there, its dtype in safetensors' words (`BF16`) and its shape.
+
+    scale: that of its scales, where it is stored in 8 or 4 bits and read as 16-bit; dtype and shape are then what is read.
+    """
 
     path: Path | None
     name: str
     dtype: str
     shape: tuple[int, ...]
+    scale: "Entry | None" = None
 
     @property
     def numel(self) -> int:
@@ -56,6 +60,21 @@ def read_index(folder: Path) -> dict[str, str] | None:
         return json.loads(path.read_text())["weight_map"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not an index of safetensors files ({error!r}); fetch it again") from error
+
+
+def with_scales(found: dict[str, Entry]) -> dict[str, Entry]:
+    """The tensors of a checkpoint in float8 or mxfp4 as the 16-bit ones that they are read as; see `models/lowbit.py`."""
+    read = {}
+    for name, entry in found.items():
+        scale = found.get(f"{name}_scale_inv")
+        if name.endswith("_blocks") and (scale := found.get(name.removesuffix("_blocks") + "_scales")):
+            *outer, groups, half = entry.shape
+            read[name.removesuffix("_blocks")] = replace(entry, dtype="BF16", shape=(*outer, 2 * groups * half), scale=scale)
+        elif scale:
+            read[name] = replace(entry, dtype="BF16", scale=scale)
+        elif not (name.endswith("_scale_inv") or f"{name.removesuffix('_scales')}_blocks" in found):
+            read[name] = entry
+    return read
 
 
 def entries(folder: Path) -> dict[str, Entry]:

@@ -5,6 +5,7 @@ experts are estimated; `from_recipe` with the recipe of a model that is yet to b
 """
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,7 +35,7 @@ class Outline:
 
     @property
     def nbytes(self) -> int:
-        """Of the tensors as they are stored."""
+        """Of the tensors as they are read: those stored in 8 or 4 bits count as 16-bit ones."""
         return sum(entry.nbytes for entry in self.tensors.values())
 
     @property
@@ -88,24 +89,37 @@ def from_index(folder: Path, key: str) -> Outline:
     total = (index.get("metadata") or {}).get("total_size")
     if not isinstance(total, int):
         raise ValueError(f"{folder / INDEX}: no metadata.total_size, which sizes are told from; fetch the *.safetensors too")
-    model_type = config["model_type"]
-    names = {name: families.standard_name(model_type, name) for name in index["weight_map"] if not name.endswith("_scale_inv")}
-    shape = families.shape_of(config, key, names.values())
     dtype = DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")), "BF16")
+    widths = stored_widths(index["weight_map"], ITEM_BYTES[dtype])
+    names = {name: families.standard_name(config["model_type"], name) for name in widths}
+    shape = families.shape_of(config, key, names.values())
     known = {name: families.known_shape(shape, standard) for name, standard in names.items()}
-    found = {name: Entry(None, name, dtype, rows) for name, rows in known.items() if rows}
-    left = total // ITEM_BYTES[dtype] - sum(entry.numel for entry in found.values())
+    found = {name: Entry(None, name, dtype, size) for name, size in known.items() if size}
+    left = total - sum(widths[name] * entry.numel for name, entry in found.items())
     if left < 0:
         raise ValueError(f"{folder / INDEX}: total_size={total} is less than the experts that config.json describes take")
-    linears = [name for name, rows in known.items() if not rows]
-    each = (round(left / max(1, len(linears)) / shape.hidden_size), shape.hidden_size)
-    found |= {name: Entry(None, name, dtype, each) for name in linears}
+    linears = [name for name, size in known.items() if not size]
+    each = left / max(1, sum(widths[name] for name in linears))
+    size = (round(each / shape.hidden_size), shape.hidden_size)
+    found |= {name: Entry(None, name, dtype, size) for name in linears}
     tensors = families.standard_tensors(found, config)
     families.check_experts(shape, tensors, folder)
     files = other_files(folder)
     if not {"tokenizer.json", "tokenizer.model"} & set(files):
         files["tokenizer.json"] = TOKENIZER_BYTES * shape.vocab_size
     return Outline(config, shape, tensors, files, is_estimate=True)
+
+
+def stored_widths(names: Iterable[str], plain: int) -> dict[str, float]:
+    """Tensor -> bytes of one of its weights on disk, scales included: names tell float8 and mxfp4 (`models/lowbit.py`)."""
+    names, found = set(names), {}
+    for name in sorted(names):
+        stem = name.removesuffix("_blocks").removesuffix("_scales")
+        if stem != name and {f"{stem}_blocks", f"{stem}_scales"} <= names:
+            found[stem] = 17 / 32
+        elif not name.endswith("_scale_inv"):
+            found[name] = 1 + 4 / 128**2 if f"{name}_scale_inv" in names else plain
+    return found
 
 
 def from_recipe(model: dict) -> Outline:

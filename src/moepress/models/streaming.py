@@ -20,6 +20,7 @@ from moepress.models import families
 from moepress.models.experts import StoredExperts
 from moepress.models.families import FAMILIES, layer_prefix
 from moepress.models.files import Entry
+from moepress.models.lowbit import LowBit
 
 TOKENS_AT_ONCE = 4096
 """Tokens in one forward of a layer: bounds the activations beside the stored streams."""
@@ -49,6 +50,8 @@ class ModelStream:
         self.source_config = families.read_config(self.folder, "model.path")
         self.config = auto_config(self.source_config)
         self.entries = families.tensors(self.folder, self.source_config)
+        quantized = self.source_config.get("quantization_config") or {}
+        self._block = tuple(quantized.get("weight_block_size") or (128, 128))
         if "model.embed_tokens.weight" not in self.entries:
             raise ValueError(f"{self.folder}: the checkpoint lacks the tensor model.embed_tokens.weight")
         with torch.device("meta"):
@@ -62,7 +65,7 @@ class ModelStream:
         """The dtype of the checkpoint: that of its embedding."""
         return DTYPES[self.entries["model.embed_tokens.weight"].dtype]
 
-    def read(self, names: list[str]) -> dict[str, torch.Tensor]:
+    def read(self, names: list[str]) -> dict[str, torch.Tensor | LowBit]:
         """Tensors by their names on disk, as stored; on CPU they are views of the mapped files."""
         by_file: dict[Path | None, list[str]] = {}
         for name in names:
@@ -77,7 +80,27 @@ class ModelStream:
                     found[name] = self._checked(file.get_tensor(self.entries[name].name), self.entries[name])
         return found
 
-    def _checked(self, tensor: torch.Tensor, entry: Entry) -> torch.Tensor:
+    def read_dense(self, names: list[str]) -> dict[str, torch.Tensor]:
+        """The same, what is stored in 8 or 4 bits in bfloat16."""
+        return {n: t.to("cpu", torch.bfloat16) if isinstance(t, LowBit) else t for n, t in self.read(names).items()}
+
+    def read_whole(self) -> dict[str, torch.Tensor]:
+        """The whole model, 16-bit, under its family's names on disk."""
+        found = self.read_dense(list(self.entries))
+        for index in self.shape.moe_layers if self.family.fused else ():
+            original = self.body.layers[index].get_submodule(self.family.experts)
+            for name in (layer_prefix(index) + inside for inside in self.family.fused):
+                if original.is_transposed and self.entries[name].scale:
+                    found[name] = found[name].transpose(1, 2).contiguous()
+        return found
+
+    def _checked(self, tensor: torch.Tensor, entry: Entry) -> torch.Tensor | LowBit:
+        if entry.scale is not None:
+            with safe_open(entry.scale.path, framework="pt") as file:
+                low = LowBit(tensor, file.get_tensor(entry.scale.name), self._block)
+            if not low.is_finite():
+                raise ValueError(f"{entry.path}: the tensor {entry.name} holds NaN or infinite values; the file is damaged")
+            return low
         if entry.dtype not in DTYPES:
             raise ValueError(f"{entry.path}: {entry.name} is stored as {entry.dtype}; give the model in one of {[*DTYPES]}")
         if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
@@ -92,7 +115,7 @@ class ModelStream:
         """Layer `index` without its experts' matrices, under its module's names, in the checkpoint's own dtypes."""
         prefix = layer_prefix(index)
         names = [n for n in self.entries if n.startswith(prefix) and not families.is_expert_matrix(self.family, n)]
-        found = self.read(names)
+        found = self.read_dense(names)
         return {families.module_name(self.family, name.removeprefix(prefix)): found[name] for name in names}
 
     def expert_tensors(self, index: int) -> list[tuple[list[torch.Tensor], torch.Tensor]]:
@@ -114,7 +137,7 @@ class ModelStream:
             found = self.read([name for names in each for name in names])
             return [([found[gate], found[up]], found[down]) for gate, up, down in each]
         original = self.body.layers[index].get_submodule(family.experts)
-        if original.is_transposed:
+        if original.is_transposed and not isinstance(gate_up, LowBit):  # mxfp4 has its rows as we have
             gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
         return [([gate_up[e]], down[e]) for e in range(E)]
 

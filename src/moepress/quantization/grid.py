@@ -22,7 +22,7 @@ def top_code(bits: list[int], device=None) -> torch.Tensor:
     return torch.tensor([[2.0**b - 1] for b in bits], device=device)
 
 
-ELEMENTS_AT_ONCE = 1 << 17
+ELEMENTS_AT_ONCE = 1 << 19
 """Weights that are searched together: few enough to stay in a processor's cache."""
 
 
