@@ -50,7 +50,7 @@ def test_the_numbers_of_a_671b_index(deepseek_v3, exact_v3, tmp_path):
     assert found.active_weights == pytest.approx(37.5e9, rel=0.01)
     assert (found.shape.num_layers, found.shape.moe_layers) == (61, tuple(range(3, 61)))
     quantization = config.values([])["quantization"]
-    for one, exact in zip(*(forecast.uniform_sizes(m, quantization) for m in (found, exact_v3)), strict=True):
+    for one, exact in zip(*(forecast.uniform_sizes(Prediction(m, quantization)) for m in (found, exact_v3)), strict=True):
         assert one.folder == pytest.approx(exact.folder, rel=0.01) and one.bits == pytest.approx(exact.bits, rel=0.01)
     float8 = outline.read_any(large.write_index(tmp_path, float8=True), "model.path")
     assert float8.tensors.keys() == found.tensors.keys()

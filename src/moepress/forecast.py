@@ -63,7 +63,8 @@ def forecast(overrides: list[str]) -> tuple[str, list[str]]:
     sizes = []
     if config["quantization"]["method"] != "none":
         families.check_group_size(model.shape, config["quantization"]["group_size"])
-        sizes = [*uniform_sizes(model, config["quantization"]), asked_size(model, config)]
+        prediction = Prediction(model, config["quantization"])
+        sizes = [*uniform_sizes(prediction), asked_size(prediction, config["allocation"])]
     asked = sizes[-1] if sizes else None
     lines = [*describe(model, config), "", *size_table(sizes)]
     needed, problems = resources(model, config, asked)
@@ -95,17 +96,15 @@ def fetch(model_id: str, revision: str) -> Path:
     return path.parent
 
 
-def uniform_sizes(model: Outline, quantization: dict) -> list[Size]:
-    prediction = Prediction(model, quantization)
-    shape = model.shape
+def uniform_sizes(prediction: Prediction) -> list[Size]:
+    shape = prediction.shape
     return [size_of(f"{width} bit", prediction, [[width] * shape.num_experts] * len(shape.moe_layers)) for width in WIDTHS]
 
 
-def asked_size(model: Outline, config: dict) -> Size:
+def asked_size(prediction: Prediction, allocation: dict) -> Size:
     """What the configuration's own allocation comes to; the widths of PMQ, which needs statistics, by their mean."""
-    allocation, prediction = config["allocation"], Prediction(model, config["quantization"])
     sizes, total = plan_budget(allocation, prediction)
-    shape, layers = model.shape, len(model.shape.moe_layers)
+    shape, layers = prediction.shape, len(prediction.shape.moe_layers)
     each = mixed(sizes, total, layers * shape.num_experts, mixes=allocation["method"] != "uniform")
     bits = [each[layer * shape.num_experts : (layer + 1) * shape.num_experts] for layer in range(layers)]
     goal = allocation["budget"] or f"{allocation['bits']:g} bit"
@@ -140,10 +139,7 @@ def describe(model: Outline, config: dict) -> list[str]:
         ("model", f"{name} ({shape.family})"),
         ("layers", f"{shape.num_layers}: {shape.num_layers - sparse} dense, {experts}"),
         ("parameters", f"{count(model.num_weights)}: {routed:.1%} in routed experts, {active} active for a token"),
-        (
-            "at 16 bits",
-            f"{readable(2 * model.num_weights)} on disk, {readable(unpacked_bytes(model, 'cpu'))} loaded on a CPU (float32)",
-        ),
+        ("at 16 bits", f"{on_disk} on disk, {loaded} loaded on a CPU (float32)"),
     ]
     if model.is_estimate:
         lines.append(("note", "no weights there: linears outside the experts are an estimate from the index's total size"))

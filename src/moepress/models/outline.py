@@ -7,6 +7,7 @@ experts are estimated; `from_recipe` with the recipe of a model that is yet to b
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from moepress.models import families
@@ -29,7 +30,7 @@ class Outline:
     files: dict[str, int] = field(default_factory=dict)
     is_estimate: bool = False
 
-    @property
+    @cached_property
     def num_weights(self) -> int:
         return sum(entry.numel for entry in self.tensors.values())
 
