@@ -96,9 +96,9 @@ def test_search_against_every_pair():
 
         low, high = w.amin(-1).clamp(max=0), w.amax(-1).clamp(min=0)
         ratios = torch.linspace(1, 0.25, 8)
-        every = torch.stack([error(*grid.fit(a * low, b * high, top)) for a, b in itertools.product(ratios, ratios)])
+        every = torch.stack([error(*grid.fit(a * low, b * high, top.item())) for a, b in itertools.product(ratios, ratios)])
         found = error(*grid.search(w, top, importance, GRID))
-        assert (found <= error(*grid.fit(low, high, top)) + 1e-6).all()
+        assert (found <= error(*grid.fit(low, high, top.item())) + 1e-6).all()
         assert found.sum() <= every.amin(0).sum()
 
 
