@@ -113,10 +113,3 @@ def gptq(
         codes[:, :, start:end] = rounded.transpose(1, 2)
         w[:, end:].baddbmm_(u[:, start:end, end:].transpose(1, 2), errors, alpha=-1)
     return Quantized(codes, scales.half(), zeros.to(torch.int16), list(bits))
-
-
-def output_error(w_EOI: torch.Tensor, q_EOI: torch.Tensor, h_EII: torch.Tensor) -> torch.Tensor:
-    """Relative squared error of the outputs under the curvature, `tr(D H D^T) / tr(W H W^T)` with D = W - Q: `[E]`."""
-    d = w_EOI.float() - q_EOI.float()
-    error = torch.einsum("eoi,eoi->e", d @ h_EII, d)
-    return error / torch.einsum("eoi,eoi->e", w_EOI.float() @ h_EII, w_EOI.float()).clamp(min=1e-30)
