@@ -138,8 +138,8 @@ def _watched(batches: Iterator[range], num_experts: int) -> Iterator[range]:
 
 def quantize_batch(
     recipe: Recipe, experts: Experts, batch: range, bits: list[int], inputs: ExpertInputs | None, h=None, u=None
-):
-    """`(gate_up, down, down_curvature)` of a batch of experts at `bits`; h, u: the gate-up curvature and its factor where
+) -> tuple[Quantized, Quantized]:
+    """`(gate_up, down)` of a batch of experts at `bits`; h, u: the gate-up curvature and its factor where
     several widths share them. Without inputs: rounded to nearest, no curvature."""
     gate_up_w = torch.stack([experts.gate_up_matrix(e, torch.float32) for e in batch])
     if inputs is None:
