@@ -139,7 +139,7 @@ def main() -> None:
     folder = arguments.folder.resolve()
     write_checkpoint(folder / "model", arguments.layers)
     write_texts(folder / "texts" / "words", folder / "model")
-    sequences, seq_len = 8, 256
+    sequences, seq_len = 4, 256
     overrides = ["quantization=qesc", "allocation=uniform", "allocation.bits=2", *overrides]
     overrides = ["model=local", f"model.path={folder / 'model'}", "corpus=local", f"corpus.path={folder / 'texts'}", *overrides]
     overrides += [

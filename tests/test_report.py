@@ -38,7 +38,8 @@ class Results:
         self.text = self.random.uniform(3, 4, (len(domains), blocks))
         model = self.folder("model/tiny-aaaa")
         self.num_weights = 4096 * layers * experts
-        save_file({"weights": np.zeros(self.num_weights, np.float16)}, model / "model.safetensors")
+        names = [f"model.layers.{i}.block_sparse_moe.experts.{e}.w1.weight" for i in range(layers) for e in range(experts)]
+        save_file({name: np.zeros(4096, np.float16) for name in names}, model / "model.safetensors")
         config = {"model_type": "mixtral", "num_hidden_layers": layers, "hidden_size": 8, "intermediate_size": 16}
         self.write(model / "config.json", config | {"num_local_experts": experts, "num_experts_per_tok": 2})
         splits = {name: {"documents": 3, "characters": 1000} for name in ("train", "calibration", "test")}
@@ -131,7 +132,8 @@ class Results:
             domains[domain] = entry
             frames.append(frame)
         folder = self.folder(name)
-        summary = {"active_slots": active, "selection_shift": shift or 0.0, "selection_shift_stderr": 0.002}
+        summary = {"loaded_bytes": 1000 if name.startswith("evaluation/16bit") else 500, "device": "cpu"}
+        summary |= {"active_slots": active, "selection_shift": shift or 0.0, "selection_shift_stderr": 0.002}
         self.write(folder / "metrics.json", {"domains": domains, **summary})
         swap = {"metric": "acc,none", "value": 0.9 - above, "stderr": 0.02, "chance": 0.5, "num_items": 200, "limited": False}
         piqa = swap | {"value": 0.7 - above, "stderr": 0.04, "num_items": 100, "limited": True}
@@ -153,7 +155,9 @@ class Results:
         low = int(bits) - (bits == int(bits))
         row = [low if e % 2 else 2 * bits - low for e in range(self.experts)] if mixed else [bits] * self.experts
         widths = [[int(width) for width in np.roll(row, layer)] for layer in range(self.layers)]
-        plan = {"bits": widths, "mean_bits": bits, "solver": []}
+        count = int(self.num_weights * (bits + 0.5) / 8)
+        plan = {"bits": widths, "mean_bits": bits, "solver": [], "predicted_bytes": count + 1}
+        plan |= {"predicted_folder_bytes": count + 90, "predicted_loaded_bytes": {"cpu": 502, "cuda": 400}}
         self.write(self.folder(name.replace("quantization", "allocation")) / "allocation.json", plan)
         inputs = {} if method == "rtn" else {"calibration": "calibration/8x64-cccc"}
         self.config(name, {"quantization": {"method": method}}, inputs)
@@ -163,8 +167,8 @@ class Results:
             layers.append({"layer": layer, "bits": widths[layer]} | ({} if method == "rtn" else fit | {"starved": [0]}))
         folder = self.root / name
         self.write(folder / "diagnostics.json", {"layers": layers})
-        count = int(self.num_weights * (bits + 0.5) / 8)
-        self.write(folder / "size.json", {"checkpoint_bytes": count, "bits_effective": 8 * count / self.num_weights})
+        measured = {"checkpoint_bytes": count, "folder_bytes": count + 100}
+        self.write(folder / "size.json", measured | {"bits_effective": 8 * count / self.num_weights})
         self.write(folder / "timing.json", {"quantize_seconds": 1.5})
 
     def report(self, runs: list[dict], name: str = "study", caption: str = "A caption.") -> Path:
@@ -200,6 +204,11 @@ def test_columns_and_values(study):
         "bits_nominal",
         "bits_effective",
         "checkpoint_bytes",
+        "predicted_bytes",
+        "folder_bytes",
+        "predicted_folder_bytes",
+        "loaded_bytes",
+        "predicted_loaded_bytes",
         "pruning",
         "activated_experts",
     ]
@@ -229,6 +238,10 @@ def test_columns_and_values(study):
     assert sixteen["bits_effective"] == pytest.approx(8 * size / made.num_weights)
     assert sixteen[["delta_nll", "delta_nll_stderr", "selection_shift"]].tolist() == [0, 0, 0]
     assert (row["method"], row["allocation"], row["bits_nominal"]) == ("qesc", "pmq", 2.5)
+    off = [row[f"predicted_{name}"] - row[name] for name in ("folder_bytes", "loaded_bytes")]
+    assert (row["predicted_bytes"] - row["checkpoint_bytes"], *off) == (1, -10, 2)
+    assert sixteen["loaded_bytes"] == 1000 and sixteen[["predicted_bytes", "folder_bytes"]].isna().all()
+    assert "loaded models within 0.40 %" in (out / "index.html").read_text()
     above = 0.3 / 2.5**2
     assert row["delta_nll"] == pytest.approx(above)
     assert row["delta_nll_ood"] == pytest.approx(2 * above)

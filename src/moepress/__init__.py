@@ -19,3 +19,10 @@ def load(folder, device="auto", dtype=None, pruning=None, verify=True):
     from moepress.inference.checkpoint import load as load_checkpoint
 
     return load_checkpoint(folder, device=device, dtype=dtype, pruning=pruning, verify=verify)
+
+
+def compress(model, out=None, budget=None, **overrides):
+    """Compress a model as the command does; see `moepress.api.compress`."""
+    from moepress.api import compress as run
+
+    return run(model, out=out, budget=budget, **overrides)

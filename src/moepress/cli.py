@@ -3,11 +3,6 @@
 moepress quantization=gptq allocation=uniform allocation.bits=3
 """
 
-import csv
-import json
-import os
-import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,19 +10,24 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
+from moepress import execution
 from moepress import plan as planning
 from moepress.config import ROOT, resolve
 
 
 @hydra.main(config_path=str(ROOT / "conf"), config_name="config", version_base="1.3")
-def app(_) -> None:
+def app(config) -> None:
     settings = HydraConfig.get()
     overrides = list(settings.overrides.task)
     try:
+        if config.out is not None and settings.mode == RunMode.MULTIRUN:
+            raise ValueError(f"out={config.out}: a sweep has many checkpoints; give out= to a single experiment")
         plan = planning.for_overrides(overrides)
+        code = execution.run(plan, overrides)
+        if not code and config.out is not None:
+            print(f"a copy to publish: {execution.publish(plan, config.out)}", file=sys.stderr)
     except ValueError as error:
         sys.exit(f"moepress: {error}")
-    code = run(plan, overrides)
     if code:
         sys.exit(code)
     if any(override.startswith("study=") for override in overrides):
@@ -37,34 +37,19 @@ def app(_) -> None:
     print(plan.report)
 
 
-def run(plan: planning.Plan, overrides: list[str]) -> int:
-    """Hand the plan to Snakemake, which runs what is not computed yet; its exit code."""
-    if all(Path(target).exists() for target in plan.targets):
-        print("everything is computed already", file=sys.stderr)
-        return 0
-    cores = resolve([o for o in overrides if not o.startswith("study=")])["cores"] or os.cpu_count()
-    experiments = json.dumps([" ".join(map(shlex.quote, overrides))])
-    command = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--cores", str(cores)]
-    command += ["--config", f"experiments={experiments}", "--quiet", "host", "rules", "reason"]
-    snakemake = subprocess.Popen(command)
-    while True:
-        try:
-            return snakemake.wait()
-        except KeyboardInterrupt:  # Snakemake got it too: it ends its jobs and unlocks the folder before it goes
-            print("moepress: stopping; the same command goes on from what is whole", file=sys.stderr)
-
-
 def print_row(report: Path) -> None:
     """The experiment's row of runs.csv, one value a line."""
-    with (report / "runs.csv").open(newline="", encoding="utf-8") as file:
-        row = list(csv.DictReader(file))[-1]
-    row.pop("keys", None)
+    row = {name: value for name, value in execution.rows(report)[-1].items() if name != "keys"}
     width = max(map(len, row))
     for name, value in row.items():
-        print(f"{name:{width}}  {value}")
+        print(f"{name:{width}}  {'' if value is None else value}")
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["plan"]:
+        from moepress import forecast
+
+        return forecast.main(sys.argv[2:])
     if not any(argument.startswith("-") for argument in sys.argv[1:]):
         try:  # before Hydra composes, whose own message says less
             resolve([argument for argument in sys.argv[1:] if not argument.startswith("study=")])

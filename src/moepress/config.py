@@ -1,6 +1,7 @@
 """From overrides to a checked configuration.
 
-`resolve(overrides)` is the only way to one: Hydra composes conf/, every value is resolved and checked.
+`resolve(overrides)` is the only way to one: Hydra composes conf/, every value is resolved and checked. `values(overrides)` is
+its first half, which looks at no file: what `moepress plan` needs, where the model may not be there yet.
 """
 
 import dataclasses
@@ -21,8 +22,8 @@ from omegaconf.errors import OmegaConfBaseException
 from moepress import schema
 from moepress.data import settings
 from moepress.evaluation import suites
-from moepress.models import families
-from moepress.quantization import size
+from moepress.models import families, outline
+from moepress.quantization.budget import Prediction, plan_budget
 
 ROOT = next(p for p in (Path(__file__).parents[2], Path(__file__).parent) if (p / "conf").is_dir())
 """The folder with conf/, workflow/ and the Snakefile: the checkout, or the installed package."""
@@ -34,6 +35,11 @@ def resolve(overrides: list[str] | tuple[str, ...] = ()) -> dict:
     overrides: Hydra's, such as `["quantization=gptq", "allocation.bits=3"]`.
     Raises ValueError that names the key, its value and what would do.
     """
+    return with_files(values(overrides))
+
+
+def values(overrides: list[str] | tuple[str, ...] = ()) -> dict:
+    """The same before the model and the text are looked at: values checked by themselves."""
     outer, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None  # set where a Hydra app is running
     try:
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
@@ -47,7 +53,7 @@ def resolve(overrides: list[str] | tuple[str, ...] = ()) -> dict:
 
 
 def validate(config: dict) -> dict:
-    """Checked values in their schema's types, with everything that depends on files or this machine filled in."""
+    """Checked values in their schema's types, with everything that depends on this machine filled in."""
     for key, value in _leaves(config):
         if value == "???":
             raise ValueError(f"{key} is not set: give it as {key}=...")
@@ -67,27 +73,30 @@ def validate(config: dict) -> dict:
     ok = re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(config["device"]))
     schema.check(bool(ok), "device", config["device"], "auto, cpu, cuda or cuda:N")
 
+    schema.check(config["out"] is None or isinstance(config["out"], str), "out", config["out"], "a folder, or null")
     suites.chosen(config["evaluation"])
     settings.check(config["corpus"])
+    return config
+
+
+def with_files(config: dict) -> dict:
+    """The configuration with what the files say that it names: their fingerprints, and whether the model takes the values."""
     if config["corpus"]["kind"] != "packages":
         from moepress.data import corpus  # imports pandas, which no other configuration needs
 
         config["corpus"]["fingerprint"] = corpus.fingerprint(config["corpus"])
-    shape = None
+    model = None
     if config["model"]["kind"] == "local":
-        shape = families.read_shape(Path(config["model"]["path"]), "model.path")
+        model = outline.read(Path(config["model"]["path"]), "model.path")
         config["model"]["fingerprint"] = families.fingerprint(Path(config["model"]["path"]))
         if config["model"]["name"] == "local":
             config["model"]["name"] = Path(config["model"]["path"]).resolve().name
     elif config["model"]["kind"] == "tiny":
-        shape = families.shape_of(config["model"]["architecture"], "model.architecture")
-    quantization, allocation = config["quantization"], config["allocation"]
-    if shape and quantization["method"] != "none":
-        families.check_group_size(shape, quantization["group_size"])
-        is_local = config["model"]["kind"] == "local"
-        if is_local or allocation["budget"] is None:  # how large the small model will be is known when it is trained
-            tensors = families.tensors(Path(config["model"]["path"])) if is_local else {}
-            size.plan_budget(allocation, shape, tensors, quantization)
+        # How large its tokenizer will be is not known yet: only what surely does not fit is refused here.
+        model = dataclasses.replace(outline.from_recipe(config["model"]), files={})
+    if model and config["quantization"]["method"] != "none":
+        families.check_group_size(model.shape, config["quantization"]["group_size"])
+        plan_budget(config["allocation"], Prediction(model, config["quantization"]))
     return config
 
 
@@ -127,7 +136,7 @@ def _known_keys(overrides) -> str:
         options = sorted(path.stem for path in (ROOT / "conf" / group).glob("*.yaml"))
         if not key and not options:
             groups = sorted(path.name for path in (ROOT / "conf").iterdir() if path.is_dir())
-            return f"; {group!r} is none of seed, device, cores, paths.results, paths.cache or {', '.join(groups)}"
+            return f"; {group!r} is none of seed, device, cores, out, paths.results, paths.cache or {', '.join(groups)}"
         if not key and override.partition("=")[2] not in options:
             return f"; {group} is one of {', '.join(options)}"
         if key:

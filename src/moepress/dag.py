@@ -130,10 +130,10 @@ STAGES: dict[str, Stage] = {
         lambda c: {**_model(c), "calibration": ("calibration", c)},
         lambda c: f"{c['model']['name']}-{c['statistics']['quantizer']}",
     ),
-    "allocation": Stage(2, ("allocation", *(f"quantization.{name}" for name in _SIZES)), _allocation_inputs, _size_label),
+    "allocation": Stage(3, ("allocation", *(f"quantization.{name}" for name in _SIZES)), _allocation_inputs, _size_label),
     "quantization": Stage(2, ("quantization",), _quantization_inputs, _checkpoint_label),
     "pruning": Stage(1, ("pruning",), _model, run_label),
-    "evaluation": Stage(2, ("evaluation",), _evaluation_inputs, run_label),
+    "evaluation": Stage(3, ("evaluation",), _evaluation_inputs, run_label),
     "latency": Stage(1, ("latency",), lambda c: {"corpus": ("corpus", c), **_checkpoint(c), **_model(c)}, run_label),
 }
 """The DAG: what each stage's key depends on. The report, which joins many experiments, is added by `report_artefact`."""
@@ -177,7 +177,7 @@ class Experiment:
     def beside_label(self) -> list[str]:
         """The overrides that the label does not tell."""
         told = ("quantization", "allocation", "allocation.bits", "allocation.budget", "pruning", "pruning.alpha")
-        of_all = ("paths.", "tracking", "device", "cores", "model", "corpus", "experiment")
+        of_all = ("paths.", "tracking", "device", "cores", "out", "model", "corpus", "experiment")
         return [o for o in self.overrides if o.split("=")[0] not in told and not o.startswith(of_all)]
 
 

@@ -117,13 +117,23 @@ def for_overrides(overrides: list[str]) -> Plan:
     names = [o.partition("=")[2] for o in overrides if o.startswith("study=")]
     rest = [o for o in overrides if not o.startswith("study=")]
     if names:
+        refuse_out(rest, "a study has many checkpoints; give out= to a single experiment")
         return for_study(names[-1], rest)
     member = experiment(rest)
+    if member.config["out"] is not None and member.config["quantization"]["method"] == "none":
+        raise ValueError(f"out={member.config['out']}: quantization=none makes no checkpoint; there is nothing to copy")
     own = [o for o in rest if o.split("=")[0].split(".")[0] not in ("quantization", "allocation", "pruning", "experiment")]
     base = experiment([*own, "quantization=none"])
     label = run_label(member.config)
     members = [member] if is_reference(member.config) else [base, member]
     return make(label, f"{label} beside the 16-bit model.", members)
+
+
+def refuse_out(overrides: list[str], why: str) -> None:
+    """ValueError for an `out=` that would be passed over in silence."""
+    for override in overrides:
+        if override.startswith("out=") and override != "out=null":
+            raise ValueError(f"{override}: {why}")
 
 
 def for_study(name: str, overrides: list[str]) -> Plan:
@@ -138,9 +148,11 @@ def from_snakemake(config: dict) -> Plan:
     if unknown := set(config) - known:
         raise ValueError(f"--config {sorted(unknown)[0]}=: known are {', '.join(sorted(known))}")
     overrides = shlex.split(str(config.get("overrides", "")))
+    lines = config.get("experiments", [])
+    lines = [lines] if isinstance(lines, str) else list(lines)
+    why = "snakemake makes the results; the `moepress` command and moepress.compress copy the checkpoint"
+    refuse_out([*overrides, *(o for line in lines for o in shlex.split(line))], why)
     if "experiments" in config:
-        lines = config["experiments"]
-        lines = [lines] if isinstance(lines, str) else list(lines)
         if len(lines) == 1:
             return for_overrides([*shlex.split(lines[0]), *overrides])
         members = study_experiments({"base": [], "experiments": lines}, overrides)

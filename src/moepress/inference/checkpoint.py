@@ -64,6 +64,8 @@ def load_model(folder: Path, device: str = "cpu", dtype: torch.dtype | None = No
     with _quiet(), _checked(folder if is_packed else None):
         if not is_packed and families.is_foreign(config):
             stream = ModelStream(folder)
+            if given["dtype"] == "auto":
+                given["dtype"] = stream.storage_dtype
             known = MODEL_FOR_CAUSAL_LM_MAPPING[type(stream.config)]
             tensors = stream.read_whole()
             model, info = known.from_pretrained(None, config=stream.config, state_dict=tensors, **given)

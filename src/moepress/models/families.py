@@ -242,6 +242,11 @@ def read_config(folder: Path, key: str) -> dict:
 
 def read_shape(folder: Path, key: str) -> Shape:
     """The shape of a model folder; ValueError for a folder that is missing, not a model, or holds only pickles."""
+    return read_model(folder, key)[1]
+
+
+def read_model(folder: Path, key: str) -> tuple[dict, Shape, dict[str, Entry]]:
+    """`(config.json, shape, tensors)` of a model folder, its headers read once; ValueError as `read_shape` has it."""
     config = read_config(folder, key)
     shape_of(config, key)
     if read_index(folder) is None and not list(folder.glob("*.safetensors")):
@@ -251,19 +256,24 @@ def read_shape(folder: Path, key: str) -> Shape:
     found = tensors(folder, config)
     shape = shape_of(config, key, found)
     check_experts(shape, found, folder)
-    return shape
+    return config, shape, found
 
 
 def tensors(folder: Path, config: dict | None = None) -> dict[str, Entry]:
-    """Every tensor of a 16-bit model folder by its family's name on disk (see `Dialect`), added ones included.
+    """Every tensor of a 16-bit model folder by its family's name on disk (see `Dialect`), added ones included."""
+    config = json.loads((folder / "config.json").read_text()) if config is None else config
+    return standard_tensors(with_scales(entries(folder)), config)
+
+
+def standard_tensors(stored: dict[str, Entry], config: dict) -> dict[str, Entry]:
+    """The same from the entries by their stored names, as `with_scales` gives them.
 
     Layers beyond config.json's (those for multi-token prediction) are left out, as transformers leaves them out.
     """
-    config = json.loads((folder / "config.json").read_text()) if config is None else config
     beyond = config.get("num_hidden_layers", 0)
     found = {
         standard_name(config.get("model_type"), name): entry
-        for name, entry in with_scales(entries(folder)).items()
+        for name, entry in stored.items()
         if not (name.startswith("model.layers.") and int(name.split(".")[2]) >= beyond) and not name.startswith("mtp.")
     }
     if dialect := DIALECTS.get(config.get("model_type")):
@@ -372,6 +382,24 @@ def is_expert_matrix(family: Family, name: str) -> bool:
     if family.fused:
         return inside in family.fused
     return re.search(r"\.experts\.\d+\.", inside) is not None
+
+
+def known_shape(shape: Shape, name: str) -> tuple[int, ...] | None:
+    """The shape that config.json alone gives a tensor (by its family's name on disk): an expert's, a router's, the
+    embedding's, a vector's; None for the other linears."""
+    family, H, I = FAMILIES[shape.family], shape.hidden_size, shape.intermediate_size
+    if is_expert_matrix(family, name):
+        is_down = name.endswith(family.fused[1] if family.fused else f".{family.down}.weight")
+        one = (H, I) if is_down else (2 * I, H) if family.fused else (I, H)
+        return (shape.num_experts, *one) if family.fused else one
+    if name.endswith(("embed_tokens.weight", "head.weight")):
+        return (shape.vocab_size, H)
+    module = module_name(family, in_layer(name) or name)
+    if module == f"{family.router_path}.{family.router_weight}":
+        return (shape.num_experts, H)
+    if module in [f"{family.block}.{name}.weight" for name in family.unquantized]:
+        return (1, H)
+    return (H,) if "norm" in module or not module.endswith(".weight") else None
 
 
 def kind_of(family: Family, name: str, shape: tuple[int, ...] | list[int], group_size: int) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from tqdm import tqdm
 
 from moepress.models.experts import Experts
 from moepress.models.streaming import TOKENS_AT_ONCE, Routing
@@ -64,10 +65,6 @@ class ExpertInputs:
         self.num_tokens = [len(rows) for rows in self.rows]
         self._pooled: Curvature | None = None
 
-    def batches(self) -> Iterator[range]:
-        """Experts that go together."""
-        return expert_batches(self.experts)
-
     def gate_up_curvature(self, batch: range) -> torch.Tensor:
         """`[C, H, H]`: of each expert's own tokens, shrunk towards that of all tokens."""
         H = self.m_TH.shape[1]
@@ -114,6 +111,19 @@ def expert_batches(experts: Experts) -> Iterator[range]:
         yield range(start, min(start + step, experts.num_experts))
 
 
+def _watched(batches: Iterator[range], num_experts: int) -> Iterator[range]:
+    """The same, with progress where one layer is long work."""
+    progress = None
+    for batch in batches:
+        if progress is None and len(batch) < num_experts:
+            progress = tqdm(total=num_experts, desc="experts of the layer", unit="expert", leave=False, position=1)
+        yield batch
+        if progress:
+            progress.update(len(batch))
+    if progress:
+        progress.close()
+
+
 def quantize_batch(
     recipe: Recipe, experts: Experts, batch: range, bits: list[int], inputs: ExpertInputs | None, h=None, u=None
 ):
@@ -138,7 +148,7 @@ def quantize_experts(
     """All of a layer's experts, expert e at bits[e]: the packed tensors by name (`gate_up.codes`, ...) and each expert's
     relative output error of its down projection `[E]` (None without inputs)."""
     parts, errors = [], []
-    for batch in expert_batches(experts):
+    for batch in _watched(expert_batches(experts), experts.num_experts):
         gate_up, down, down_h = quantize_batch(recipe, experts, batch, [bits[e] for e in batch], inputs)
         packed = {"gate_up": gate_up.pack(), "down": down.pack()}
         parts.append({f"{name}.{part}": tensor for name, found in packed.items() for part, tensor in found.items()})
@@ -155,7 +165,7 @@ def width_errors(recipe: Recipe, inputs: ExpertInputs, weights_TE: torch.Tensor,
     (MC, arXiv 2410.06270). Only the expert itself runs, on its own tokens. weights: routing weights, 0 where not selected."""
     experts = inputs.experts
     errors = torch.zeros(experts.num_experts, len(widths))
-    for batch in inputs.batches():
+    for batch in _watched(expert_batches(experts), experts.num_experts):
         h = u = None
         if recipe.method != "rtn":
             h = inputs.gate_up_curvature(batch)

@@ -2,7 +2,6 @@
 
 from moepress.models.families import FAMILIES, Shape, group_of, kind_of
 from moepress.models.files import Entry
-from moepress.schema import WIDTHS, parse_bytes
 
 ZERO_STEPS = 4
 """Zero points are kept in quarters of a quantization step, so they need two bits more than the codes."""
@@ -61,33 +60,3 @@ def feasible_range(num_experts: int, widths: list[int], sizes: list[float], keep
         raise ValueError(f"allocation.keep={list(keep)} asks for {len(keep)} experts, a layer has {num_experts}")
     kept, rest = sum(size[w] for w in keep), num_experts - len(keep)
     return kept + rest * min(sizes), kept + rest * max(sizes)
-
-
-def plan_budget(config: dict, shape: Shape, tensors: dict[str, Entry], quantization: dict) -> tuple[dict[int, int], float]:
-    """`({width: size of one expert}, total for all experts)`, in bytes where config["budget"] is set, else in bits.
-
-    config: as in conf/allocation/; quantization: as in conf/quantization/. tensors: as in `bytes_outside_experts`; read only
-    for a budget in bytes. Raises ValueError, naming the budgets that can be met, where no allocation meets this one.
-    """
-    layers = len(shape.moe_layers)
-    num_experts = layers * shape.num_experts
-    widths, keep, budget = config.get("widths", WIDTHS), config.get("keep", []), config["budget"]
-    if budget is None:
-        sizes, total = {width: width for width in widths}, config["bits"] * num_experts
-    else:
-        outside = bytes_outside_experts(shape, tensors, quantization)
-        sizes = {width: expert_bytes(shape, width, quantization["group_size"]) for width in widths}
-        total = parse_bytes(budget) - outside
-    low, high = (bound * layers for bound in feasible_range(shape.num_experts, widths, list(sizes.values()), keep))
-    if budget is not None and total < low:
-        raise ValueError(
-            f"allocation.budget={budget}: no allocation fits; this model takes from {(low + outside) / 2**20:.2f}MiB "
-            f"(every expert as narrow as allowed) to {(high + outside) / 2**20:.2f}MiB"
-        )
-    if budget is None and not low - 1e-9 <= total <= high + 1e-9:
-        kept = f" with allocation.keep={keep}" if keep else ""
-        raise ValueError(
-            f"allocation.bits={config['bits']:g}: no allocation meets it{kept}; averages from {low / num_experts:g} to "
-            f"{high / num_experts:g} can be met"
-        )
-    return sizes, total

@@ -11,11 +11,8 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 from moepress.inference import manifest, saving
 from moepress.models import families
 from moepress.models.streaming import ModelStream
+from moepress.quantization.budget import shard_name
 from moepress.quantization.size import num_weights
-
-
-def shard_name(index: int, num_layers: int) -> str:
-    return f"model-{index + 1:05d}-of-{num_layers + 1:05d}.safetensors"
 
 
 def write_shard(folder: Path, index: int, num_layers: int, tensors: dict[str, torch.Tensor]) -> None:
@@ -69,6 +66,13 @@ def size_on_disk(folder: Path, weights: int) -> dict:
     """Bytes of the weight files and bits per weight of the model, everything in them counted."""
     total = sum(path.stat().st_size for path in folder.glob("model-*.safetensors"))
     return {"checkpoint_bytes": total, "bits_effective": 8 * total / weights}
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of everything in the folder but what tells of one run's time and place (timing.json, config.yaml,
+    provenance.json: some KiB), so that they are the same after a kill."""
+    left_out = ("layers.json", "timing.json", "size.json")
+    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file() and path.name not in left_out)
 
 
 def weights_of(folder: Path) -> int:

@@ -12,6 +12,7 @@ from moepress.report.compare import mebibytes
 from moepress.report.readable import seconds
 from moepress.report.reading import Run
 
+SIZES = ("folder_bytes", "loaded_bytes")
 SPLITS = ("train", "calibration", "test")
 
 
@@ -105,6 +106,11 @@ def methods(runs: list[Run]) -> dict[str, str]:
         beside = f", shared experts and dense layers at {shared}" if runs[0].has_shared else ""
         facts["grid"] = (
             f"groups of {groups} weights share a scale and a zero point; attention at {attention} bits{beside}, router at 16"
+        )
+        off = {name: max(abs(run.sizes[f"predicted_{name}"] / run.sizes[name] - 1) for run in quantized) for name in SIZES}
+        facts["predicted sizes"] = (
+            f"the folders came within {100 * off['folder_bytes']:.2f} % of what was predicted before the run, the loaded "
+            f"models within {100 * off['loaded_bytes']:.2f} %"
         )
         starved = {run.title: sum(len(layer.get("starved", [])) for layer in run.diagnostics) for run in quantized}
         worst = max(starved, key=starved.__getitem__)

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from math import nan
 from pathlib import Path
 
 import pandas as pd
@@ -138,9 +139,29 @@ class Run:
         return self.json("latency", "latency.json")
 
     @cached_property
+    def allocated(self) -> dict:
+        return self.json("allocation", "allocation.json")
+
+    @property
     def bits(self) -> list[list[int]]:
         """`[layers][experts]`."""
-        return self.json("allocation", "allocation.json")["bits"]
+        return self.allocated["bits"]
+
+    @cached_property
+    def sizes(self) -> dict[str, float]:
+        """Bytes that were predicted before the checkpoint was made, beside those that were measured: of its weight files
+        (`checkpoint_bytes`, `predicted_bytes`), of its folder, and of the model loaded for the evaluation."""
+        found = {"checkpoint_bytes": self.checkpoint_bytes, "predicted_bytes": nan, "folder_bytes": nan}
+        found |= {
+            "predicted_folder_bytes": nan,
+            "loaded_bytes": self.metrics["loaded_bytes"] or nan,
+            "predicted_loaded_bytes": nan,
+        }
+        if self.is_quantized:
+            found["folder_bytes"] = self.json("quantization", "size.json")["folder_bytes"]
+            found |= {name: self.allocated[name] for name in ("predicted_bytes", "predicted_folder_bytes")}
+            found["predicted_loaded_bytes"] = self.allocated["predicted_loaded_bytes"][self.metrics["device"]]
+        return found
 
     @cached_property
     def diagnostics(self) -> list[dict]:

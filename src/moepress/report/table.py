@@ -25,6 +25,7 @@ def tabulate(runs: list[Run]) -> pd.DataFrame:
     """One row per run. Beside the columns whose names say it:
 
     bits_nominal: mean width of the expert weights. bits_effective: bytes on disk x 8 / number of weights.
+    checkpoint_bytes, folder_bytes, loaded_bytes: see `Run.sizes`; predicted_*: the same before the run.
     activated_experts: routed experts computed per token. ppl_mean: geometric mean of the perplexities of the domains
     that the corpus has training or calibration text of; ppl_ood: of the others. delta_nll: mean increase over the
     16-bit model in nats per token on the same blocks, over the domains of ppl_mean (so exp(delta_nll) is the ratio of
@@ -43,7 +44,7 @@ def row(run: Run, reference: Run | None) -> dict:
         "allocation": run.allocation["method"] if quantized else "none",
         "bits_nominal": float(np.mean([width for layer in run.bits for width in layer])) if quantized else 16.0,
         "bits_effective": 8 * run.checkpoint_bytes / run.num_weights,
-        "checkpoint_bytes": run.checkpoint_bytes,
+        **run.sizes,
         "pruning": run.pruning_label.lower().replace(" ", "-") or "none",
         "activated_experts": run.shape.top_k * run.metrics["active_slots"],
     }

@@ -4,19 +4,17 @@ from dataclasses import asdict
 
 from moepress import allocation
 from moepress.artefacts import Task, read_json, write_json
-from moepress.models import families
-from moepress.models.families import locate, read_shape
-from moepress.quantization import size
+from moepress.models import outline
+from moepress.models.families import locate
+from moepress.quantization.budget import Prediction, plan_budget
 
 
 def run(task: Task) -> None:
-    config, quantization = task.config["allocation"], task.config["quantization"]
-    group_size = quantization["group_size"]
-    folder = locate(task.inputs["model"])
-    shape = read_shape(folder, "model")
-    tensors = families.tensors(folder)
-    outside = size.bytes_outside_experts(shape, tensors, quantization)
-    sizes, total = size.plan_budget(config, shape, tensors, quantization)
+    config = task.config["allocation"]
+    model = outline.read(locate(task.inputs["model"]), "model")
+    shape = model.shape
+    prediction = Prediction(model, task.config["quantization"])
+    sizes, total = plan_budget(config, prediction)
 
     if config["method"] == "uniform":
         num_experts = len(shape.moe_layers) * shape.num_experts
@@ -29,7 +27,7 @@ def run(task: Task) -> None:
         bits = [solution.bits for solution in solutions]
 
     used = [width for layer in bits for width in layer]
-    predicted = outside + sum(size.expert_bytes(shape, width, group_size) for width in used)
+    predicted = prediction.weight_bytes(bits)
     write_json(
         task.out / "allocation.json",
         {
@@ -37,7 +35,9 @@ def run(task: Task) -> None:
             "bits": bits,
             "mean_bits": sum(used) / len(used),
             "predicted_bytes": predicted,
-            "predicted_bits_effective": 8 * predicted / size.num_weights(tensors),
+            "predicted_bits_effective": 8 * predicted / model.num_weights,
+            "predicted_folder_bytes": prediction.folder_bytes(bits),
+            "predicted_loaded_bytes": {device: prediction.loaded_bytes(bits, device) for device in ("cpu", "cuda")},
             "solver": [{k: v for k, v in asdict(s).items() if k not in ("bits", "seconds")} for s in solutions],
         },
     )

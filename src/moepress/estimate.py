@@ -1,0 +1,253 @@
+"""What a run will need of a machine: memory, disk and time, from an outline and a configuration. Imports no torch.
+
+Memory and disk follow the code that they are named after. Time is a count of floating-point operations, divided by what this
+machine is measured to do; where the results folder holds finished quantizations, their own times correct it.
+
+Legend: T calibration tokens, H hidden size, I intermediate size, E experts, K selected experts, V vocabulary.
+"""
+
+import os
+import shutil
+import statistics
+import subprocess
+import time
+from pathlib import Path
+
+from moepress.artefacts import read_config, read_json
+from moepress.models import outline as outlines
+from moepress.models.families import FAMILIES, kind_of, locate
+from moepress.models.outline import Outline
+from moepress.quantization.budget import unpacked_bytes
+
+WORKSPACE = 2 << 30
+"""Of quantization/experts.py, which imports torch."""
+TOKENS_AT_ONCE = 4096
+"""Of models/streaming.py."""
+LIBRARY_BYTES = 600 << 20
+"""Of a stage that has torch and transformers in memory and no model yet."""
+STARTUP_SECONDS = 8.0
+TRIAL_FLOPS = 250
+"""What one trial of the grid search costs for one weight: some ten passes over memory, in a matrix product's operations."""
+UNPACK_FLOPS = 400
+"""What it costs to unpack one weight, likewise."""
+STEP_SECONDS = 4e-4
+"""Of one column of GPTQ's loop beside its arithmetic: some twenty calls of torch."""
+READ_BYTES_PER_SECOND = 5e8
+
+
+def has_statistics(config: dict) -> bool:
+    """Whether the run has them: for the allocation, or for the report's figures."""
+    return config["quantization"]["method"] != "none" and (
+        config["allocation"]["method"] != "uniform" or config["quantization"]["method"] != "rtn"
+    )
+
+
+def memory(model: Outline, config: dict, packed_bytes: int | None, device: str, has: int) -> dict[str, int]:
+    """Stage -> bytes at its peak, of RAM on "cpu", of the GPU on "cuda". packed_bytes: of the packed model, loaded. has: bytes
+    that there are; a 16-bit model beyond them is evaluated a layer at a time, and nothing is timed against it.
+
+    Of mapped files, whose pages the system drops where memory is short, only a layer's experts are counted.
+    """
+    shape, quantized = model.shape, config["quantization"]["method"] != "none"
+    H, I, E = shape.hidden_size, shape.intermediate_size, shape.num_experts
+    T = config["calibration"]["num_sequences"] * config["calibration"]["seq_len"]
+    library = LIBRARY_BYTES if device == "cpu" else 0
+    layer = library + 2 * E * model.expert_weights + 12 * T * E + 4 * min(T, TOKENS_AT_ONCE) * (8 * H + 4 * I)
+    widest = max(H, I)
+    batch = max(1, min(E, WORKSPACE // (6 * 4 * widest**2)))
+    experts = batch * (6 * 4 * widest**2 + 3 * 4 * 2 * I * H)  # curvature, its factor and their work; a weight's three copies
+    linears = 6 * 4 * widest_linear(model) ** 2
+    found = {"statistics": layer + experts} if has_statistics(config) else {}
+    if quantized:
+        found["quantization"] = layer + max(experts, linears)
+    logits = 3 * 4 * config["evaluation"]["batch_size"] * config["evaluation"]["seq_len"] * shape.vocab_size
+    original = unpacked_bytes(model, device)
+    is_whole = library + 1.1 * original < has  # as inference/checkpoint.py's `fits`
+    found["evaluation at 16 bits"] = (library + original if is_whole else layer) + logits
+    if quantized:
+        found["evaluation"] = library + packed_bytes + logits
+    found["latency"] = library + original * is_whole + (packed_bytes if quantized else 0)
+    return found
+
+
+def widest_linear(model: Outline) -> int:
+    """Inputs of the widest linear outside the experts; from config.json where the shapes are estimated."""
+    config, family = model.config, FAMILIES[model.shape.family]
+    if not model.is_estimate:
+        linears = ((name, entry.shape) for name, entry in model.tensors.items() if len(entry.shape) == 2)
+        return max(size[1] for name, size in linears if kind_of(family, name, size, 8) in ("attention", "shared"))
+    heads = config.get("num_attention_heads", 1)
+    head = config.get("v_head_dim") or config.get("head_dim") or model.shape.hidden_size // heads
+    return max(model.shape.hidden_size, heads * head, config.get("intermediate_size", 0))
+
+
+def disk(model: Outline, config: dict, folder_bytes: int | None) -> dict[str, int]:
+    """What -> bytes under paths.results at the most. folder_bytes: of the packed folder."""
+    calibration, streams = config["calibration"], 0
+    if has_statistics(config):
+        streams = 3  # a layer's input, its output and its block's input; see models/streams.py
+    if config["quantization"]["method"] in ("gptq", "qesc"):
+        streams = 6  # the same of the quantized model
+    each = 4 * calibration["num_sequences"] * calibration["seq_len"] * model.shape.hidden_size
+    found = {"hidden states, while it runs": streams * each}
+    if folder_bytes is not None:
+        found["packed folder"] = folder_bytes
+    if config["model"]["kind"] == "tiny":
+        found["16-bit model"] = model.nbytes
+    return found
+
+
+def seconds(model: Outline, config: dict, flops_per_second: float, correction: float = 1.0) -> dict[str, float]:
+    """Stage -> seconds. correction: of statistics and quantization, see `correction_from`."""
+    found = {"model": model_seconds(model, config, flops_per_second)}
+    method, settings = config["quantization"]["method"], config["quantization"]
+    if has_statistics(config):
+        flops, steps = statistics_work(model, config)
+        found["statistics"] = correction * (flops / flops_per_second + STEP_SECONDS * steps)
+    if method != "none":
+        flops, steps = quantization_work(model, config["calibration"], settings)
+        found["quantization"] = correction * (flops / flops_per_second + STEP_SECONDS * steps)
+    once = measurement_work(model, config, is_packed=False)
+    found["evaluation and latency"] = sum(once) / flops_per_second
+    if method != "none":
+        found["evaluation and latency"] += sum(measurement_work(model, config, is_packed=True)) / flops_per_second
+    jobs = {"evaluation and latency": 2 if method == "none" else 4}
+    return {stage: value + STARTUP_SECONDS * jobs.get(stage, 1) for stage, value in found.items()}
+
+
+def forward_flops(model: Outline, tokens: int, length: int) -> float:
+    """Two for every weight that a token meets, and attention's scores and values."""
+    return 2 * tokens * model.active_weights + 4 * tokens * length * model.shape.hidden_size * model.shape.num_layers
+
+
+def trials(settings: dict) -> int:
+    return 3 * settings["clip_steps"] + 2 * settings["fit_rounds"]
+
+
+def experts_work(model: Outline, tokens: int, settings: dict, method: str) -> tuple[float, float, float]:
+    """One layer's experts at one width: FLOPs for gate-up's curvatures and factors, FLOPs for the rest, steps."""
+    shape = model.shape
+    H, I, E, K = shape.hidden_size, shape.intermediate_size, shape.num_experts, shape.top_k
+    search = TRIAL_FLOPS * trials(settings) * E * model.expert_weights
+    if method == "rtn":
+        return 0.0, search, 0.0
+    routed = tokens * K
+    gate_up = 2 * (tokens + routed) * H**2 + 4 / 3 * E * H**3
+    down = (routed + E * min(tokens, I)) * (4 * I * H + 2 * I**2) + 4 / 3 * E * I**3
+    updates = E * (2 * I * H**2 + H * I**2)
+    batch = max(1, min(E, WORKSPACE // (6 * 4 * max(H, I) ** 2)))
+    return gate_up, search + down + updates, -(-E // batch) * (H + I)
+
+
+def statistics_work(model: Outline, config: dict) -> tuple[float, float]:
+    """`(FLOPs, steps)`: a forward; at every width each expert quantized and run, with one curvature of its gate and up."""
+    calibration, widths = config["calibration"], len(config["statistics"]["widths"])
+    tokens = calibration["num_sequences"] * calibration["seq_len"]
+    gate_up, each, steps = experts_work(model, tokens, config["quantization"], config["statistics"]["quantizer"])
+    outputs = 2 * 2 * tokens * model.shape.top_k * model.expert_weights
+    layers = len(model.shape.moe_layers)
+    flops = forward_flops(model, tokens, calibration["seq_len"]) + layers * (gate_up + widths * (each + outputs))
+    return flops, layers * widths * steps
+
+
+def quantization_work(model: Outline, calibration: dict, settings: dict) -> tuple[float, float]:
+    """`(FLOPs, steps)`: two streams of forwards, attention and shared experts run again for their curvature and the router;
+    every expert and linear quantized once."""
+    method, family = settings["method"], FAMILIES[model.shape.family]
+    tokens = 0 if method == "rtn" else calibration["num_sequences"] * calibration["seq_len"]
+    gate_up, rest, steps = experts_work(model, tokens, settings, method)
+    flops, steps = (gate_up + rest) * len(model.shape.moe_layers), steps * len(model.shape.moe_layers)
+    for name, entry in model.tensors.items():
+        kind = kind_of(family, name, entry.shape, settings["group_size"]) if len(entry.shape) == 2 else "rest"
+        if kind in ("attention", "shared") and settings[f"{kind}_bits"]:
+            rows, columns = entry.shape
+            flops += TRIAL_FLOPS * trials(settings) * entry.numel
+            if method != "rtn":
+                again = 1 if kind == "attention" else 4
+                flops += again * 2 * tokens * entry.numel + 2 * tokens * columns**2 + 4 / 3 * columns**3 + rows * columns**2
+                steps += columns
+    return flops + 2 * forward_flops(model, tokens, calibration.get("seq_len", 0)), steps
+
+
+def measurement_work(model: Outline, config: dict, is_packed: bool) -> tuple[float, float]:
+    """FLOPs of evaluation and of latency. A packed model's experts are unpacked in every forward that uses them."""
+    evaluation, latency, corpus = config["evaluation"], config["latency"], config["corpus"]
+    found = [*corpus.get("domains", ["text"]), *corpus.get("test_domains", [])]
+    blocks = len(evaluation["domains"] or found) * evaluation["num_blocks"]
+    unpack = UNPACK_FLOPS * model.routed_weights if is_packed else 0
+    few = UNPACK_FLOPS * model.active_weights if is_packed else 0
+    evaluated = forward_flops(model, blocks * evaluation["seq_len"], evaluation["seq_len"])
+    evaluated += -(-blocks // evaluation["batch_size"]) * unpack
+    prefill = unpack + forward_flops(model, latency["prefill_batch"] * latency["prefill_len"], latency["prefill_len"])
+    decode = latency["decode_tokens"] * (few + 2 * model.active_weights)
+    return evaluated, (latency["repeats"] + 1) * (prefill + decode + few)
+
+
+def model_seconds(model: Outline, config: dict, flops_per_second: float) -> float:
+    """Training the small model, or reading and hashing a given one."""
+    if config["model"]["kind"] != "tiny":
+        return 2 * model.nbytes / READ_BYTES_PER_SECOND
+    training = config["model"]["training"]
+    tokens = training["steps"] * training["batch_size"] * training["seq_len"]
+    return 6 * 2 * tokens * model.active_weights / flops_per_second  # a small model reaches about half of a matrix product's
+
+
+def measured_flops(duration: float = 0.5) -> float:
+    """Floating-point operations in a second of float32 matrix products on this machine's CPU."""
+    import numpy as np
+
+    size = 1024
+    a = np.ones((size, size), np.float32)
+    a @ a
+    count, start = 0, time.perf_counter()
+    while (taken := time.perf_counter() - start) < duration:
+        a @ a
+        count += 1
+    return 2 * size**3 * count / taken
+
+
+def correction_from(results: Path, flops_per_second: float, device: str) -> float | None:
+    """What quantizations of these results took on this device over what is estimated for them; the median of the newest ten,
+    None without any."""
+    finished = sorted(results.glob("quantization/*/timing.json"), key=lambda path: -path.stat().st_mtime)[:10]
+    ratios = []
+    for path in finished:
+        try:
+            provenance, folder = read_json(path.parent / "provenance.json"), path.parent
+            if provenance["device"] != device:
+                continue
+            inputs = provenance["inputs"]
+            model = outlines.read(locate(results / "model" / inputs["model"]), "model")
+            calibration = {}
+            if "calibration" in inputs:
+                calibration = read_config(results / "calibration" / inputs["calibration"])["calibration"]
+            flops, steps = quantization_work(model, calibration, read_config(folder)["quantization"])
+            ratios.append(read_json(path)["quantize_seconds"] / (flops / flops_per_second + STEP_SECONDS * steps))
+        except (OSError, ValueError, KeyError, ZeroDivisionError):  # a folder whose model has gone, or of another version
+            continue
+    return statistics.median(ratios) if ratios else None
+
+
+def machine_memory() -> int:
+    """Bytes of RAM, or what this process's control group may take of it."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.is_file() else ""
+    return min(total, int(text)) if text.isdigit() else total
+
+
+def gpu_memory() -> int | None:
+    """Bytes of the first GPU's memory, None where nvidia-smi tells none."""
+    if not shutil.which("nvidia-smi"):
+        return None
+    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    lines = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split("\n")
+    return int(lines[0]) << 20 if lines[0].strip().isdigit() else None
+
+
+def free_disk(folder: Path) -> int:
+    """Bytes that are free where a folder is or will be."""
+    place = folder.expanduser().absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free

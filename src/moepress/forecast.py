@@ -1,0 +1,213 @@
+"""What an experiment will take, before anything is computed or, for a hub model, downloaded: sizes, memory, disk and time.
+
+moepress plan model=hub model.id=Qwen/Qwen3-30B-A3B allocation.budget=12GiB
+
+Imports no torch, and reads config.json, the index and headers only.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from moepress import estimate
+from moepress.config import hardware, uses_gpu, values
+from moepress.models import families, outline
+from moepress.models.files import INDEX
+from moepress.models.outline import Outline
+from moepress.quantization.budget import Prediction, plan_budget, readable, unpacked_bytes
+from moepress.schema import WIDTHS
+
+USAGE = """moepress plan [KEY=VALUE ...]: what the experiment `moepress KEY=VALUE ...` will take
+
+Prints, in seconds and without computing anything, the checkpoint's size at each width, the memory, disk and time that the
+run needs on this machine, and whether it fits: exit code 0 if it does, 1 if it does not.
+
+  moepress plan model=local model.path=DIR [allocation.budget=12GiB]    DIR with its weights, or only config.json and the index
+  moepress plan model=hub model.id=ORG/NAME [allocation.bits=2.5]       fetches those two files
+  moepress plan                                                         the small default model
+"""
+
+
+@dataclass(frozen=True)
+class Size:
+    """A checkpoint at some widths: bytes of its folder and of the loaded model, bits per weight on disk."""
+
+    label: str
+    folder: int
+    bits: float
+    on_cpu: int
+    on_gpu: int
+
+
+def main(arguments: list[str]) -> None:
+    """The subcommand; ends the process with 0 if the run fits, 1 if it does not or a value is wrong."""
+    if {"-h", "--help"} & set(arguments):
+        print(USAGE)
+        return
+    try:
+        text, problems = forecast(arguments)
+    except ValueError as error:
+        sys.exit(f"moepress: {error}")
+    print(text)
+    if problems:
+        sys.exit(f"moepress: does not fit: {'; '.join(problems)}")
+
+
+def forecast(overrides: list[str]) -> tuple[str, list[str]]:
+    """`(table, problems)`: what there is to say, and what the machine at hand lacks for it."""
+    for override in overrides:
+        if override.startswith(("-", "study=")):
+            raise ValueError(f"{override}: plan takes the KEY=VALUE of one experiment; see moepress plan --help")
+    config = values(overrides)
+    model = read_model(config["model"])
+    sizes = []
+    if config["quantization"]["method"] != "none":
+        families.check_group_size(model.shape, config["quantization"]["group_size"])
+        prediction = Prediction(model, config["quantization"])
+        sizes = [*uniform_sizes(prediction), asked_size(prediction, config["allocation"])]
+    asked = sizes[-1] if sizes else None
+    lines = [*describe(model, config), "", *size_table(sizes)]
+    needed, problems = resources(model, config, asked)
+    return "\n".join([*lines, *needed, *([] if problems else ["", "it fits"])]), problems
+
+
+def read_model(model: dict) -> Outline:
+    """The outline of the model that the group `model` names."""
+    if model["kind"] == "tiny":
+        return outline.from_recipe(model)
+    if model["kind"] == "hub":
+        return outline.read_any(fetch(model["id"], model["revision"]), "model.id")
+    return outline.read_any(Path(model["path"]), "model.path")
+
+
+def fetch(model_id: str, revision: str) -> Path:
+    """A folder with a hub model's config.json and index, in the hub's own cache."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        for name in ("config.json", INDEX):
+            path = Path(hf_hub_download(model_id, name, revision=revision))
+    except (OSError, HFValidationError) as error:  # hub and connection errors are OSErrors
+        raise ValueError(
+            f"model.id={model_id!r} (model.revision={revision!r}): {name} could not be fetched from the hub: "
+            f"{str(error).splitlines()[0]} Check the id, the connection and `hf auth login`; or take model=local model.path=DIR"
+        ) from error
+    return path.parent
+
+
+def uniform_sizes(prediction: Prediction) -> list[Size]:
+    shape = prediction.shape
+    return [size_of(f"{width} bit", prediction, [[width] * shape.num_experts] * len(shape.moe_layers)) for width in WIDTHS]
+
+
+def asked_size(prediction: Prediction, allocation: dict) -> Size:
+    """What the configuration's own allocation comes to; the widths of PMQ, which needs statistics, by their mean."""
+    sizes, total = plan_budget(allocation, prediction)
+    shape, layers = prediction.shape, len(prediction.shape.moe_layers)
+    each = mixed(sizes, total, layers * shape.num_experts, mixes=allocation["method"] != "uniform")
+    bits = [each[layer * shape.num_experts : (layer + 1) * shape.num_experts] for layer in range(layers)]
+    goal = allocation["budget"] or f"{allocation['bits']:g} bit"
+    return size_of(f"{allocation['method']} {goal} (asked, {sum(each) / len(each):.2f} bit)", prediction, bits)
+
+
+def mixed(sizes: dict[int, float], total: float, num_experts: int, mixes: bool = True) -> list[int]:
+    """Widths of experts that fill a total: the widest that fits everywhere and, if it `mixes`, some of the next."""
+    narrow = max((width for width in sizes if sizes[width] * num_experts <= total + 1e-9), default=min(sizes))
+    wide = min((width for width in sizes if width > narrow), default=narrow)
+    wider = 0
+    if mixes and wide != narrow:
+        wider = int((total - num_experts * sizes[narrow] + 1e-9) / (sizes[wide] - sizes[narrow]))
+    return [wide] * wider + [narrow] * (num_experts - wider)
+
+
+def size_of(label: str, prediction: Prediction, bits: list[list[int]]) -> Size:
+    on_disk = 8 * prediction.weight_bytes(bits) / prediction.outline.num_weights
+    loaded = [prediction.loaded_bytes(bits, device) for device in ("cpu", "cuda")]
+    return Size(label, prediction.folder_bytes(bits), on_disk, *loaded)
+
+
+def describe(model: Outline, config: dict) -> list[str]:
+    """Model, layers, experts, parameters, size at 16 bits."""
+    shape, named = model.shape, config["model"]
+    name = named.get("id") or named.get("path") or named["name"]
+    sparse = len(shape.moe_layers)
+    experts = f"{sparse} with {shape.num_experts} experts, {shape.top_k} a token"
+    on_disk, loaded = readable(2 * model.num_weights), readable(unpacked_bytes(model, "cpu"))
+    routed, active = model.routed_weights / model.num_weights, count(model.active_weights)
+    lines = [
+        ("model", f"{name} ({shape.family})"),
+        ("layers", f"{shape.num_layers}: {shape.num_layers - sparse} dense, {experts}"),
+        ("parameters", f"{count(model.num_weights)}: {routed:.1%} in routed experts, {active} active for a token"),
+        ("at 16 bits", f"{on_disk} on disk, {loaded} loaded on a CPU (float32)"),
+    ]
+    if model.is_estimate:
+        lines.append(("note", "no weights there: linears outside the experts are an estimate from the index's total size"))
+    elif named["kind"] == "tiny":
+        lines.append(("note", "the tokenizer is not trained yet: its size is an estimate"))
+    return [f"{key:11} {text}" for key, text in lines]
+
+
+def size_table(sizes: list[Size]) -> list[str]:
+    if not sizes:
+        return ["quantization=none: nothing is packed", ""]
+    rows = [("experts at", "folder", "bits/weight", "loaded on CPU", "on GPU")]
+    rows += [(s.label, readable(s.folder), f"{s.bits:.3f}", readable(s.on_cpu), readable(s.on_gpu)) for s in sizes]
+    return [*aligned(rows), ""]
+
+
+def resources(model: Outline, config: dict, asked: Size | None) -> tuple[list[str], list[str]]:
+    """The lines on memory, disk and time, and what is missing."""
+    on_gpu = uses_gpu(config["device"]) and estimate.gpu_memory() is not None
+    what, has = ("GPU memory", estimate.gpu_memory()) if on_gpu else ("memory", estimate.machine_memory())
+    packed = None if asked is None else asked.on_gpu if on_gpu else asked.on_cpu
+    memory = estimate.memory(model, config, packed, "cuda" if on_gpu else "cpu", has)
+    lacking = [(stage, n) for stage, n in memory.items() if n > has]
+    problems = [f"{stage} needs {readable(n)} of {what}, this machine has {readable(has)}" for stage, n in lacking]
+
+    results = Path(config["paths"]["results"])
+    disk = estimate.disk(model, config, asked and asked.folder)
+    total, free = sum(disk.values()), estimate.free_disk(results)
+    if total > free:
+        problems.append(f"the run needs {readable(total)} of disk, paths.results={results} has {readable(free)} free")
+
+    rows = [(f"{what}, at the most", readable(max(memory.values())), f"of {readable(has)}")]
+    rows += [(f"  {stage}", readable(n), "") for stage, n in memory.items()]
+    rows += [("disk", readable(total), f"of {readable(free)} free")]
+    rows += [(f"  {name}", readable(n), "") for name, n in disk.items()]
+    return aligned([*rows, *time_rows(model, config, on_gpu)], left_last=True), problems
+
+
+def time_rows(model: Outline, config: dict, on_gpu: bool) -> list[tuple[str, str, str]]:
+    """Of the whole and of each stage, from this machine's measured speed."""
+    speed = estimate.measured_flops()
+    correction = estimate.correction_from(Path(config["paths"]["results"]), speed, hardware(config["device"]))
+    spent = estimate.seconds(model, config, speed, correction or 1.0)
+    source = f"at {speed / 1e9:.0f} GFLOP/s, measured on the CPU"
+    if correction is not None:
+        source += f", and finished quantizations here (x {correction:.2g})"
+    elif on_gpu:
+        source += "; the GPU is faster"
+    rows = [("time, roughly", duration(sum(spent.values())), source)]
+    return rows + [(f"  {stage}", duration(n), "") for stage, n in spent.items()]
+
+
+def aligned(rows: list[tuple[str, ...]], left_last: bool = False) -> list[str]:
+    """Columns: the first flush left, the others flush right, perhaps but the last."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    flush_left = {0, len(widths) - 1} if left_last else {0}
+    lines = []
+    for row in rows:
+        cells = zip(row, widths, strict=True)
+        lines.append("  ".join(f"{c:{w}}" if i in flush_left else f"{c:>{w}}" for i, (c, w) in enumerate(cells)).rstrip())
+    return lines
+
+
+def count(number: float) -> str:
+    """`671.0B`, `3.6M`."""
+    unit, name = next((unit for unit in ((1e9, "B"), (1e6, "M")) if number >= unit[0]), (1e3, "K"))
+    return f"{number / unit:.1f}{name}"
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

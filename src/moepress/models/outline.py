@@ -1,0 +1,146 @@
+"""A model as its config.json and the names and shapes of its tensors tell it: imports no torch and reads no weight.
+
+`read` looks into a folder's headers. `from_index` makes do with config.json and the index, where the shapes outside the
+experts are estimated; `from_recipe` with the recipe of a model that is yet to be trained.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from moepress.models import families
+from moepress.models.families import ATTENTION, FAMILIES, Shape, layer_prefix
+from moepress.models.files import INDEX, ITEM_BYTES, Entry, read_index
+
+DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+TOKENIZER_BYTES = 60
+"""Of tokenizer.json, by entry of the vocabulary, where the file itself is not there."""
+
+
+@dataclass(frozen=True)
+class Outline:
+    """config: config.json as it is. tensors: as `families.tensors` has them. files: name -> bytes of what is no weight file.
+    is_estimate: whether the shapes of the linears outside the experts are estimated."""
+
+    config: dict
+    shape: Shape
+    tensors: dict[str, Entry]
+    files: dict[str, int] = field(default_factory=dict)
+    is_estimate: bool = False
+
+    @cached_property
+    def num_weights(self) -> int:
+        return sum(entry.numel for entry in self.tensors.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Of the tensors as they are read: those stored in 8 or 4 bits count as 16-bit ones."""
+        return sum(entry.nbytes for entry in self.tensors.values())
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether the head is the embedding, also where the files hold both."""
+        return bool(self.config.get("tie_word_embeddings")) or "lm_head.weight" not in self.tensors
+
+    @property
+    def expert_weights(self) -> int:
+        """Weights of one routed expert."""
+        return 3 * self.shape.hidden_size * self.shape.intermediate_size
+
+    @property
+    def routed_weights(self) -> int:
+        return len(self.shape.moe_layers) * self.shape.num_experts * self.expert_weights
+
+    @property
+    def active_weights(self) -> int:
+        """Weights that a token meets: everything but the routed experts that it does not select."""
+        idle = self.shape.num_experts - self.shape.top_k
+        return self.num_weights - len(self.shape.moe_layers) * idle * self.expert_weights
+
+
+def read(folder: Path, key: str) -> Outline:
+    """The outline of a folder with its weights; ValueError as `families.read_model` has it. key: the configuration's."""
+    config, shape, tensors = families.read_model(folder, key)
+    return Outline(config, shape, tensors, other_files(folder))
+
+
+def read_any(folder: Path, key: str) -> Outline:
+    """The same, also of a folder with config.json and the index alone."""
+    where = (read_index(folder) or {}) if folder.is_dir() else {}
+    if where and not all((folder / name).is_file() for name in set(where.values())):
+        return from_index(folder, key)
+    return read(folder, key)
+
+
+def other_files(folder: Path) -> dict[str, int]:
+    return {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.is_file() and p.suffix != ".safetensors"}
+
+
+def from_index(folder: Path, key: str) -> Outline:
+    """An outline from config.json and the index.
+
+    Experts, embedding, head and routers have the shapes that config.json gives; the index's total size less theirs is
+    shared evenly among the other linears. Raises ValueError naming a file that does not say what is needed.
+    """
+    config = families.read_config(folder, key)
+    families.shape_of(config, key)
+    index = json.loads((folder / INDEX).read_text())
+    total = (index.get("metadata") or {}).get("total_size")
+    if not isinstance(total, int):
+        raise ValueError(f"{folder / INDEX}: no metadata.total_size, which sizes are told from; fetch the *.safetensors too")
+    dtype = DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")), "BF16")
+    widths = stored_widths(index["weight_map"], ITEM_BYTES[dtype])
+    names = {name: families.standard_name(config["model_type"], name) for name in widths}
+    shape = families.shape_of(config, key, names.values())
+    known = {name: families.known_shape(shape, standard) for name, standard in names.items()}
+    found = {name: Entry(None, name, dtype, size) for name, size in known.items() if size}
+    left = total - sum(widths[name] * entry.numel for name, entry in found.items())
+    if left < 0:
+        raise ValueError(f"{folder / INDEX}: total_size={total} is less than the experts that config.json describes take")
+    linears = [name for name, size in known.items() if not size]
+    each = left / max(1, sum(widths[name] for name in linears))
+    size = (round(each / shape.hidden_size), shape.hidden_size)
+    found |= {name: Entry(None, name, dtype, size) for name in linears}
+    tensors = families.standard_tensors(found, config)
+    families.check_experts(shape, tensors, folder)
+    files = other_files(folder)
+    if not {"tokenizer.json", "tokenizer.model"} & set(files):
+        files["tokenizer.json"] = TOKENIZER_BYTES * shape.vocab_size
+    return Outline(config, shape, tensors, files, is_estimate=True)
+
+
+def stored_widths(names: Iterable[str], plain: int) -> dict[str, float]:
+    """Tensor -> bytes of one of its weights on disk, scales included: names tell float8 and mxfp4 (`models/lowbit.py`)."""
+    names, found = set(names), {}
+    for name in sorted(names):
+        stem = name.removesuffix("_blocks").removesuffix("_scales")
+        if stem != name and {f"{stem}_blocks", f"{stem}_scales"} <= names:
+            found[stem] = 17 / 32
+        elif not name.endswith("_scale_inv"):
+            found[name] = 1 + 4 / 128**2 if f"{name}_scale_inv" in names else plain
+    return found
+
+
+def from_recipe(model: dict) -> Outline:
+    """The outline of the small model that a recipe (the group `model`) will train."""
+    config = model["architecture"] | {"vocab_size": model["tokenizer"]["vocab_size"]}
+    shape = families.shape_of(config, "model.architecture")
+    family, H, V = FAMILIES[shape.family], shape.hidden_size, shape.vocab_size
+    head = H // config["num_attention_heads"]
+    rows = {"q": H, "k": head * config["num_key_value_heads"], "v": head * config["num_key_value_heads"], "o": H}
+    sizes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (V, H), "model.norm.weight": (H,)}
+    if not config["tie_word_embeddings"]:
+        sizes["lm_head.weight"] = (V, H)
+    for layer in range(shape.num_layers):
+        prefix = layer_prefix(layer)
+        sizes |= {f"{prefix}{name}_layernorm.weight": (H,) for name in ("input", "post_attention")}
+        sizes |= {f"{prefix}{ATTENTION}.{name}_proj.weight": (count, H) for name, count in rows.items()}
+        sizes[f"{prefix}{family.disk_block or family.block}.{family.router}.weight"] = (shape.num_experts, H)
+        for expert in range(shape.num_experts):
+            at = f"{prefix}{family.experts_on_disk}.{expert}."
+            sizes |= {f"{at}{name}.weight": (shape.intermediate_size, H) for name in (family.gate, family.up)}
+            sizes[f"{at}{family.down}.weight"] = (H, shape.intermediate_size)
+    tensors = {name: Entry(None, name, "BF16", size) for name, size in sizes.items()}
+    return Outline(config, shape, tensors, {"tokenizer.json": TOKENIZER_BYTES * V})

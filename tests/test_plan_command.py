@@ -1,0 +1,272 @@
+"""`moepress plan`: sizes from headers, from an index alone, from a recipe; what the machine lacks; all without torch."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+import large
+from moepress import config, estimate, forecast
+from moepress.models import families, outline
+from moepress.models.files import Entry
+from moepress.quantization.budget import Prediction
+from moepress.schema import parse_bytes
+from zoo import write_zoo_model
+
+SMALL = ["quantization.group_size=32", "device=cpu"]
+
+
+def plan(*overrides):
+    return subprocess.run([sys.executable, "-m", "moepress", "plan", *overrides], capture_output=True, text=True, check=False)
+
+
+def sizes_of(text: str) -> dict[str, int]:
+    """Width -> bytes of the folder, from the printed table."""
+    lines = [line.split() for line in text.splitlines() if " bit " in line]
+    return {words[0]: parse_bytes(words[2]) for words in lines if words[1] == "bit"}
+
+
+@pytest.fixture(scope="module")
+def deepseek_v3(tmp_path_factory):
+    return large.write_index(tmp_path_factory.mktemp("v3"))
+
+
+@pytest.fixture(scope="module")
+def exact_v3():
+    """The same model as its headers would tell it."""
+    entries = {name: Entry(None, name, "BF16", shape) for name, shape in large.shapes().items()}
+    tensors = families.standard_tensors(entries, large.CONFIG)
+    return outline.Outline(large.CONFIG, families.shape_of(large.CONFIG, "model", tensors), tensors)
+
+
+def test_the_numbers_of_a_671b_index(deepseek_v3, exact_v3, tmp_path):
+    found = outline.read_any(deepseek_v3, "model.path")
+    assert found.is_estimate and found.shape == exact_v3.shape
+    assert exact_v3.num_weights == pytest.approx(671.03e9, rel=1e-4), "the public figure, without layer 61"
+    assert found.num_weights == pytest.approx(671e9, rel=1e-3)
+    assert found.active_weights == pytest.approx(37.5e9, rel=0.01)
+    assert (found.shape.num_layers, found.shape.moe_layers) == (61, tuple(range(3, 61)))
+    quantization = config.values([])["quantization"]
+    for one, exact in zip(*(forecast.uniform_sizes(Prediction(m, quantization)) for m in (found, exact_v3)), strict=True):
+        assert one.folder == pytest.approx(exact.folder, rel=0.01) and one.bits == pytest.approx(exact.bits, rel=0.01)
+    float8 = outline.read_any(large.write_index(tmp_path, float8=True), "model.path")
+    assert float8.tensors.keys() == found.tensors.keys()
+    assert float8.num_weights == pytest.approx(671e9, rel=1e-3), "published in 8 bits, read as 16-bit"
+
+
+def test_experts_in_four_bits_are_told_by_their_names(tmp_path):
+    whole, bare = write_zoo_model(tmp_path / "whole", "gpt_oss"), tmp_path / "bare"
+    bare.mkdir()
+    exact = outline.read_any(whole, "model.path")
+    config_file = json.loads((whole / "config.json").read_text())
+    (bare / "config.json").write_text(json.dumps(config_file | {"quantization_config": {"quant_method": "mxfp4"}}))
+    names, total = {}, 0
+    for name, entry in exact.tensors.items():
+        is_expert = name.endswith(("experts.gate_up_proj", "experts.down_proj"))
+        names |= dict.fromkeys(
+            [f"{name}_blocks", f"{name}_scales"] if is_expert else [name], "model-00001-of-00001.safetensors"
+        )
+        total += entry.numel * 17 // 32 if is_expert else entry.nbytes
+    index = {"metadata": {"total_size": total}, "weight_map": names}
+    (bare / "model.safetensors.index.json").write_text(json.dumps(index))
+    found = outline.read_any(bare, "model.path")
+    assert found.tensors.keys() == exact.tensors.keys() and found.routed_weights == exact.routed_weights
+    assert found.num_weights == pytest.approx(exact.num_weights, rel=0.01)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "deepseek_v3", "hunyuan_v1_moe", "granitemoe", "deepseek"])
+def test_the_index_alone_comes_close_to_the_headers(family, tmp_path):
+    whole, bare = write_zoo_model(tmp_path / "whole", family), tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(whole / "config.json", bare)
+    exact = outline.read_any(whole, "model.path")
+    stored = {entry.name: entry for entry in exact.tensors.values() if entry.path}
+    weight_map = {name: "model-00001-of-00001.safetensors" for name in stored}
+    index = {"metadata": {"total_size": sum(entry.nbytes for entry in stored.values())}, "weight_map": weight_map}
+    (bare / "model.safetensors.index.json").write_text(json.dumps(index))
+    found = outline.read_any(bare, "model.path")
+    assert (found.is_estimate, exact.is_estimate) == (True, False)
+    assert found.shape == exact.shape and found.tensors.keys() == exact.tensors.keys()
+    assert found.num_weights == pytest.approx(exact.num_weights, rel=0.01)
+    quantization = config.values(["quantization.group_size=32"])["quantization"]
+    bits = [[2] * exact.shape.num_experts] * len(exact.shape.moe_layers)
+    each = [Prediction(model, quantization).weight_bytes(bits) for model in (found, exact)]
+    assert each[0] == pytest.approx(each[1], rel=0.05)
+
+
+def test_what_an_index_must_say(deepseek_v3, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(large.CONFIG))
+    index = json.loads((deepseek_v3 / "model.safetensors.index.json").read_text())
+
+    def refused(index, match):
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+        with pytest.raises(ValueError, match=match):
+            outline.read_any(tmp_path, "model.path")
+
+    refused(index | {"metadata": {}}, r"no metadata\.total_size")
+    refused(index | {"metadata": {"total_size": 10**9}}, "total_size=1000000000 is less than the experts")
+    del index["weight_map"]["model.layers.7.mlp.experts.9.up_proj.weight"]
+    del index["weight_map"]["model.layers.7.mlp.experts.9.gate_proj.weight"]
+    del index["weight_map"]["model.layers.7.mlp.experts.9.down_proj.weight"]
+    refused(index, "layer 7 lacks expert 9")
+
+
+def test_the_recipe_is_the_model_that_gets_trained(tmp_path):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    recipe = config.values(["model.tokenizer.vocab_size=400"])["model"]
+    small = MixtralConfig(**recipe["architecture"], vocab_size=400)
+    MixtralForCausalLM(small).bfloat16().save_pretrained(tmp_path)
+    expected = {name: (entry.dtype, entry.shape) for name, entry in outline.read(tmp_path, "model").tensors.items()}
+    found = outline.from_recipe(recipe).tensors
+    assert {name: (entry.dtype, entry.shape) for name, entry in found.items()} == expected
+
+
+def test_a_local_folder(model_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text, problems = forecast.forecast(["model=local", f"model.path={model_folder}", "allocation.budget=0.2MiB", *SMALL])
+    assert not problems and text.endswith("it fits")
+    prediction = Prediction(outline.read(model_folder, "model"), config.values(SMALL)["quantization"])
+    table = sizes_of(text)
+    assert set(table) == {"1", "2", "3", "4", "8"}
+    for width, size in table.items():
+        assert size == pytest.approx(prediction.folder_bytes([[int(width)] * 4] * 2), abs=0.006 * 2**20)
+    assert "pmq 0.2MiB (asked" in text and "2 with 4 experts, 2 a token" in text and "estimate" not in text
+    assert not list(tmp_path.iterdir()), "nothing is written"
+
+
+def test_what_the_machine_lacks(model_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(estimate, "machine_memory", lambda: 100 << 20)
+    monkeypatch.setattr(estimate, "free_disk", lambda folder: 1 << 20)
+    with pytest.raises(SystemExit) as ended:
+        forecast.main(["model=local", f"model.path={model_folder}", *SMALL])
+    said = str(ended.value)
+    assert said.startswith("moepress: does not fit: statistics needs ") and "this machine has 100.00MiB" in said
+    assert "of disk, paths.results=results has 1.00MiB free" in said
+    assert "it fits" not in capsys.readouterr().out
+
+
+def test_a_gpu_is_what_the_model_must_fit_in(model_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(forecast, "uses_gpu", lambda device: True)
+    monkeypatch.setattr(estimate, "gpu_memory", lambda: 1 << 20)
+    text, problems = forecast.forecast(["model=local", f"model.path={model_folder}", *SMALL])
+    assert "GPU memory, at the most" in text and "the GPU is faster" in text
+    assert problems and all("of GPU memory, this machine has 1.00MiB" in problem for problem in problems)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model=local"], r"model\.path is not set"),
+        (["model=local", "model.path=/nowhere"], r"model\.path='/nowhere': no such folder"),
+        (["allocation.budget=1KiB"], r"allocation\.budget=1KiB: no allocation fits; this model takes from .*MiB"),
+        (["allocation=uniform", "allocation.budget=1KiB"], r"allocation\.budget=1KiB.*every expert at 1 bit"),
+        (["allocation.bitz=3"], r"keys of allocation"),
+        (["study=default"], r"study=default: plan takes the KEY=VALUE of one experiment"),
+        (["--cfg"], r"--cfg: plan takes"),
+    ],
+)
+def test_bad_values(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        forecast.forecast(overrides)
+
+
+def test_the_command(model_folder, deepseek_v3):
+    small = plan("model=local", f"model.path={model_folder}", *SMALL)
+    assert (small.returncode, small.stderr) == (0, "") and "it fits" in small.stdout
+    refused = plan("model=local", f"model.path={model_folder}", "allocation.budget=1KiB", *SMALL)
+    assert refused.returncode == 1 and refused.stderr.startswith("moepress: allocation.budget=1KiB: no allocation fits")
+    assert not refused.stdout
+    helped = plan("--help")
+    assert helped.returncode == 0 and "moepress plan [KEY=VALUE ...]" in helped.stdout
+    code = (
+        "import sys; from moepress import forecast;"
+        f"text, _ = forecast.forecast(['model=local', 'model.path={deepseek_v3}', 'allocation.budget=220GiB']);"
+        "print(sorted({'torch', 'transformers', 'pandas', 'scipy'} & set(sys.modules))); print(text)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert done.startswith("[]\n") and "671.1B: 97.4% in routed experts" in done
+    assert "estimate from the index's total size" in done
+
+
+def test_a_hub_model_needs_two_files_and_a_connection(deepseek_v3, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    asked = []
+
+    def download(model_id, name, revision):
+        asked.append((model_id, name, revision))
+        if model_id == "org/missing":
+            raise OSError("no route to the hub")
+        return str(deepseek_v3 / name)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    text, problems = forecast.forecast(["model=hub", "model.id=org/name"])
+    assert asked == [("org/name", name, "main") for name in ("config.json", "model.safetensors.index.json")]
+    assert text.startswith("model       org/name (deepseek_v3)") and problems
+    with pytest.raises(ValueError, match=r"model\.id='org/missing'.*config\.json could not be fetched.*no route to the hub"):
+        forecast.forecast(["model=hub", "model.id=org/missing"])
+
+
+@pytest.mark.parametrize("total", [16, 20, 27, 31, 64])
+def test_mixed_widths_fill_the_total(total):
+    sizes = {1: 2, 2: 4, 4: 8}
+    found = forecast.mixed(sizes, total, 8)
+    spent = sum(sizes[width] for width in found)
+    assert len(found) == 8 and spent <= total and (total - spent < 4 or set(found) == {4})
+    narrow = forecast.mixed(sizes, total, 8, mixes=False)
+    assert len(set(narrow)) == 1 and 8 * sizes[narrow[0]] <= total
+
+
+def test_the_estimates_know_the_codes_own_numbers():
+    from moepress.models import streaming
+    from moepress.quantization import experts
+
+    assert (estimate.WORKSPACE, estimate.TOKENS_AT_ONCE) == (experts.WORKSPACE, streaming.TOKENS_AT_ONCE)
+
+
+def test_a_16_bit_model_beyond_the_memory_is_evaluated_a_layer_at_a_time(exact_v3):
+    values = config.values(["allocation.budget=220GiB"])
+    large_enough, smaller = (estimate.memory(exact_v3, values, 240 << 30, "cpu", has) for has in (4 << 40, 512 << 30))
+    assert large_enough["evaluation at 16 bits"] > 4 * exact_v3.num_weights > 40 * smaller["evaluation at 16 bits"]
+    assert large_enough["latency"] - smaller["latency"] == 4 * exact_v3.num_weights
+    assert max(smaller.values()) < 512 << 30, "so that the run fits"
+
+
+def test_more_work_takes_longer(model_folder):
+    model = outline.read(model_folder, "model")
+
+    def spent(*overrides):
+        return estimate.seconds(model, config.values([*SMALL, *overrides]), 1e9)
+
+    plain = spent()
+    assert spent("calibration.num_sequences=640")["quantization"] > plain["quantization"]
+    assert spent("statistics.widths=[2]")["statistics"] < plain["statistics"]
+    assert "statistics" not in spent("quantization=rtn", "allocation=uniform", "allocation.bits=3")
+    assert set(spent("quantization=none")) == {"model", "evaluation and latency"}
+    given = ["model=local", f"model.path={model_folder}", "quantization=rtn", "allocation=uniform"]
+    rtn = estimate.disk(model, config.values([*SMALL, *given]), 10)
+    assert rtn == {"hidden states, while it runs": 0, "packed folder": 10}
+
+
+def test_finished_quantizations_correct_the_estimate(model_folder, tmp_path):
+    values = config.values(SMALL)
+    folders = {"model/m": None, "calibration/c": {"calibration": values["calibration"]}}
+    folders["quantization/q"] = {"quantization": values["quantization"]}
+    for name, described in folders.items():
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.yaml").write_text(yaml.safe_dump({"config": described}))
+    (tmp_path / "model/m/reference.json").write_text(json.dumps({"path": str(model_folder)}))
+    provenance = {"device": "a machine", "inputs": {"model": "m", "calibration": "c"}}
+    (tmp_path / "quantization/q/provenance.json").write_text(json.dumps(provenance))
+    found = []
+    for seconds in (10, 20):
+        (tmp_path / "quantization/q/timing.json").write_text(json.dumps({"quantize_seconds": seconds}))
+        found.append(estimate.correction_from(tmp_path, 1e9, "a machine"))
+    assert found[1] == pytest.approx(2 * found[0])
+    assert estimate.correction_from(tmp_path, 1e9, "another machine") is None
