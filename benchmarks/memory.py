@@ -134,12 +134,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--threads", type=int, help="of the stage; on a shared machine one can be faster than two")
     parser.add_argument("--target", default="quantization", choices=["statistics", "quantization"])
     arguments, overrides = parser.parse_known_args()
     folder = arguments.folder.resolve()
     write_checkpoint(folder / "model", arguments.layers)
     write_texts(folder / "texts" / "words", folder / "model")
-    sequences, seq_len = 4, 256
+    sequences, seq_len = 4, 128
     overrides = ["quantization=qesc", "allocation=uniform", "allocation.bits=2", *overrides]
     overrides = ["model=local", f"model.path={folder / 'model'}", "corpus=local", f"corpus.path={folder / 'texts'}", *overrides]
     overrides += [
@@ -152,6 +153,8 @@ def main() -> None:
     if arguments.target == "statistics":
         target = target.inputs["allocation"].inputs["statistics"]
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--cores", "2"]
+    if arguments.threads:
+        command += ["--set-threads", *(f"{stage}={arguments.threads}" for stage in ("statistics", "quantization"))]
     command += ["--config", f"experiments={json.dumps([' '.join(overrides)])}", "--", f"{folder / 'results'}/{target.folder}"]
 
     trace, started = folder / "memory.csv", time.time()

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moepress.data import corpus, packages
+from moepress.evaluation import benchmarks
 
 CONF = Path(__file__).parents[1] / "conf" / "corpus"
 
@@ -249,7 +250,7 @@ def test_failed_download(wheels, tmp_path, monkeypatch):
 
 
 def test_requirements_are_pinned_with_hashes():
-    assert set(packages.requirements()) == {name for name, _, _ in packages.WHEELS.values()}
+    assert set(packages.requirements()) == {name for name, _, _ in packages.WHEELS.values()} | {benchmarks.PACKAGE}
 
 
 def test_unknown_domain_and_other_python(tmp_path):

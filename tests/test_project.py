@@ -22,7 +22,7 @@ def test_every_dependency_is_pinned_and_has_its_reason():
 
 def test_every_dependency_is_used():
     code = "\n".join(path.read_text() for folder in ("src", "workflow") for path in (ROOT / folder).rglob("*.*[yk]"))
-    modules = {"hydra-core": "hydra", "pyyaml": "yaml", "pyarrow": "to_parquet"}
+    modules = {"hydra-core": "hydra", "lm-eval": "lm_eval", "pyyaml": "yaml", "pyarrow": "to_parquet"}
     for dependency in PROJECT["project"]["dependencies"]:
         name = dependency.split("==")[0]
         assert re.search(rf"\b{modules.get(name, name)}\b", code), f"nothing uses {name}"

@@ -135,6 +135,10 @@ class Results:
         summary = {"loaded_bytes": 1000 if name.startswith("evaluation/16bit") else 500, "device": "cpu"}
         summary |= {"active_slots": active, "selection_shift": shift or 0.0, "selection_shift_stderr": 0.002}
         self.write(folder / "metrics.json", {"domains": domains, **summary})
+        swap = {"metric": "acc,none", "value": 0.9 - above, "stderr": 0.02, "chance": 0.5, "num_items": 200, "limited": False}
+        piqa = swap | {"value": 0.7 - above, "stderr": 0.04, "num_items": 100, "limited": True}
+        scores = {"word_swap": swap | {"items_sha256": "1"}, "piqa": piqa | {"items_sha256": "2"}}
+        self.write(folder / "tasks.json", {"moepress": {"limit": 100, "scores": scores}})
         pd.concat(frames).to_parquet(folder / "blocks.parquet")
 
     def time(self, name: str) -> None:
@@ -212,6 +216,10 @@ def test_columns_and_values(study):
         expected += [f"ppl_{domain}", f"ppl_{domain}_stderr"]
     for name in ("ppl_mean", "ppl_ood", "delta_nll", "delta_nll_ood", "selection_shift"):
         expected += [name, f"{name}_stderr"]
+        if name == "delta_nll_ood":
+            for task in ("word_swap", "piqa", "mean"):
+                expected += [f"acc_{task}", f"acc_{task}_stderr"]
+            expected += ["limit"]
     expected += [
         "quantize_seconds",
         "peak_memory_bytes",
@@ -246,6 +254,8 @@ def test_columns_and_values(study):
     assert (row["quantize_seconds"], row["peak_memory_bytes"], row["prefill_ms"]) == (1.5, 2**30, 50)
     pruned = found.set_index("run").loc["qesc-3-pesf-0.3"]
     assert (pruned["pruning"], pruned["activated_experts"]) == ("pesf-0.3", pytest.approx(1.6))
+    assert row["acc_piqa"] == pytest.approx(0.7 - above) and row["acc_mean"] == pytest.approx(0.8 - above)
+    assert row["acc_mean_stderr"] == pytest.approx(np.hypot(0.02, 0.04) / 2) and row["limit"] == 100
     keys = json.loads(row["keys"])
     assert keys["model"] == "aaaa" and set(keys) >= {
         "quantization",
@@ -286,6 +296,8 @@ def test_page_is_self_contained(study):
     assert "<script" not in page and "url(" not in page and "http" not in re.sub(r"base64,[^\"]*", "", page)
     for text in ("CC BY-SA 4.0", "torch 2.13.0", "8 sequences of 64 tokens", "least used expert", "evaluation/16bit-"):
         assert text in page
+    assert re.search(r"80\.0\s%\*", page) and re.search(r"70\.0\s%\s±\s4\.0\*", page), "limited scores are marked"
+    assert re.search(r"90\.0\s%\s±\s2\.0<", page), "and others are not"
     markdown = (study[2] / "summary.md").read_text()
     rows = [line for line in markdown.splitlines() if line.startswith("|")]
     assert len(rows) == len(STUDY) + 2 and len({row.count("|") for row in rows}) == 1
@@ -312,6 +324,42 @@ def test_unequal_text_is_refused(results):
     path.write_text(json.dumps(metrics))
     with pytest.raises(ValueError, match=r"'16bit' and 'gptq-2'.*code"):
         results.report(runs)
+
+
+def test_unequal_items_are_refused(results):
+    runs = [results.run("16bit"), results.run("rtn-2")]
+    path = results.root / runs[1]["artefacts"]["evaluation"] / "tasks.json"
+    tasks = json.loads(path.read_text())
+    tasks["moepress"]["scores"]["piqa"]["items_sha256"] = "others"
+    path.write_text(json.dumps(tasks))
+    with pytest.raises(
+        ValueError, match=r"'16bit' and 'rtn-2' answered different items or prompts of piqa.*evaluation\.source"
+    ):
+        results.report(runs)
+    path.unlink()  # a run without tasks stands beside the others
+    found = pd.read_csv(results.report(runs) / "runs.csv")
+    assert found["acc_mean"].notna().tolist() == [True, False]
+
+
+def test_without_tasks(results):
+    runs = [results.run("16bit"), results.run("rtn-2")]
+    for run in runs:
+        (results.root / run["artefacts"]["evaluation"] / "tasks.json").unlink()
+    out = results.report(runs)
+    assert not [column for column in pd.read_csv(out / "runs.csv").columns if column.startswith(("acc", "limit"))]
+    page = (out / "index.html").read_text()
+    assert not (out / "figures/accuracy.svg").exists() and "Scores by task" not in page and ">accuracy<" not in page
+
+
+def test_scores_that_are_no_accuracies(results):
+    run = results.run("16bit")
+    score = {"metric": "word_perplexity,none", "value": 12.5, "stderr": None, "chance": 0.0, "num_items": 9, "limited": False}
+    scores = {"wikitext": score | {"items_sha256": "1"}}
+    path = results.root / run["artefacts"]["evaluation"] / "tasks.json"
+    path.write_text(json.dumps({"moepress": {"limit": None, "scores": scores}}))
+    out = results.report([run])
+    row = pd.read_csv(out / "runs.csv").iloc[0]
+    assert row["word_perplexity_wikitext"] == 12.5 and "acc_mean" not in row.index and np.isnan(row["limit"])
 
 
 def test_missing_artefact_is_named(results):

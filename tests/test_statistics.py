@@ -41,7 +41,7 @@ def test_errors_against_the_whole_block(walk, method, coverage):
     inputs = ExpertInputs(experts, m.flatten(0, 1), stream.route(layer, m), coverage)
     for column, width in enumerate(WIDTHS):
         given = None if method == "rtn" else inputs
-        gate_up, down, _ = quantize_batch(RECIPES[method], experts, range(4), [width] * 4, given)
+        gate_up, down = quantize_batch(RECIPES[method], experts, range(4), [width] * 4, given)
         for e in range(4):
             experts.weights[e] = ([gate_up.dequantize()[e]], down.dequantize()[e])
             change = (stream.block(layer, m) - original).norm().item()

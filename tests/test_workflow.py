@@ -21,6 +21,7 @@ SMALL = [
     "calibration.seq_len=64",
     "evaluation.seq_len=64",
     "evaluation.num_blocks=4",
+    "evaluation.tasks=none",
     "latency.prefill_len=32",
     "latency.prefill_batch=2",
     "latency.decode_tokens=2",

@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from moepress import schema
 from moepress.data import settings
+from moepress.evaluation import suites
 from moepress.models import dense, families, outline
 from moepress.quantization.budget import Prediction, plan_budget
 
@@ -73,6 +74,7 @@ def validate(config: dict) -> dict:
     schema.check(bool(ok), "device", config["device"], "auto, cpu, cuda or cuda:N")
 
     schema.check(config["out"] is None or isinstance(config["out"], str), "out", config["out"], "a folder, or null")
+    suites.chosen(config["evaluation"])
     settings.check(config["corpus"])
     return config
 

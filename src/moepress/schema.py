@@ -3,6 +3,7 @@
 import math
 import re
 from dataclasses import dataclass
+from typing import Any
 
 WIDTHS = (1, 2, 3, 4, 8)
 """Bit widths that the packed format knows."""
@@ -211,12 +212,28 @@ class PESF:
 
 @dataclass
 class Evaluation:
+    """tasks: a name or a list of names; moepress.evaluation.suites checks them."""
+
     seq_len: int
     num_blocks: int
     domains: list[str] | None
     batch_size: int
+    tasks: Any
+    source: str
+    limit: int | None
+    num_fewshot: int | None
+    run_generated_code: bool
 
     def __post_init__(self):
+        self.tasks = [self.tasks] if isinstance(self.tasks, str) else self.tasks or []
+        ok = isinstance(self.tasks, list) and all(isinstance(name, str) for name in self.tasks)
+        expected = "none, a suite (quick, paper, mmlu, generation), or a list of these and of lm-eval's names"
+        check(ok, "evaluation.tasks", self.tasks, expected)
+        self.tasks = [name for name in self.tasks if name != "none"]
+        check(self.source in ("package", "hub"), "evaluation.source", self.source, "one of package, hub")
+        check(self.limit is None or self.limit >= 1, "evaluation.limit", self.limit, "null for all items, or at least 1")
+        ok = self.num_fewshot is None or self.num_fewshot >= 0
+        check(ok, "evaluation.num_fewshot", self.num_fewshot, "null for each task's own, or a number that is not negative")
         for name in ("num_blocks", "batch_size"):
             check(getattr(self, name) >= 1, f"evaluation.{name}", getattr(self, name), "at least 1")
         check(self.seq_len >= 8, "evaluation.seq_len", self.seq_len, "at least 8 tokens")

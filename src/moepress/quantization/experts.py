@@ -13,12 +13,16 @@ from tqdm import tqdm
 from moepress.models.experts import Experts
 from moepress.models.streaming import TOKENS_AT_ONCE, Routing
 from moepress.quantization import grid
-from moepress.quantization.gptq import Curvature, gptq, inverse_factor, output_error, shrunk
+from moepress.quantization.gptq import Curvature, gptq, inverse_factor, shrunk
 from moepress.quantization.packing import Quantized
 from moepress.quantization.size import group_of
 
 WORKSPACE = 2 << 30
 """Bytes that the curvatures of one batch of experts may take; a single expert may need more."""
+
+
+SAMPLE = 512
+"""Tokens that an expert's output error is measured on."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,14 @@ class ExpertInputs:
                     routed.add(i, self.experts.hidden(e, x, gate_up_COH[i]), share)
         return layer.mean() if self.coverage == "all" else shrunk(routed, layer)
 
+    def output_error(self, e: int, gate_up_OH: torch.Tensor, down_HI: torch.Tensor) -> float:
+        """`|q(x) - f(x)|^2 / |f(x)|^2` of expert e with other weights, over at most `SAMPLE` of its tokens; of all tokens where
+        it has none."""
+        rows = self.rows[e] if len(self.rows[e]) else torch.arange(len(self.m_TH))
+        x = self.m_TH[rows[:: -(-len(rows) // SAMPLE)]].to(self.device)
+        y = self.experts.output(e, x)
+        return ((self.experts.output(e, x, gate_up_OH, down_HI) - y).square().sum() / y.square().sum()).item()
+
     def _tokens(self, e: int) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
         """An expert's tokens and their shares, some at a time."""
         for start in range(0, len(self.rows[e]), TOKENS_AT_ONCE):
@@ -126,8 +138,8 @@ def _watched(batches: Iterator[range], num_experts: int) -> Iterator[range]:
 
 def quantize_batch(
     recipe: Recipe, experts: Experts, batch: range, bits: list[int], inputs: ExpertInputs | None, h=None, u=None
-):
-    """`(gate_up, down, down_curvature)` of a batch of experts at `bits`; h, u: the gate-up curvature and its factor where
+) -> tuple[Quantized, Quantized]:
+    """`(gate_up, down)` of a batch of experts at `bits`; h, u: the gate-up curvature and its factor where
     several widths share them. Without inputs: rounded to nearest, no curvature."""
     gate_up_w = torch.stack([experts.gate_up_matrix(e, torch.float32) for e in batch])
     if inputs is None:
@@ -139,25 +151,22 @@ def quantize_batch(
         del gate_up_w, h, u
         down_h = inputs.down_curvature(batch, gate_up.dequantize())
     down_w = torch.stack([experts.down_matrix(e, torch.float32) for e in batch])
-    return gate_up, recipe.quantize(down_w, down_h, bits), down_h
+    return gate_up, recipe.quantize(down_w, down_h, bits)
 
 
 def quantize_experts(
     recipe: Recipe, experts: Experts, bits: list[int], inputs: ExpertInputs | None
-) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+) -> tuple[dict[str, torch.Tensor], list[float] | None]:
     """All of a layer's experts, expert e at bits[e]: the packed tensors by name (`gate_up.codes`, ...) and each expert's
-    relative output error of its down projection `[E]` (None without inputs)."""
+    `ExpertInputs.output_error` (None without inputs)."""
     parts, errors = [], []
     for batch in _watched(expert_batches(experts), experts.num_experts):
-        gate_up, down, down_h = quantize_batch(recipe, experts, batch, [bits[e] for e in batch], inputs)
+        gate_up, down = quantize_batch(recipe, experts, batch, [bits[e] for e in batch], inputs)
         packed = {"gate_up": gate_up.pack(), "down": down.pack()}
         parts.append({f"{name}.{part}": tensor for name, found in packed.items() for part, tensor in found.items()})
         if inputs is not None:
-            for i, e in enumerate(batch):
-                original = experts.down_matrix(e, torch.float32)[None]
-                one = Quantized(down.codes[i : i + 1], down.scales[i : i + 1], down.zeros[i : i + 1], [bits[e]])
-                errors.append(output_error(original, one.dequantize(), down_h[i : i + 1]))
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, torch.cat(errors) if errors else None
+            errors += [inputs.output_error(e, gate_up.matrix(i), down.matrix(i)) for i, e in enumerate(batch)]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, errors or None
 
 
 def width_errors(recipe: Recipe, inputs: ExpertInputs, weights_TE: torch.Tensor, widths: list[int]) -> torch.Tensor:
@@ -172,7 +181,7 @@ def width_errors(recipe: Recipe, inputs: ExpertInputs, weights_TE: torch.Tensor,
             u = inverse_factor(h, recipe.damping)
         for column, width in enumerate(widths):
             given = None if recipe.method == "rtn" else inputs
-            gate_up, down, _ = quantize_batch(recipe, experts, batch, [width] * len(batch), given, h, u)
+            gate_up, down = quantize_batch(recipe, experts, batch, [width] * len(batch), given, h, u)
             gate_up, down = gate_up.dequantize(), down.dequantize()
             for i, e in enumerate(batch):
                 square = 0.0

@@ -100,21 +100,16 @@ def gptq(
             columns = slice(start, start + group_size)
             scale, zero = grid.search(w[:, columns].transpose(1, 2), top, importance[:, columns], how)
             scales[:, :, group], zeros[:, :, group] = scale, zero
+            shift, highest = zero / grid.ZERO_STEPS, top.expand_as(zero).contiguous()
         block, factor = w[:, start:end], u[:, start:end, start:end]
         errors, rounded = torch.empty_like(block), torch.empty_like(block)
         for j in range(block_size):
-            column = block[:, j, :, None]
-            code, value = grid.round_to_grid(column, scale, zero, top)
-            rounded[:, j] = code[..., 0]
-            errors[:, j] = (column - value)[..., 0] / factor[:, j, j, None]
+            column = block[:, j]
+            code = torch.addcdiv(shift, column, scale).round_().clamp_(min=0)
+            rounded[:, j] = torch.minimum(code, highest, out=code)
+            errors[:, j] = column - (code - shift) * scale
+            errors[:, j] /= factor[:, j, j, None]
             block[:, j + 1 :].baddbmm_(factor[:, j, j + 1 :, None], errors[:, j, None, :], alpha=-1)
         codes[:, :, start:end] = rounded.transpose(1, 2)
         w[:, end:].baddbmm_(u[:, start:end, end:].transpose(1, 2), errors, alpha=-1)
     return Quantized(codes, scales.half(), zeros.to(torch.int16), list(bits))
-
-
-def output_error(w_EOI: torch.Tensor, q_EOI: torch.Tensor, h_EII: torch.Tensor) -> torch.Tensor:
-    """Relative squared error of the outputs under the curvature, `tr(D H D^T) / tr(W H W^T)` with D = W - Q: `[E]`."""
-    d = w_EOI.float() - q_EOI.float()
-    error = torch.einsum("eoi,eoi->e", d @ h_EII, d)
-    return error / torch.einsum("eoi,eoi->e", w_EOI.float() @ h_EII, w_EOI.float()).clamp(min=1e-30)

@@ -43,22 +43,26 @@ def search(
     importance: weight of each column's squared error (the curvature's diagonal), None for equal weights. The ends are
     searched together, then each alone: 3 x clip_steps trials. No trial is kept that is worse than the one before.
     """
-    step = max(1, ELEMENTS_AT_ONCE // (w_EOC.shape[0] * w_EOC.shape[2]))  # rows that stay in the cache through all trials
-    found = [_search(rows.float().contiguous(), top_E1, importance_EC, how) for rows in w_EOC.split(step, dim=1)]
-    return tuple(torch.cat(parts, 1) for parts in zip(*found, strict=True))
+    step = max(1, ELEMENTS_AT_ONCE // w_EOC.shape[2])  # rows that stay in the cache through all trials
+    scales, zeros = [], []
+    for e, top in enumerate(top_E1[:, 0].tolist()):
+        weight_C = torch.ones_like(w_EOC[e, 0]) if importance_EC is None else importance_EC[e]
+        found = [_search(rows.float().contiguous(), top, weight_C.float(), how) for rows in w_EOC[e].split(step)]
+        scale, zero = (torch.cat(parts) for parts in zip(*found, strict=True))
+        scales.append(scale)
+        zeros.append(zero)
+    return torch.stack(scales), torch.stack(zeros)
 
 
-def _search(w_EOC, top_E1, importance_EC, how: Search):
-    low_EO, high_EO = w_EOC.amin(-1).clamp(max=0), w_EOC.amax(-1).clamp(min=0)
-    weight_EC = torch.ones_like(w_EOC[:, 0]) if importance_EC is None else importance_EC
-    ones, zero_E11 = torch.ones_like(low_EO), torch.zeros_like(top_E1[..., None])
+def _search(w_OC, top: float, weight_C, how: Search):
+    low_O, high_O = w_OC.amin(-1).clamp(max=0), w_OC.amax(-1).clamp(min=0)
+    ones = torch.ones_like(low_O)
 
     def better(trial, found):
         """The trial `(scale, zero, ...)` where its error is smaller: `scale^2 |round(z) - z|^2`, z the weights in codes."""
         scale, zero = trial[:2]
-        z = torch.addcmul(zero[..., None] / ZERO_STEPS, w_EOC, 1 / scale[..., None])
-        off = torch.clamp(z.round(), zero_E11, top_E1[..., None]).sub_(z).square_()
-        error = (off @ weight_EC[..., None])[..., 0] * scale.square()
+        z = torch.addcmul(zero[:, None] / ZERO_STEPS, w_OC, 1 / scale[:, None])
+        error = (z.round().clamp_(0, top).sub_(z).square_() @ weight_C) * scale.square()
         wins = error < found[0]
         return tuple(torch.where(wins, new, old) for new, old in zip((error, *trial), found, strict=True))
 
@@ -67,32 +71,31 @@ def _search(w_EOC, top_E1, importance_EC, how: Search):
         for ratio in torch.linspace(1, how.clip_min, how.clip_steps).tolist():
             a = found[3] if ends == "high" else ratio * ones
             b = found[4] if ends == "low" else ratio * ones
-            found = better((*fit(a * low_EO, b * high_EO, top_E1), a, b), found)
+            found = better((*fit(a * low_O, b * high_O, top), a, b), found)
     found = found[:3]
     for _ in range(how.fit_rounds):
-        found = better(least_squares(w_EOC, *found[1:], top_E1, weight_EC[:, None]), found)
+        found = better(least_squares(w_OC, *found[1:], top, weight_C), found)
     return found[1:]
 
 
-def least_squares(w_EOC, scale_EO, zero_EO, top_E1, weight_EOC) -> tuple[torch.Tensor, torch.Tensor]:
+def least_squares(w_OC, scale_O, zero_O, top: float, weight_C) -> tuple[torch.Tensor, torch.Tensor]:
     """The scale and zero point that fit the weights best with the codes of the given ones."""
-    codes, _ = round_to_grid(w_EOC, scale_EO, zero_EO, top_E1)
-    share = weight_EOC / weight_EOC.sum(-1, keepdim=True).clamp(min=1e-30)
-    mean_code, mean_w = (codes * share).sum(-1), (w_EOC * share).sum(-1)
-    spread = codes - mean_code[..., None]
-    slope = (spread * w_EOC * share).sum(-1) / (spread.square() * share).sum(-1)
-    scale = torch.where((slope > 0) & slope.isfinite(), slope, scale_EO).half().float()
-    scale = torch.where(scale > 0, scale, scale_EO)
-    zero = torch.round((mean_code - mean_w / scale) * ZERO_STEPS).clamp(min=0).minimum(ZERO_STEPS * top_E1)
+    codes = torch.addcmul(zero_O[:, None] / ZERO_STEPS, w_OC, 1 / scale_O[:, None]).round_().clamp_(0, top)
+    share_C = weight_C / weight_C.sum().clamp(min=1e-30)
+    mean_code, mean_w = codes @ share_C, w_OC @ share_C
+    spread = codes.sub_(mean_code[:, None])
+    slope = ((spread * w_OC) @ share_C) / (spread.square() @ share_C)
+    scale = torch.where((slope > 0) & slope.isfinite(), slope, scale_O).half().float()
+    scale = torch.where(scale > 0, scale, scale_O)
+    zero = torch.round((mean_code - mean_w / scale) * ZERO_STEPS).clamp(0, ZERO_STEPS * top)
     return scale, zero
 
 
-def fit(low_EO: torch.Tensor, high_EO: torch.Tensor, top_E1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and zero point of a range that contains 0; a constant group of zeros gets scale 1."""
-    scale = ((high_EO - low_EO) / top_E1).half().float()
+def fit(low: torch.Tensor, high: torch.Tensor, top: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero point of ranges that contain 0; a constant group of zeros gets scale 1."""
+    scale = ((high - low) / top).half().float()
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    zero = torch.round(-low_EO / scale * ZERO_STEPS).clamp(min=0).minimum(ZERO_STEPS * top_E1)
-    return scale, zero
+    return scale, torch.round(-low / scale * ZERO_STEPS).clamp(0, ZERO_STEPS * top)
 
 
 def round_to_grid(w_EOC, scale_EO, zero_EO, top_E1) -> tuple[torch.Tensor, torch.Tensor]:

@@ -62,6 +62,10 @@ class Quantized:
         """`[E, O, I]`; computed as inference does it, so that both see the same weights to the bit."""
         return dequantize(self.codes, self.scales, self.zeros, dtype)
 
+    def matrix(self, e: int) -> torch.Tensor:
+        """Matrix e `[O, I]` dequantized, float32."""
+        return dequantize(self.codes[e], self.scales[e], self.zeros[e], torch.float32)
+
     def pack(self) -> dict[str, torch.Tensor]:
         """`codes` and `zeros`: uint8 streams, expert after expert; `scales`: float16 `[E, O, G]`."""
         return {

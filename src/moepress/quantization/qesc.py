@@ -160,7 +160,7 @@ class LayerQuantizer:
         if inputs:
             self.diagnostics["tokens"] = inputs.num_tokens
             self.diagnostics["starved"] = [e for e, n in enumerate(inputs.num_tokens) if n < experts.hidden_size]
-            self.diagnostics["expert_errors"] = errors.tolist()
+            self.diagnostics["expert_errors"] = errors
 
     def keep_rest(self) -> None:
         """What is not quantized keeps its bytes."""

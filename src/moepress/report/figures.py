@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from moepress.report import heatmaps, lines
+from moepress.report import heatmaps, lines, scores
 from moepress.report.reading import Run
 from moepress.report.style import RC, plt, save
 
@@ -35,6 +35,13 @@ FIGURES = {
         "Quality against computed experts",
         "Pruning leaves the size as it is and computes fewer experts: lower and further left is better. Bars are one "
         "standard error of the difference to the 16-bit model on the same blocks of text.",
+    ),
+    "accuracy": Entry(
+        scores.accuracy,
+        "Accuracy by task",
+        "Further right is better. Bars are one standard error over the task's items, which all runs share: two runs differ "
+        "more surely than their bars suggest. The dashed line is the 16-bit model, the dotted one is chance. Small models "
+        "tell methods apart by perplexity rather than by these.",
     ),
     "selection_shift": Entry(
         lines.selection_shift,

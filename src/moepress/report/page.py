@@ -21,6 +21,7 @@ def write(name: str, caption: str, runs: list[Run], table: pd.DataFrame, out: Pa
     sentences = compare.summary(runs)
     groups = readable.groups(runs, table)
     domains, domain_rows = readable.domain_table(runs)
+    tasks, task_rows = readable.task_table(runs)
     source_headings, source_rows = facts.sources(runs)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     html = environment.from_string(PAGE).render(
@@ -33,6 +34,8 @@ def write(name: str, caption: str, runs: list[Run], table: pd.DataFrame, out: Pa
         legend=readable.LEGEND,
         domains=domains,
         domain_rows=domain_rows,
+        tasks=tasks,
+        task_rows=task_rows,
         figures=[_figure(figure, out / "figures") for figure in figures],
         facts=facts.all_facts(runs),
         source_headings=source_headings,

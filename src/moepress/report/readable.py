@@ -14,7 +14,8 @@ LEGEND = (
     "away. Percentages below a perplexity are its change from 16 bits. ± is one standard error over blocks of test "
     "text; those of changes are paired with the same blocks at 16 bits, and say nothing about another calibration "
     "sample. Size counts everything in the checkpoint's weight files; bits on disk are that size per weight. Prefill "
-    "and decode: how many times as fast as at 16 bits, and the time of one prefill and of one decoded token."
+    "and decode: how many times as fast as at 16 bits, and the time of one prefill and of one decoded token. Accuracy is the "
+    "mean over the tasks, ± over their items; an asterisk marks tasks of which only the first items were asked."
 )
 
 
@@ -64,6 +65,7 @@ def _cells(run: Run, row: pd.Series, runs: list[Run]) -> dict[str, Cell]:
         "method": (run.series, run.name),
         "perplexity": (_number(row["ppl_mean"]), _change(row, "delta_nll") if compressed else ""),
         "out of domain": (_number(row["ppl_ood"]), _change(row, "delta_nll_ood") if compressed else ""),
+        "accuracy": _accuracy(row) if "acc_mean" in row else NOTHING,
         "bits": (f"{row['bits_nominal']:.3g}", f"{row['bits_effective']:.2f} on disk"),
         "size": (mebibytes(run.checkpoint_bytes), smaller),
         "changed selections": shift,
@@ -82,6 +84,13 @@ def domain_table(runs: list[Run]) -> tuple[list[str], list[tuple[str, list[str]]
         found = [run.metrics["domains"][domain] for domain in inside + outside]
         rows.append((run.title, [f"{_number(one['ppl'])} ± {_number(one['ppl_stderr'], 2)}" for one in found]))
     return [*inside, *(f"{domain} (out)" for domain in outside)], rows
+
+
+def task_table(runs: list[Run]) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """Scores by task, in percent where they are shares: the tasks, and each run's numbers; empty without tasks."""
+    tasks = list(dict.fromkeys(task for run in runs for task in run.tasks))
+    rows = [(run.title, [_score(run.tasks.get(task)) for task in tasks]) for run in runs] if tasks else []
+    return tasks, rows
 
 
 def markdown(name: str, caption: str, sentences: list[str], found: list[Group]) -> str:
@@ -121,6 +130,20 @@ def _share(value: float, error: float) -> Cell:
     known = error is not None and not np.isnan(error)
     places = digits(100 * error) if known else 1
     return f"{100 * value:.{places}f}\u00a0%", f"±\u00a0{100 * error:.{places}f}" if known else ""
+
+
+def _accuracy(row: pd.Series) -> Cell:
+    if np.isnan(row["acc_mean"]):
+        return NOTHING
+    value, error = _share(row["acc_mean"], row["acc_mean_stderr"])
+    return f"{value}{'' if np.isnan(row['limit']) else '*'}", error
+
+
+def _score(score: dict | None) -> str:
+    if score is None or score["value"] is None:
+        return ""
+    value, error = _share(score["value"], score["stderr"])
+    return f"{value} {error}".strip() + ("*" if score["limited"] else "")
 
 
 def milliseconds(value: float) -> str:

@@ -123,6 +123,18 @@ class Run:
         return pd.read_parquet(self.folder("evaluation") / "blocks.parquet")
 
     @cached_property
+    def tasks(self) -> dict[str, dict]:
+        """Task -> its main score, as moepress.evaluation.harness gives it; none where no tasks were asked for."""
+        path = self.folder("evaluation") / "tasks.json"
+        return read_json(path)["moepress"]["scores"] if path.is_file() else {}
+
+    @property
+    def limit(self) -> int | None:
+        """evaluation.limit where it left out items of a task."""
+        is_limited = any(score["limited"] for score in self.tasks.values())
+        return self.json("evaluation", "tasks.json")["moepress"]["limit"] if is_limited else None
+
+    @cached_property
     def latency(self) -> dict:
         return self.json("latency", "latency.json")
 
@@ -214,6 +226,7 @@ def load(runs: list[dict], results: Path) -> list[Run]:
     if not found:
         raise ValueError("a report needs at least one run")
     check_same_text(found)
+    check_same_items(found)
     return found
 
 
@@ -231,6 +244,19 @@ def check_same_text(runs: list[Run]) -> None:
                 f"the runs {first.name!r} and {run.name!r} were evaluated on different text of {differ}, so one table "
                 "cannot compare them; report them apart, or give them one corpus, tokenizer and evaluation.*"
             )
+
+
+def check_same_items(runs: list[Run]) -> None:
+    """Raise ValueError naming the runs that were asked other items, or in other words, under the same task's name."""
+    first: dict[str, Run] = {}
+    for run in runs:
+        for task, score in run.tasks.items():
+            other = first.setdefault(task, run)
+            if score["items_sha256"] != other.tasks[task]["items_sha256"] or score["metric"] != other.tasks[task]["metric"]:
+                raise ValueError(
+                    f"the runs {other.name!r} and {run.name!r} answered different items or prompts of {task}, so one table "
+                    "cannot compare them; report them apart, or give them one corpus, evaluation.source, limit and num_fewshot"
+                )
 
 
 def reference_of(run: Run, runs: Iterable[Run]) -> Run | None:

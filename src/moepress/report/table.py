@@ -29,7 +29,8 @@ def tabulate(runs: list[Run]) -> pd.DataFrame:
     activated_experts: routed experts computed per token. ppl_mean: geometric mean of the perplexities of the domains
     that the corpus has training or calibration text of; ppl_ood: of the others. delta_nll: mean increase over the
     16-bit model in nats per token on the same blocks, over the domains of ppl_mean (so exp(delta_nll) is the ratio of
-    the two ppl_mean); delta_nll_ood: over those of ppl_ood. selection_shift: share of selected slots that changed.
+    the two ppl_mean); delta_nll_ood: over those of ppl_ood. acc_mean: mean accuracy over the run's tasks; limit: only so
+    many items of each task were asked. selection_shift: share of selected slots that changed.
     """
     return pd.DataFrame([row(run, reference_of(run, runs)) for run in runs])
 
@@ -56,6 +57,7 @@ def row(run: Run, reference: Run | None) -> dict:
         found[f"ppl_{name}"], found[f"ppl_{name}_stderr"] = np.exp(nll), np.exp(nll) * error
     for name, domains in (("delta_nll", inside), ("delta_nll_ood", outside)):
         found[name], found[f"{name}_stderr"] = increase([run], [reference], domains) if reference else (np.nan, np.nan)
+    found |= accuracies(run)
     provenance = run.json("quantization", "provenance.json") if quantized else {}
     return found | {
         "selection_shift": run.metrics["selection_shift"],
@@ -68,6 +70,22 @@ def row(run: Run, reference: Run | None) -> dict:
         "seed": run.seed,
         "keys": compact_json(run.keys),
     }
+
+
+def accuracies(run: Run) -> dict:
+    """Columns of the tasks' scores (`acc_<task>`; `<metric>_<task>` of what is no accuracy) with their standard errors."""
+    found, accurate = {}, []
+    for task, score in run.tasks.items():
+        metric = score["metric"].split(",")[0]
+        is_share = metric.startswith(("acc", "exact_match", "pass"))
+        value, error = (np.nan if number is None else number for number in (score["value"], score["stderr"]))
+        name = f"{'acc' if is_share else metric}_{task}"
+        found |= {name: value, f"{name}_stderr": error}
+        accurate += [(value, error)] if metric.startswith("acc") else []
+    if accurate:
+        values, errors = np.array(accurate).T
+        found |= {"acc_mean": values.mean(), "acc_mean_stderr": np.sqrt((errors**2).sum()) / len(errors)}
+    return found | ({"limit": run.limit or np.nan} if run.tasks else {})
 
 
 def mean_over_domains(blocks: pd.DataFrame, domains: list[str], column: str = "nll") -> tuple[float, float]:

