@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from moepress import schema
 from moepress.data import settings
 from moepress.evaluation import suites
-from moepress.models import families, outline
+from moepress.models import dense, families, outline
 from moepress.quantization.budget import Prediction, plan_budget
 
 ROOT = next(p for p in (Path(__file__).parents[2], Path(__file__).parent) if (p / "conf").is_dir())
@@ -94,6 +94,11 @@ def with_files(config: dict) -> dict:
     elif config["model"]["kind"] == "tiny":
         # How large its tokenizer will be is not known yet: only what surely does not fit is refused here.
         model = dataclasses.replace(outline.from_recipe(config["model"]), files={})
+    elif config["model"]["kind"] == "carved":
+        model = dataclasses.replace(outline.from_carving(config["model"]), files={})
+        config["model"]["fingerprint"] = dense.fingerprint(config["model"])
+        if config["model"]["path"] and config["model"]["name"] == "carved":
+            config["model"]["name"] = f"carved-{Path(config['model']['path']).resolve().name}"
     if model and config["quantization"]["method"] != "none":
         families.check_group_size(model.shape, config["quantization"]["group_size"])
         plan_budget(config["allocation"], Prediction(model, config["quantization"]))

