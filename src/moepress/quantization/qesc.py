@@ -59,8 +59,11 @@ def quantize_model(
         if streams.layer == 0 and tokens_NS is not None:
             streams["x_hat"].copy_(stream.embed(tokens_NS, streams["x"]))
         for index, layer in stream.layers(streams.layer):
-            quantizer = LayerQuantizer(stream, layer, index, recipe, None if tokens_NS is None else streams, coverage)
-            yield quantizer.run(bits_of.get(index))
+            result = LayerQuantizer(stream, layer, index, recipe, None if tokens_NS is None else streams, coverage).run(
+                bits_of.get(index)
+            )
+            yield result
+            del result  # with its tensors, before the next layer's are read
             streams.advance()
 
 

@@ -36,6 +36,7 @@ def run(task: Task) -> None:
         layers.append({**result.diagnostics, "modules": result.modules, "seconds": round(seconds, 3)})
         layers[-1]["peak_memory_bytes"] = peak_memory()
         write_json(task.out / "layers.json", layers)
+        del result  # with its tensors, before the next layer's are read
         remaining.update()
 
     modules = {name: width for layer in layers for name, width in layer["modules"].items()}
