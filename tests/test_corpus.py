@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from moepress.data import corpus, packages
 from moepress.evaluation import benchmarks
+from moepress.models import dense
 
 CONF = Path(__file__).parents[1] / "conf" / "corpus"
 
@@ -250,7 +251,8 @@ def test_failed_download(wheels, tmp_path, monkeypatch):
 
 
 def test_requirements_are_pinned_with_hashes():
-    assert set(packages.requirements()) == {name for name, _, _ in packages.WHEELS.values()} | {benchmarks.PACKAGE}
+    texts = {name for name, _, _ in packages.WHEELS.values()}
+    assert set(packages.requirements()) == texts | {benchmarks.PACKAGE} | set(dense.PACKAGES)
 
 
 def test_unknown_domain_and_other_python(tmp_path):
