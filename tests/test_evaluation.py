@@ -7,26 +7,26 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tqdm import tqdm
 
 from conftest import write_model
 from moepress.data import sampling
 from moepress.evaluation import perplexity as ppl
+from moepress.evaluation.usage import Usage, count, of_selections
 from moepress.inference.checkpoint import fits, load, load_model
 from moepress.models import families
 from moepress.models.streaming import ModelStream
-from moepress.pruning.policy import attach
+from moepress.pruning.policy import attach, experts_of
 from zoo import write_zoo_model
 
 
 def test_measure_against_the_model(model_folder):
     model, _ = load(model_folder, "cpu")
     blocks = np.random.default_rng(0).integers(1, 250, (5, 16))
-    before, after = ppl.SelectionTap(), ppl.SelectionTap()
-    before.watch(model)
     attach(model, {"method": "pesf", "alpha": 1.0, "renormalize": True})
-    after.watch(model)
-    measured = ppl.measure(model, 4, before, after, blocks, 2, tqdm(disable=True))
+    measured = ppl.measure(model, 4, blocks, 2, None, tqdm(disable=True))
     for n, block in enumerate(blocks):
         ids = torch.from_numpy(block)[None]
         with torch.inference_mode():
@@ -34,7 +34,62 @@ def test_measure_against_the_model(model_folder):
         assert measured.nll_N[n] == pytest.approx(loss.item(), abs=1e-4)
     assert measured.selected_NSLK.shape == (5, 16, 2, 2) and measured.selected_NSLK.flags["C_CONTIGUOUS"]
     assert measured.selected_NSLK.max() < 4, "what routers chose, before pruning"
-    assert 0.5 <= measured.active < 1
+    assert 0.5 <= measured.usage.summary()["active_slots"] < 1
+    assert not any(experts._forward_pre_hooks for experts in experts_of(load(model_folder, "cpu")[0])), "nothing stays behind"
+
+
+def test_strided_blocks_score_every_token_once_with_more_before_it(model_folder):
+    """Windows of 8 that begin 3 apart: from the sixth token on, each is scored in one window, behind 5 others or more."""
+    model, _ = load(model_folder, "cpu")
+    tokenizer, texts = sampling.load_tokenizer(model_folder), ["the experts of a layer", "a router and its bits"]
+    blocks, _ = sampling.token_blocks(tokenizer, 0, texts, 8, stride=3)
+    stream = [token for text in texts for token in [*tokenizer.encode(text).ids, 0]]
+    assert [block.tolist() for block in blocks] == [stream[i : i + 8] for i in range(0, len(stream) - 7, 3)]
+    measured = ppl.measure(model, 4, blocks, 4, 3, tqdm(disable=True))
+    expected = []
+    for start in range(0, len(stream) - 7, 3):
+        with torch.inference_mode():
+            log_probs = model(torch.tensor([stream[start : start + 8]])).logits[0].float().log_softmax(-1)
+        expected.append(-np.mean([float(log_probs[at - 1, stream[start + at]]) for at in (5, 6, 7)]))
+    assert np.allclose(measured.nll_N, expected, atol=1e-4)
+    assert [ppl.num_scored(8, stride) for stride in (None, 8, 7, 1)] == [7, 7, 7, 1]
+
+
+def test_a_text_between_documents_is_tokenized_as_the_gptq_papers_do(model_folder):
+    from transformers import AutoTokenizer
+
+    rows = ["", " = A title = \n", "the experts of a layer\n", "", "and\ta router\n"]
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    expected = tokenizer("\n\n".join(rows)).input_ids
+    blocks, bytes_per_token = sampling.token_blocks(sampling.load_tokenizer(model_folder), "\n\n", rows, 4)
+    assert blocks.ravel().tolist() == expected[: len(expected) // 4 * 4] and blocks.shape[1] == 4
+    assert bytes_per_token == pytest.approx(len("\n\n".join(rows).encode()) / len(expected))
+
+
+@given(st.integers(0, 2**32 - 1), st.booleans())
+@settings(max_examples=30, deadline=None)
+def test_usage_against_loops(seed, is_padded):
+    """Index 5 is "no expert": what a policy left out."""
+    rng = np.random.default_rng(seed)
+    num_sequences, positions, layers = int(rng.integers(1, 5)), int(rng.integers(1, 7)), 3
+    chosen = np.stack([rng.permuted(np.arange(5)[None].repeat(layers * num_sequences * positions, 0), axis=1)[:, :2]])
+    chosen = chosen.reshape(layers, num_sequences, positions, 2)
+    kept = np.where(rng.random(chosen.shape) < 0.3, 5, chosen)
+    mask = (np.arange(positions) < rng.integers(1, positions + 1, (num_sequences, 1))).astype(int)
+    mask = mask if is_padded else np.ones_like(mask)
+    found = Usage()
+    for half in (slice(0, num_sequences // 2), slice(num_sequences // 2, None)):
+        part = [torch.from_numpy(slots[:, half].reshape(layers, -1, 2).copy()) for slots in (chosen, kept)]
+        if len(mask[half]):
+            found.add(*(count(slots, len(mask[half]), 5, torch.from_numpy(mask[half])) for slots in part))
+    summary = found.summary()
+    for layer in range(layers):
+        slots = [chosen[layer, n, s] for n in range(num_sequences) for s in range(positions) if mask[n, s]]
+        assert summary["expert_use"][layer] == pytest.approx([np.mean(np.concatenate(slots) == e) for e in range(5)])
+        without = [[not (kept[layer, n][mask[n] == 1] == e).any() for n in range(num_sequences)] for e in range(5)]
+        assert summary["left_out"][layer] == pytest.approx(np.mean(without, axis=1))
+    assert summary["active_slots"] == pytest.approx((kept[:, mask == 1] < 5).mean())
+    assert summary["num_sequences"] == num_sequences
 
 
 @pytest.mark.parametrize("family", ["mixtral", "granitemoe", "phimoe", "deepseek_v3", "gpt_oss"])
@@ -43,14 +98,13 @@ def test_a_layer_at_a_time_gives_the_same_numbers(family, tmp_path):
     folder = write_zoo_model(tmp_path / "model", family)
     model = load_model(folder)
     blocks = np.random.default_rng(0).integers(1, 250, (5, 16))
-    before, after = ppl.SelectionTap(), ppl.SelectionTap()
-    before.watch(model), after.watch(model)
     stream = ModelStream(folder)
-    whole = ppl.measure(model, stream.shape.num_experts, before, after, blocks, 2, tqdm(disable=True))
-    streamed = ppl.measure_streamed(stream, blocks, tmp_path / "streams", tqdm(disable=True))
-    assert np.allclose(whole.nll_N, streamed.nll_N, atol=1e-4)
-    assert np.array_equal(np.sort(whole.selected_NSLK), np.sort(streamed.selected_NSLK))
-    assert whole.selected_NSLK.dtype == streamed.selected_NSLK.dtype
+    whole = ppl.measure(model, stream.shape.num_experts, blocks, 2, 5, tqdm(disable=True))
+    nll_N, selected_NSLK = ppl.measure_streamed(stream, blocks, 5, tmp_path / "streams", tqdm(disable=True))
+    assert np.allclose(whole.nll_N, nll_N, atol=1e-4)
+    assert np.array_equal(np.sort(whole.selected_NSLK), np.sort(selected_NSLK))
+    assert whole.selected_NSLK.dtype == selected_NSLK.dtype
+    assert whole.usage.summary() == of_selections(selected_NSLK, stream.shape.num_experts).summary()
 
 
 def test_what_fits_in_memory(model_folder, monkeypatch):
@@ -95,20 +149,14 @@ def test_selection_shift_against_sets():
     assert (ppl.selection_shift(a, a[..., ::-1]) == 0).all(), "the order of a selection does not count"
 
 
-def test_expert_use():
-    selected = np.zeros((1, 4, 2, 2), np.uint8)
-    selected[..., 1] = 3
-    assert ppl.expert_use(selected, 4) == [[0.5, 0, 0, 0.5]] * 2
-
-
 def test_token_blocks_keep_order_and_count_bytes(model_folder):
     tokenizer = sampling.load_tokenizer(model_folder)
     texts = ["the expert", "a router of bits", "é" * 40]
-    blocks, num_bytes = sampling.token_blocks(tokenizer, 0, texts, 8)
+    blocks, bytes_per_token = sampling.token_blocks(tokenizer, 0, texts, 8)
     joined = [token for text in texts for token in [*tokenizer.encode(text).ids, 0]]
     assert blocks.ravel().tolist() == joined[: blocks.size] and blocks.shape[1] == 8
-    total = sum(len(text.encode()) for text in texts)
-    assert num_bytes == round(total * blocks.size / len(joined))
+    assert bytes_per_token == pytest.approx(sum(len(text.encode()) for text in texts) / len(joined))
+    assert sampling.token_blocks(tokenizer, 0, texts, 1000)[0].shape == (0, 1000)
 
 
 def test_calibration_sample():

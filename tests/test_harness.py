@@ -10,7 +10,7 @@ import torch
 
 from moepress import artefacts, config, dag, plan
 from moepress.artefacts import read_json
-from moepress.evaluation import benchmarks, quick, suites
+from moepress.evaluation import benchmarks, quick, suites, usage
 from moepress.inference.checkpoint import load
 from moepress.models.streaming import ModelStream
 from moepress.pruning.policy import attach
@@ -169,6 +169,24 @@ def test_quick_items_of_little_text(tmp_path):
     assert {item["domain"] for item in other["word_swap"]} == {"b"}
 
 
+def test_the_experts_that_a_task_uses(bridge, harness):
+    """Of each of its inputs once, without padding, against a row at a time; other tasks' requests do not count."""
+    lm = bridge(PESF, max_tokens=4096)
+    asked = [(f"context {n} " * (n + 1), f" answer {m}") for n in range(4) for m in range(2)]
+    instances = [SimpleNamespace(args=pair, task_name="ab"[n % 4 // 2]) for n, pair in enumerate(asked)]
+    lm.loglikelihood(instances, disable_tqdm=True)
+    for task in "ab":
+        pairs = [lm._encode_pair(*one.args) for one in instances if one.task_name == task]
+        rows = sorted({tuple([*context, *continuation][:-1]) for context, continuation in pairs})
+        expected = usage.Usage()
+        for row in rows:
+            with usage.watched(lm.model) as selected, torch.inference_mode():
+                lm.model(torch.tensor([row]), use_cache=False)
+            expected.add(*(usage.count(slots, 1, 4) for slots in selected))
+        assert lm.usage[task].summary() == expected.summary() and lm.usage[task].num_sequences == len(rows)
+    assert lm.asking == []
+
+
 # --- the whole --------------------------------------------------------------------------------------------------------
 
 
@@ -216,6 +234,9 @@ def test_the_stage(tmp_path, model_folder, text_folder):
     for name in suites.QUICK:
         ours, theirs = (one["scores"][name] for one in found)
         assert ours["items_sha256"] == theirs["items_sha256"] and ours["limited"] and ours["num_items"] == 20
+        assert ours["usage"]["expert_use"][0] == theirs["usage"]["expert_use"][0], "what the first router chooses"
+        assert ours["usage"]["active_slots"] == 1 > theirs["usage"]["active_slots"]
+        assert np.all(np.array(ours["usage"]["left_out"][0]) <= theirs["usage"]["left_out"][0])
     samples = [pd.read_parquet(path.with_name("samples.parquet")) for path in (plain, pruned)]
     assert samples[0]["doc_hash"].tolist() == samples[1]["doc_hash"].tolist()
     assert samples[0]["loglikelihoods"].map(list).tolist() != samples[1]["loglikelihoods"].map(list).tolist(), "it is pruned"
@@ -247,6 +268,8 @@ def test_a_model_that_does_not_fit_answers_the_same(tmp_path, model_folder, monk
     assert set(scores) == set(streamed_scores) == set(suites.QUICK)
     for loaded, streamed in zip(samples["loglikelihoods"], streamed_samples["loglikelihoods"], strict=True):
         assert np.allclose(loaded, streamed, atol=1e-3)
+    for name, score in scores.items():
+        assert score["usage"] == streamed_scores[name]["usage"]
     stream = ModelStream(model_folder)
     lm = harness.StreamedBridge(stream, load(model_folder, "cpu")[1], tmp_path / "streams")
     with pytest.raises(ValueError, match=r"evaluation\.tasks: gsm8k lets the model write.*larger machine"):
@@ -259,6 +282,14 @@ def test_tasks_are_in_the_key():
 
     assert key() == key("evaluation.tasks=[quick]") != key("evaluation.tasks=[]") == key("evaluation.tasks=none")
     assert key("evaluation.limit=10") != key()
+
+
+def test_a_limit_is_of_what_was_asked_for(harness):
+    """MMLU's subjects share it; a task has what it has."""
+    tasks = {name: SimpleNamespace(eval_docs=range(size)) for name, size in (("piqa", 9), ("a", 50), ("b", 50), ("c", 1))}
+    found = harness.first_items(tasks, [["piqa"], ["a", "b", "c"]], limit=20)
+    assert found == {"piqa": list(range(9)), "a": list(range(6)), "b": list(range(7)), "c": [0]}
+    assert all(len(items) == 1 for items in harness.first_items(tasks, [["a", "b", "c"]], limit=2).values())
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,7 @@ STAGES: dict[str, Stage] = {
     "allocation": Stage(3, ("allocation", *(f"quantization.{name}" for name in _SIZES)), _allocation_inputs, _size_label),
     "quantization": Stage(3, ("quantization",), _quantization_inputs, _checkpoint_label),
     "pruning": Stage(1, ("pruning",), _model, run_label),
-    "evaluation": Stage(3, ("evaluation",), _evaluation_inputs, run_label),
+    "evaluation": Stage(4, ("evaluation",), _evaluation_inputs, run_label),
     "latency": Stage(1, ("latency",), lambda c: {"corpus": ("corpus", c), **_checkpoint(c), **_model(c)}, run_label),
 }
 """The DAG: what each stage's key depends on. The report, which joins many experiments, is added by `report_artefact`."""

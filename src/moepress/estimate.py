@@ -30,6 +30,8 @@ TRIAL_FLOPS = 250
 """What one trial of the grid search costs for one weight: some ten passes over memory, in a matrix product's operations."""
 UNPACK_FLOPS = 400
 """What it costs to unpack one weight, likewise."""
+UNKNOWN_BLOCKS = 256
+"""Of each domain, where evaluation.num_blocks asks for all: before the text is read nobody knows."""
 STEP_SECONDS = 4e-4
 """Of one column of GPTQ's loop beside its arithmetic: some twenty calls of torch."""
 READ_BYTES_PER_SECOND = 5e8
@@ -173,7 +175,7 @@ def measurement_work(model: Outline, config: dict, is_packed: bool) -> tuple[flo
     """FLOPs of evaluation and of latency. A packed model's experts are unpacked in every forward that uses them."""
     evaluation, latency, corpus = config["evaluation"], config["latency"], config["corpus"]
     found = [*corpus.get("domains", ["text"]), *corpus.get("test_domains", [])]
-    blocks = len(evaluation["domains"] or found) * evaluation["num_blocks"]
+    blocks = len(evaluation["domains"] or found) * (evaluation["num_blocks"] or UNKNOWN_BLOCKS)
     unpack = UNPACK_FLOPS * model.routed_weights if is_packed else 0
     few = UNPACK_FLOPS * model.active_weights if is_packed else 0
     evaluated = forward_flops(model, blocks * evaluation["seq_len"], evaluation["seq_len"])

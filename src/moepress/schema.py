@@ -66,6 +66,7 @@ class HubCorpus(Corpus):
     heading: str | None
     splits: dict[str, str | None]
     streaming: bool
+    verbatim: bool
     max_documents: int | None
 
 
@@ -215,7 +216,9 @@ class Evaluation:
     """tasks: a name or a list of names; moepress.evaluation.suites checks them."""
 
     seq_len: int
-    num_blocks: int
+    num_blocks: int | None
+    stride: int | None
+    separator: str | None
     domains: list[str] | None
     batch_size: int
     tasks: Any
@@ -234,9 +237,16 @@ class Evaluation:
         check(self.limit is None or self.limit >= 1, "evaluation.limit", self.limit, "null for all items, or at least 1")
         ok = self.num_fewshot is None or self.num_fewshot >= 0
         check(ok, "evaluation.num_fewshot", self.num_fewshot, "null for each task's own, or a number that is not negative")
-        for name in ("num_blocks", "batch_size"):
-            check(getattr(self, name) >= 1, f"evaluation.{name}", getattr(self, name), "at least 1")
+        check(self.batch_size >= 1, "evaluation.batch_size", self.batch_size, "at least 1")
+        check(
+            self.num_blocks is None or self.num_blocks >= 1,
+            "evaluation.num_blocks",
+            self.num_blocks,
+            "null for all, or at least 1",
+        )
         check(self.seq_len >= 8, "evaluation.seq_len", self.seq_len, "at least 8 tokens")
+        expected = f"null, or between 1 and evaluation.seq_len={self.seq_len}"
+        check(self.stride is None or 1 <= self.stride <= self.seq_len, "evaluation.stride", self.stride, expected)
         check(self.domains is None or self.domains, "evaluation.domains", self.domains, "null for all, or a list")
 
 

@@ -7,6 +7,7 @@
 A built corpus is a folder with `documents.parquet` (string columns domain, split, document, text) and `summary.json`.
 Whole documents go to one split; equal texts are kept once; a calibration or test document that shares more than
 `overlap.max_share` of its word n-grams with the text before it (train, then calibration) is dropped and counted.
+With `corpus.verbatim=true` a hub's text stays as it is, in its order, for numbers that are to stand beside a paper's.
 """
 
 import hashlib
@@ -32,13 +33,14 @@ def build(config: dict, out: Path, cache: Path) -> dict:
     """
     settings.check(config)
     table, sources = {"packages": _packages, "local": _local, "hub": _hub}[config["kind"]](config, cache)
-    table["text"] = [_clean(text) for text in table["text"]]
-    num_read = len(table)
-    table = table[table["text"] != ""]
-    keys = [hashlib.sha256(" ".join(text.split()).encode()).digest() for text in table["text"]]
-    table = table[~pd.Series(keys, index=table.index).duplicated()]
+    num_read, is_verbatim = len(table), config.get("verbatim", False)
+    if not is_verbatim:
+        table["text"] = [_clean(text) for text in table["text"]]
+        table = table[table["text"] != ""]
+        keys = [hashlib.sha256(" ".join(text.split()).encode()).digest() for text in table["text"]]
+        table = table[~pd.Series(keys, index=table.index).duplicated()]
     num_duplicates = num_read - len(table)
-    table = _split(table, config)
+    table = _in_order(table, config["max_characters"]) if is_verbatim else _split(table, config)
     table, overlap = _drop_overlap(table, **config["overlap"])
     for domain, group in table.groupby("domain", sort=False):
         if config["kind"] == "packages" and domain in config["test_domains"]:
@@ -158,6 +160,13 @@ def _joined(texts, heading: str | None):
 def _wanted(config: dict) -> list[str]:
     """The splits a corpus is to have: all three, unless hub splits are left out."""
     return [split for split in SPLITS if config["kind"] != "hub" or config["splits"].get(split)]
+
+
+def _in_order(table: pd.DataFrame, max_characters: int | None) -> pd.DataFrame:
+    """The first `max_characters` of each split's text, whole documents, as they came; each has one split already."""
+    size = table["text"].str.len()
+    before = size.groupby(table["split"]).cumsum() - size
+    return table[before < (max_characters or np.inf)]
 
 
 def _split(table: pd.DataFrame, config: dict) -> pd.DataFrame:

@@ -50,29 +50,45 @@ def _read(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def token_blocks(tokenizer, separator: int, texts: list[str], seq_len: int) -> tuple[np.ndarray, int]:
-    """Non-overlapping windows `[blocks, seq_len]` of the texts joined by the separator, and the UTF-8 bytes they came from
-    (of all texts, in proportion to the tokens kept)."""
-    stream = np.concatenate(
-        [np.asarray([*encoded.ids, separator], np.int64) for encoded in tokenizer.encode_batch(texts, add_special_tokens=False)]
-        or [np.empty(0, np.int64)]
-    )
-    count = len(stream) // seq_len
-    blocks = stream[: count * seq_len].reshape(count, seq_len)
+def token_blocks(
+    tokenizer, separator: int | str, texts: list[str], seq_len: int, stride: int | None = None
+) -> tuple[np.ndarray, float]:
+    """Windows `[blocks, seq_len]` of the texts joined by the separator, each beginning `stride` tokens (None: `seq_len`) behind
+    the one before it; and the bytes of UTF-8 that a token stands for, on average.
+
+    separator: a token, or text: then all is encoded as one text, with what the tokenizer puts around it, as the GPTQ papers do.
+    """
     num_bytes = sum(len(text.encode()) for text in texts)
-    return blocks, round(num_bytes * blocks.size / max(1, len(stream)))
+    if isinstance(separator, str):
+        parts = [tokenizer.encode(separator.join(texts)).ids]
+        num_bytes += len(separator.encode()) * (len(texts) - 1)
+    else:
+        parts = [(*encoded.ids, separator) for encoded in tokenizer.encode_batch(texts, add_special_tokens=False)]
+    stream = np.concatenate([np.asarray(part, np.int64) for part in parts] or [np.empty(0, np.int64)])
+    if len(stream) < seq_len:
+        return np.empty((0, seq_len), np.int64), num_bytes / max(1, len(stream))
+    windows = np.lib.stride_tricks.sliding_window_view(stream, seq_len)[:: stride or seq_len]
+    return np.ascontiguousarray(windows), num_bytes / len(stream)
 
 
 def domain_blocks(
-    folder: Path, model: Path, split: str, seq_len: int, domains: list[str] | None, key: str
-) -> dict[str, tuple[np.ndarray, int]]:
-    """Domain -> `(blocks [count, seq_len], bytes)` of a corpus folder's split in the model's tokens.
+    folder: Path,
+    model: Path,
+    split: str,
+    seq_len: int,
+    domains: list[str] | None,
+    key: str,
+    separator: str | None = None,
+    stride: int | None = None,
+) -> dict[str, tuple[np.ndarray, float]]:
+    """Domain -> `token_blocks` of a corpus folder's split in the model's tokens.
 
-    domains: None for all that have text in the split. key: the configuration group to name in errors.
+    domains: None for all that have text in the split. key: the configuration group to name in errors. separator: None for the
+    model's end of document.
     """
     tokenizer = load_tokenizer(model)
     check_tokenizer(model, tokenizer)
-    separator = end_of_document(model, tokenizer)
+    between = end_of_document(model, tokenizer) if separator is None else separator
     documents = corpus.read(folder, split)
     present = list(dict.fromkeys(documents["domain"]))
     unknown = sorted(set(domains or ()) - set(present))
@@ -80,7 +96,8 @@ def domain_blocks(
         raise ValueError(f"{key}.domains={domains}: the corpus has no {split} text of {unknown}; it has {present}")
     texts = documents.groupby("domain")["text"]
     return {
-        domain: token_blocks(tokenizer, separator, texts.get_group(domain).tolist(), seq_len) for domain in domains or present
+        domain: token_blocks(tokenizer, between, texts.get_group(domain).tolist(), seq_len, stride)
+        for domain in domains or present
     }
 
 

@@ -24,5 +24,13 @@ def check(config: dict) -> None:
                 f"corpus.python={config['python']}, but this is Python {platform.python_version()}: the text of the "
                 "domain python follows the interpreter, so leave the key at its default."
             )
-    if config["kind"] == "hub" and not set(config["splits"]) <= set(SPLITS):
+    if config["kind"] != "hub":
+        return
+    if not set(config["splits"]) <= set(SPLITS):
         raise ValueError(f"corpus.splits={config['splits']}: its keys are {', '.join(SPLITS)}.")
+    taken = [split for split in config["splits"].values() if split]
+    if config["verbatim"] and (len(set(taken)) < len(taken) or share is not None):
+        raise ValueError(
+            f"corpus.verbatim=True with corpus.splits={config['splits']} and corpus.overlap.max_share={share}: text that stays "
+            "as it is is neither divided nor dropped; give each split one of the hub's own or null, and max_share=null."
+        )

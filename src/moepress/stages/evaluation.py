@@ -15,6 +15,7 @@ from moepress.artefacts import Task, read_json, write_json
 from moepress.data import sampling
 from moepress.evaluation import benchmarks, quick, suites
 from moepress.evaluation import perplexity as ppl
+from moepress.evaluation.usage import of_selections
 from moepress.inference import manifest
 from moepress.inference.checkpoint import fits, load, pick_device
 from moepress.latency import weight_bytes
@@ -27,8 +28,17 @@ from moepress.pruning.policy import attach, experts_of
 def run(task: Task) -> None:
     config = task.config["evaluation"]
     folder = locate(task.inputs["checkpoint"])
-    found = sampling.domain_blocks(task.inputs["corpus"], folder, "test", config["seq_len"], config["domains"], "evaluation")
-    texts = {domain: _some(*text, config["num_blocks"]) for domain, text in found.items()}
+    texts = sampling.domain_blocks(
+        task.inputs["corpus"],
+        folder,
+        "test",
+        config["seq_len"],
+        config["domains"],
+        "evaluation",
+        config["separator"],
+        config["stride"],
+    )
+    texts = {domain: (_some(blocks, config["num_blocks"]), num_bytes) for domain, (blocks, num_bytes) in texts.items()}
     empty = sorted(domain for domain, (blocks, _) in texts.items() if not len(blocks))
     if empty:
         raise ValueError(
@@ -40,10 +50,10 @@ def run(task: Task) -> None:
     device = pick_device(task.runtime["device"])
     is_whole = manifest.is_packed(folder) or "pruning" in task.inputs or fits(folder, device)
     asked = _asked(task)
-    results, num_experts, loaded_bytes = (_loaded if is_whole else _streamed)(task, folder, device, texts, asked)
+    results, loaded_bytes = (_loaded if is_whole else _streamed)(task, folder, device, texts, asked)
 
     domains, rows, selections = {}, [], {}
-    for domain, (blocks, num_bytes) in texts.items():
+    for domain, (blocks, bytes_per_token) in texts.items():
         measured = results[domain]
         selections[domain] = measured.selected_NSLK
         value, error = ppl.perplexity(measured.nll_N)
@@ -51,12 +61,12 @@ def run(task: Task) -> None:
             "ppl": value,
             "ppl_stderr": error,
             "nll": float(measured.nll_N.mean()),
-            "bits_per_byte": float(measured.nll_N.mean() / np.log(2) * blocks.size / num_bytes),
+            "bits_per_byte": float(measured.nll_N.mean() / np.log(2) / bytes_per_token),
             "num_blocks": len(blocks),
             "num_tokens": int(blocks.size),
+            "scored_tokens": len(blocks) * ppl.num_scored(blocks.shape[1], config["stride"]),
             "tokens_sha256": hashlib.sha256(blocks.tobytes()).hexdigest(),
-            "active_slots": measured.active,
-            "expert_use": ppl.expert_use(measured.selected_NSLK, num_experts),
+            **measured.usage.summary(),
         }
         block_rows = pd.DataFrame({"domain": domain, "block": range(len(blocks)), "nll": measured.nll_N})
         if reference is not None:
@@ -81,29 +91,23 @@ def run(task: Task) -> None:
         save_file(selections, task.out / "selections.safetensors")
 
 
-def _loaded(task: Task, folder: Path, device: str, texts: dict, asked: dict | None) -> tuple[dict[str, ppl.Measured], int, int]:
-    """Each domain's results, the number of experts and the bytes of the weights in memory, with the whole model loaded, which
-    answers the tasks too."""
+def _loaded(task: Task, folder: Path, device: str, texts: dict, asked: dict | None) -> tuple[dict[str, ppl.Measured], int]:
+    """Each domain's results and the bytes of the weights in memory; the whole model is loaded, and answers the tasks too."""
     model, tokenizer = load(folder, device)
-    num_experts = experts_of(model)[0].num_experts
-    before, after = ppl.SelectionTap(), ppl.SelectionTap()
-    watching = before.watch(model)
+    config, num_experts = task.config["evaluation"], experts_of(model)[0].num_experts
     if "pruning" in task.inputs:
         attach(model, read_json(task.inputs["pruning"] / "policy.json"))
-    watching += after.watch(model)
     num_blocks = sum(len(blocks) for blocks, _ in texts.values())
     progress = tqdm(total=num_blocks, desc=f"evaluation {task.name}", unit="block", mininterval=1)
-    at_once = task.config["evaluation"]["batch_size"]
     measured = {
-        d: ppl.measure(model, num_experts, before, after, blocks, at_once, progress) for d, (blocks, _) in texts.items()
+        domain: ppl.measure(model, num_experts, blocks, config["batch_size"], config["stride"], progress)
+        for domain, (blocks, _) in texts.items()
     }
     progress.close()
-    for hook in watching:
-        hook.remove()
     loaded_bytes = weight_bytes(model)
     if asked:
         _score(task, asked, lambda harness: harness.Bridge(model, tokenizer, name=task.name))
-    return measured, num_experts, loaded_bytes
+    return measured, loaded_bytes
 
 
 def _asked(task: Task) -> dict | None:
@@ -145,30 +149,26 @@ def _score(task: Task, asked: dict, bridge: Callable) -> None:
     scored.samples.to_parquet(task.out / "samples.parquet")
 
 
-def _streamed(
-    task: Task, folder: Path, device: str, texts: dict, asked: dict | None
-) -> tuple[dict[str, ppl.Measured], int, int | None]:
+def _streamed(task: Task, folder: Path, device: str, texts: dict, asked: dict | None) -> tuple[dict[str, ppl.Measured], None]:
     """The same for a 16-bit model that does not fit in memory: a layer at a time over all domains' blocks."""
     print(f"{folder} does not fit in this machine's memory: it is evaluated a layer at a time")
     stream = ModelStream(folder, device)
     progress = tqdm(total=stream.shape.num_layers, desc=f"evaluation {task.name}", unit="layer")
     together = np.concatenate([blocks for blocks, _ in texts.values()])
-    measured = ppl.measure_streamed(stream, together, task.out / "streams", progress)
+    stride, num_experts = task.config["evaluation"]["stride"], stream.shape.num_experts
+    nll_N, selected_NSLK = ppl.measure_streamed(stream, together, stride, task.out / "streams", progress)
     streams.drop(task.out / "streams")
     if asked:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         _score(task, asked, lambda harness: harness.StreamedBridge(stream, tokenizer, task.out / "streams-tasks", task.name))
         streams.drop(task.out / "streams-tasks")
-    ends = np.cumsum([len(blocks) for blocks, _ in texts.values()])
-    parts = {
-        domain: ppl.Measured(measured.nll_N[end - len(blocks) : end], measured.selected_NSLK[end - len(blocks) : end], 1.0)
-        for (domain, (blocks, _)), end in zip(texts.items(), ends, strict=True)
-    }
-    return parts, stream.shape.num_experts, None
+    ends = np.cumsum([len(blocks) for blocks, _ in texts.values()])[:-1]
+    parts = zip(texts, np.split(nll_N, ends), np.split(selected_NSLK, ends), strict=True)
+    return {domain: ppl.Measured(nll, own, of_selections(own, num_experts)) for domain, nll, own in parts}, None
 
 
-def _some(blocks, num_bytes: int, wanted: int):
-    """At most `wanted` blocks, spread evenly over all of them, and the bytes they stand for."""
-    if len(blocks) <= wanted:
-        return blocks, num_bytes
-    return np.ascontiguousarray(blocks[sampling.spread(len(blocks), wanted)]), num_bytes * wanted / len(blocks)
+def _some(blocks: np.ndarray, wanted: int | None) -> np.ndarray:
+    """At most `wanted` blocks, spread evenly over all of them."""
+    if wanted is None or len(blocks) <= wanted:
+        return blocks
+    return blocks[sampling.spread(len(blocks), wanted)]
