@@ -124,7 +124,8 @@ class Results:
             mean, error = nll.mean(), pd.Series(nll).sem()
             entry = {"ppl": np.exp(mean), "ppl_stderr": np.exp(mean) * error, "nll": mean, "num_blocks": self.blocks}
             entry |= {"num_tokens": 64 * self.blocks, "tokens_sha256": domain, "active_slots": active}
-            entry |= {"expert_use": self.use[index].tolist()}
+            entry |= {"expert_use": self.use[index].tolist(), "left_out": (1 - self.use[index]).tolist()}
+            entry |= {"bits_per_byte": mean / 3, "scored_tokens": 63 * self.blocks}
             frame = pd.DataFrame({"domain": domain, "block": range(self.blocks), "nll": nll})
             if shift is not None:
                 entry["selection_shift_by_layer"] = (shift * (0.5 + self.random.random(self.layers))).tolist()
@@ -138,6 +139,14 @@ class Results:
         swap = {"metric": "acc,none", "value": 0.9 - above, "stderr": 0.02, "chance": 0.5, "num_items": 200, "limited": False}
         piqa = swap | {"value": 0.7 - above, "stderr": 0.04, "num_items": 100, "limited": True}
         scores = {"word_swap": swap | {"items_sha256": "1"}, "piqa": piqa | {"items_sha256": "2"}}
+        frames_of_items = []
+        for index, (task, score) in enumerate(scores.items()):
+            usage = {"expert_use": self.use[index].tolist(), "left_out": (1 - self.use[index]).tolist(), "active_slots": active}
+            score["usage"] = usage
+            right = np.arange(score["num_items"]) < score["value"] * score["num_items"]
+            items = {"group": task, "task": task, "item": range(len(right)), "score": right.astype(float)}
+            frames_of_items.append(pd.DataFrame(items))
+        pd.concat(frames_of_items).to_parquet(folder / "samples.parquet")
         self.write(folder / "tasks.json", {"moepress": {"limit": 100, "scores": scores}})
         pd.concat(frames).to_parquet(folder / "blocks.parquet")
 
@@ -213,13 +222,13 @@ def test_columns_and_values(study):
         "activated_experts",
     ]
     for domain in DOMAINS:
-        expected += [f"ppl_{domain}", f"ppl_{domain}_stderr"]
+        expected += [f"ppl_{domain}", f"ppl_{domain}_stderr", f"bpb_{domain}"]
     for name in ("ppl_mean", "ppl_ood", "delta_nll", "delta_nll_ood", "selection_shift"):
         expected += [name, f"{name}_stderr"]
         if name == "delta_nll_ood":
             for task in ("word_swap", "piqa", "mean"):
                 expected += [f"acc_{task}", f"acc_{task}_stderr"]
-            expected += ["limit"]
+            expected += ["limit", "delta_acc", "delta_acc_stderr"]
     expected += [
         "quantize_seconds",
         "peak_memory_bytes",
@@ -416,8 +425,8 @@ def test_scatter_between_seeds_is_noise(results):
     found = reading.load(runs, results.root)
     ranking = compare.places(found)["2 bits"]
     assert [len(place.runs) for place in ranking] == [3, 3] and ranking[1].is_tied
-    delta, error = ranking[0].delta
-    assert delta == pytest.approx(0.15) and error > np.std([0.1, 0.2, 0.15], ddof=1) / np.sqrt(3)
+    delta = ranking[0].delta
+    assert delta.value == pytest.approx(0.15) and delta.stderr > np.std([0.1, 0.2, 0.15], ddof=1) / np.sqrt(3)
 
 
 def test_mutual_information():

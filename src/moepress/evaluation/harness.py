@@ -56,8 +56,8 @@ STREAMED_TOKENS = 2**18
 class Scored:
     """results: lm-eval's results in its own schema, without what changes from run to run; under `moepress` each asked task's
     main score (`scores`) and what is to be known about it.
-    samples: one row an item: task, item, doc_hash, target, score, loglikelihoods (of every answer; for acc_mutual_info those
-    without the context behind them), response (where one is generated)."""
+    samples: one row an item: group (the name that was asked for), task, item, doc_hash, target, score, loglikelihoods (of every
+    answer; for acc_mutual_info those without the context behind them), response (where one is generated)."""
 
     results: dict
     samples: pd.DataFrame
@@ -288,7 +288,7 @@ def _scored(found: dict, source: str, limit: int | None, lm: Bridge) -> Scored:
         if task not in below:
             members = _leaves(task, groups)
             metric = _main_metric(task, found["configs"][members[0]], found["results"][task])
-            own = [row for member in members for row in _rows(member, samples[member], metric)]
+            own = [{"group": task, **row} for member in members for row in _rows(member, samples[member], metric)]
             set_of = benchmarks.find(task) if source == "package" else None
             scores[task] = {
                 "metric": metric,

@@ -4,16 +4,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moepress.report.reading import Run, reference_of
-from moepress.report.table import increase, mean_over_domains
-
-SURE = 2.0
-"""A difference counts where it exceeds so many of its standard errors."""
+from moepress.report import paired
+from moepress.report.paired import Difference, increase
+from moepress.report.reading import Run, label, reference_of
+from moepress.report.table import mean_over_domains
 
 
 @dataclass(frozen=True)
 class Place:
-    """One series of runs at one size. Each pair is a difference of nll in nats per token and its standard error.
+    """One series of runs at one size, with differences of nll in nats per token.
 
     delta, out_delta: above the 16-bit model, in and out of domain. gap, out_gap: above the one that is best in domain.
     """
@@ -21,15 +20,15 @@ class Place:
     series: str
     runs: list[Run]
     is_best: bool
-    delta: tuple[float, float]
-    gap: tuple[float, float]
-    out_delta: tuple[float, float]
-    out_gap: tuple[float, float]
+    delta: Difference
+    gap: Difference
+    out_delta: Difference
+    out_gap: Difference
 
     @property
     def is_tied(self) -> bool:
         """Not to be told from the best: within noise, or noise unknown."""
-        return not self.is_best and not self.gap[0] > SURE * self.gap[1]
+        return not self.is_best and self.gap.is_noise
 
 
 def places(runs: list[Run]) -> dict[str, list[Place]]:
@@ -52,11 +51,11 @@ def ranked(members: list[Run], runs: list[Run]) -> list[Place]:
     found = []
     for name in order:
         group, reference = groups[name], reference_of(groups[name][0], runs)
-        pairs = []
+        differences = []
         for domains in (inside, outside):
-            pairs.append(increase(group, [reference], domains) if reference else (np.nan, np.nan))
-            pairs.append((0.0, 0.0) if group is best else increase(group, best, domains))
-        found.append(Place(name, group, group is best, *pairs))
+            differences.append(increase(group, [reference], domains) if reference else paired.NOTHING)
+            differences.append(Difference(0.0, 0.0, np.nan) if group is best else increase(group, best, domains))
+        found.append(Place(name, group, group is best, *differences))
     return found
 
 
@@ -69,10 +68,10 @@ def marks(runs: list[Run]) -> dict[str, str]:
     return found
 
 
-def percent(delta: float, error: float, sign: bool = True) -> str:
+def percent(delta: Difference, sign: bool = True) -> str:
     """A difference of nll (nats) and its error as the change of perplexity: `+1.2 % ± 0.3`."""
-    ratio = np.exp(delta)
-    error *= 100 * ratio
+    ratio = np.exp(delta.value)
+    error = 100 * ratio * delta.stderr
     value = f"{100 * (ratio - 1):{'+' if sign else ''}.{digits(error)}f}\u00a0%"
     return value if np.isnan(error) else f"{value} ±\u00a0{error:.{digits(error)}f}"
 
@@ -87,6 +86,7 @@ def summary(runs: list[Run]) -> list[str]:
     sentences = [_sixteen_bit(run) for run in runs if run.is_reference]
     for target, ranking in places(runs).items():
         sentences.append(_size(target, ranking, runs))
+    sentences += _paired(runs)
     sentences += _shifts(runs)
     sentences += _pruned(runs)
     sentences += _speed(runs)
@@ -109,26 +109,26 @@ def _size(target: str, ranking: list[Place], runs: list[Run]) -> str:
     smaller = ""
     if reference := reference_of(best.runs[0], runs):
         smaller = f", {reference.checkpoint_bytes / best.runs[0].checkpoint_bytes:.1f}× smaller"
-    cost = percent(*best.delta)
+    cost = percent(best.delta)
     if best.runs[0].domains[1]:
-        cost += f" ({percent(*best.out_delta)} out of domain)"
+        cost += f" ({percent(best.out_delta)} out of domain)"
     text = f"At {target} ({mebibytes(best.runs[0].checkpoint_bytes)}{smaller}) "
     tied, behind = ([place for place in ranking[1:] if place.is_tied == is_tied] for is_tied in (True, False))
     if len(ranking) == 1:
         return f"{text}{best.series} changes perplexity by {cost}."
     if tied:
         names = " and ".join(filter(None, [", ".join(place.series for place in tied[:-1]), tied[-1].series]))
-        noise = "too few blocks to know the noise" if np.isnan(tied[0].gap[1]) else "within the noise of the test text"
+        noise = "too few blocks to know the noise" if np.isnan(tied[0].gap.stderr) else "within the noise of the test text"
         text += f"{best.series} has the lowest perplexity, {cost}, but is not to be told from {names}: {noise}"
     else:
         text += f"{best.series} is best, perplexity {cost}"
     if behind:
-        gap = percent(*behind[0].gap, sign=False)
+        gap = percent(behind[0].gap, sign=False)
         text += f"; {behind[0].series} is behind by {gap}, more than the noise of the test text"
-    outside = [place for place in ranking[1:] if place.out_gap[0] < -SURE * place.out_gap[1]]
+    outside = [place for place in ranking[1:] if place.out_gap.value < 0 and not place.out_gap.is_noise]
     if outside:
-        ahead = min(outside, key=lambda place: place.out_gap[0])
-        gap = percent(-ahead.out_gap[0], ahead.out_gap[1], sign=False)
+        ahead = min(outside, key=lambda place: place.out_gap.value)
+        gap = percent(ahead.out_gap._replace(value=-ahead.out_gap.value), sign=False)
         text += f"; out of domain {ahead.series} is ahead of it by {gap}"
     return text + "."
 
@@ -152,12 +152,37 @@ def _shifts(runs: list[Run]) -> list[str]:
     ]
 
 
+def _paired(runs: list[Run]) -> list[str]:
+    """How many steps from one method to the next are more than noise."""
+    steps = [pair for pair in paired.pairs(runs) if pair.step != paired.SIXTEEN]
+    if not steps:
+        return []
+    names = dict.fromkeys(_named(p) for p in steps)
+    parts = []
+    for metric, name, better in (("nll", "perplexity", -1), ("acc", "accuracy", 1)):
+        known = [one for pair in steps if not np.isnan((one := pair.differences[metric]).value)]
+        gains = [better * one.value > 0 for one in known if not one.is_noise]
+        if known:
+            counts = f"{sum(gains)} better, {len(gains) - sum(gains)} worse, {len(known) - len(gains)} within noise"
+            parts.append(f"{name}: {counts}")
+    return [
+        f"{len(steps)} paired comparisons of a method with what it builds on ({', '.join(names)}), each with a 95 % interval, "
+        f"of which one in twenty misses by chance. {'; '.join(parts).capitalize()}."
+    ]
+
+
+def _named(pair: paired.Pair) -> str:
+    """`GPTQ for RTN`, `PMQ for uniform`, `PESF for none`."""
+    own, base = (getattr(side[0], pair.step)["method"] for side in (pair.runs, pair.others))
+    return f"{label(own)} for {base if base in ('uniform', 'none') else label(base)}"
+
+
 def _pruned(runs: list[Run]) -> list[str]:
     found = []
     for run in runs:
         same = [r for r in runs if not r.is_pruned and r.unpruned == run.unpruned and r.seed == run.seed]
         if run.is_pruned and same:
-            cost = percent(*increase([run], same, run.domains[0]))
+            cost = percent(increase([run], same, run.domains[0]))
             active = run.shape.top_k * run.metrics["active_slots"]
             found.append(
                 f"{run.pruning_label} on {same[0].title} computes {active:.2f} of {run.shape.top_k} experts per token "

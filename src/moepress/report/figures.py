@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from moepress.report import heatmaps, lines, scores
+from moepress.report import awareness, forest, heatmaps, lines, scores
 from moepress.report.reading import Run
 from moepress.report.style import RC, plt, save
 
@@ -29,6 +29,13 @@ FIGURES = {
         "quantization method, dashes and diamonds a mixed-precision allocation. Several domains are joined by the "
         "geometric mean. The dashed level is the 16-bit model. Bars are one standard error of the difference to that "
         "level on the same blocks of text: how sure the distance is, not how hard the text.",
+    ),
+    "differences": Entry(
+        forest.differences,
+        "Paired comparisons",
+        "What each method changes against what it builds on, and against 16 bits: the mean difference over the same blocks of "
+        "text and the same items, with its 95 % confidence interval. Hollow and grey: within noise. Perplexity is better to "
+        "the left, accuracy to the right. With one seed the intervals say nothing about another calibration sample.",
     ),
     "pruning": Entry(
         lines.pruning,
@@ -69,6 +76,19 @@ FIGURES = {
         "100 %. The number above a layer is the mutual information of domain and expert, over the domains of the "
         "corpus (those above the line) counted alike: how much an expert tells of the domain. At 0 bit experts do not "
         "specialise.",
+    ),
+    "similarity": Entry(
+        awareness.similarity,
+        "Which texts and tasks use the same experts",
+        "Share of their selections that two texts, or tasks, give to the same experts of the 16-bit model (the sum of the "
+        "smaller of both shares, mean over layers): at 100 % they use the experts alike. The lines part the domains from the "
+        "tasks.",
+    ),
+    "left_out": Entry(
+        awareness.left_out,
+        "What pruning leaves out of which task",
+        "Share of each text's sequences, or task's requests, in which a pruned model computes nothing with an expert. What one "
+        "task does without is not what another does without: why pruning follows the sequence.",
     ),
     "speed": Entry(
         lines.speed,

@@ -52,14 +52,14 @@ def bits(runs: list[Run]) -> tuple[Figure, pd.DataFrame] | None:
         axis.set_visible(False)
     if relative_LE is not None:
         axis = slots.pop(0)
-        mesh = _mesh(axis, relative_LE, cmap="Oranges", vmin=0, vmax=max(2.0, relative_LE.max()))
+        image = mesh(axis, relative_LE, cmap="Oranges", vmin=0, vmax=max(2.0, relative_LE.max()))
         axis.set_title("selection frequency\n(even share = 1)")
-        figure.colorbar(mesh, ax=axis, pad=0.02, aspect=16).outline.set_visible(False)
+        figure.colorbar(image, ax=axis, pad=0.02, aspect=16).outline.set_visible(False)
     widths = sorted({int(width) for _, values in panels for width in values.ravel()})
     colours = ListedColormap([BIT_COLOURS.get(width, "#000000") for width in widths])
     norm = BoundaryNorm([widths[0] - 0.5, *(width + 0.5 for width in widths)], len(widths))
     for axis, (title, bits_LE) in zip(slots, panels, strict=False):
-        _mesh(axis, bits_LE, cmap=colours, norm=norm)
+        mesh(axis, bits_LE, cmap=colours, norm=norm)
         axis.set_title(title)
         if bits_LE.size <= 128:
             for (layer, expert), width in np.ndenumerate(bits_LE):
@@ -94,7 +94,7 @@ def expert_use(runs: list[Run]) -> tuple[Figure, pd.DataFrame] | None:
     size = (1.4 + max(11 / columns, 2.7) * columns, (0.95 + max(0.27 * len(domains), 0.6)) * lines + 0.4)
     figure, axes = plt.subplots(lines, columns, figsize=size, sharex=True, sharey=True, squeeze=False)
     for axis, layer in zip(axes.flat, shown, strict=False):
-        mesh = _mesh(axis, 100 * use_DLE[:, layer], cmap="Blues", vmin=0, vmax=100 * use_DLE.max())
+        image = mesh(axis, 100 * use_DLE[:, layer], cmap="Blues", vmin=0, vmax=100 * use_DLE.max())
         axis.set_title(f"layer {run.shape.moe_layers[layer]}: {information[layer]:.2f} bit")
         axis.set_yticks(range(len(domains)), [shorten(domain, 22) for domain in domains])
         if inside and outside:
@@ -103,7 +103,7 @@ def expert_use(runs: list[Run]) -> tuple[Figure, pd.DataFrame] | None:
         axis.set_visible(False)
     for axis in axes[-1]:
         axis.set_xlabel("expert")
-    bar = figure.colorbar(mesh, ax=axes, pad=0.01, aspect=25 * lines)
+    bar = figure.colorbar(image, ax=axes, pad=0.01, aspect=25 * lines)
     bar.set_label("share of the domain's selections (%)")
     bar.outline.set_visible(False)
     frames = []
@@ -113,7 +113,7 @@ def expert_use(runs: list[Run]) -> tuple[Figure, pd.DataFrame] | None:
     return figure, pd.concat(frames, ignore_index=True)
 
 
-def _mesh(axis, values: np.ndarray, **options):
+def mesh(axis, values: np.ndarray, **options):
     """Cells of a matrix, the first row on top; drawn as an image where they are many."""
     few = values.size <= 600
     edges = {"edgecolors": "white", "linewidth": 0.8} if few else {"rasterized": True}

@@ -5,9 +5,10 @@ import pandas as pd
 from matplotlib import ticker
 from matplotlib.figure import Figure
 
+from moepress.report.paired import increase
 from moepress.report.reading import Run, reference_of
 from moepress.report.style import MUTED, plt, series_styles, shorten
-from moepress.report.table import increase, mean_over_domains
+from moepress.report.table import mean_over_domains
 
 Drawn = tuple[Figure, pd.DataFrame] | None
 MOST_LABELS = 12
@@ -117,7 +118,7 @@ def _quality_points(run: Run, runs: list[Run]) -> list[dict]:
     ):
         if domains:
             nll = mean_over_domains(run.blocks, domains)[0]
-            error = increase([run], [reference], domains)[1] if reference else np.nan
+            error = increase([run], [reference], domains).stderr if reference else np.nan
             row = {"text": title, "series": run.series, "run": run.name, "target": run.target, "seed": run.seed}
             row |= {"is_reference": run.is_reference, "checkpoint_bytes": run.checkpoint_bytes}
             row |= {"num_weights": run.num_weights, "ppl": np.exp(nll), "paired_stderr": np.exp(nll) * error}

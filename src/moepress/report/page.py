@@ -22,6 +22,7 @@ def write(name: str, caption: str, runs: list[Run], table: pd.DataFrame, out: Pa
     groups = readable.groups(runs, table)
     domains, domain_rows = readable.domain_table(runs)
     tasks, task_rows = readable.task_table(runs)
+    metrics, paired_rows = readable.paired_table(runs)
     source_headings, source_rows = facts.sources(runs)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     html = environment.from_string(PAGE).render(
@@ -36,6 +37,8 @@ def write(name: str, caption: str, runs: list[Run], table: pd.DataFrame, out: Pa
         domain_rows=domain_rows,
         tasks=tasks,
         task_rows=task_rows,
+        metrics=metrics,
+        paired_rows=paired_rows,
         figures=[_figure(figure, out / "figures") for figure in figures],
         facts=facts.all_facts(runs),
         source_headings=source_headings,

@@ -5,19 +5,23 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from moepress.report import paired
 from moepress.report.compare import digits, marks, mebibytes, percent
+from moepress.report.paired import Difference
 from moepress.report.reading import Run, reference_of
 
 MARKS = {"best": "★", "tied": "≈", "": ""}
 LEGEND = (
-    "★ lowest perplexity at its size; ≈ not to be told from it, less than two standard errors of the paired difference "
-    "away. Percentages below a perplexity are its change from 16 bits. ± is one standard error over blocks of test "
+    "★ lowest perplexity at its size; ≈ not to be told from it, the 95 % interval of the paired difference holds "
+    "zero. Percentages below a perplexity are its change from 16 bits. ± is one standard error over blocks of test "
     "text; those of changes are paired with the same blocks at 16 bits, and say nothing about another calibration "
     "sample. Size counts everything in the checkpoint's weight files; bits on disk are that size per weight. Prefill "
     "and decode: how many times as fast as at 16 bits, and the time of one prefill and of one decoded token. Accuracy is the "
     "mean over the tasks, ± over their items; an asterisk marks tasks of which only the first items were asked."
 )
 
+
+PERCENT = "\u00a0%"
 
 Cell = tuple[str, str]
 """A number and the smaller print below it."""
@@ -76,13 +80,14 @@ def _cells(run: Run, row: pd.Series, runs: list[Run]) -> dict[str, Cell]:
     }
 
 
-def domain_table(runs: list[Run]) -> tuple[list[str], list[tuple[str, list[str]]]]:
-    """Perplexity by domain: the domains, out-of-domain ones last, and each run's numbers."""
+def domain_table(runs: list[Run]) -> tuple[list[str], list[tuple[str, list[Cell]]]]:
+    """Perplexity by domain, below it bits per byte: the domains, out-of-domain ones last, and each run's numbers."""
     inside, outside = runs[0].domains
     rows = []
     for run in runs:
         found = [run.metrics["domains"][domain] for domain in inside + outside]
-        rows.append((run.title, [f"{_number(one['ppl'])} ± {_number(one['ppl_stderr'], 2)}" for one in found]))
+        cells = [(f"{_number(one['ppl'])} ± {_number(one['ppl_stderr'], 2)}", f"{one['bits_per_byte']:.3f}") for one in found]
+        rows.append((run.title, cells))
     return [*inside, *(f"{domain} (out)" for domain in outside)], rows
 
 
@@ -91,6 +96,32 @@ def task_table(runs: list[Run]) -> tuple[list[str], list[tuple[str, list[str]]]]
     tasks = list(dict.fromkeys(task for run in runs for task in run.tasks))
     rows = [(run.title, [_score(run.tasks.get(task)) for task in tasks]) for run in runs] if tasks else []
     return tasks, rows
+
+
+def paired_table(runs: list[Run]) -> tuple[list[str], list[tuple[str, str, list[Cell]]]]:
+    """Each method, what it is compared with, and by metric the difference with its interval and what that says."""
+    pairs = paired.pairs(runs)
+    metrics = list(dict.fromkeys(m for pair in pairs for m, one in pair.differences.items() if not np.isnan(one.value)))
+    names = {"nll": "perplexity", "nll_ood": "out of domain", "acc": "accuracy"}
+    rows = [
+        (pair.title, pair.against, [_difference(metric, pair.differences.get(metric, paired.NOTHING)) for metric in metrics])
+        for pair in sorted(pairs, key=lambda pair: pair.step == paired.SIXTEEN)
+    ]
+    return [names.get(metric, metric.removeprefix("acc_")) for metric in metrics], rows
+
+
+def _difference(metric: str, one: Difference) -> Cell:
+    """`-1.2 % [-1.5, -0.9]` and a verdict."""
+    if np.isnan(one.value):
+        return NOTHING
+    is_ppl = metric.startswith("nll")
+    low, value, high = (100 * (np.expm1(part) if is_ppl else part) for part in (one.interval[0], one.value, one.interval[1]))
+    places = digits((high - low) / 4)
+    text = f"{value:+.{places}f}{PERCENT if is_ppl else ''}"
+    if np.isnan(low):
+        return text, "noise unknown"
+    verdict = "within noise" if one.is_noise else "better" if (one.value < 0) == is_ppl else "worse"
+    return f"{text} [{low:+.{places}f}, {high:+.{places}f}]", verdict
 
 
 def markdown(name: str, caption: str, sentences: list[str], found: list[Group]) -> str:
@@ -123,7 +154,7 @@ def _number(value: float, significant: int = 4) -> str:
 
 
 def _change(row: pd.Series, column: str) -> str:
-    return "" if np.isnan(row[column]) else percent(row[column], row[f"{column}_stderr"])
+    return "" if np.isnan(row[column]) else percent(Difference(row[column], row[f"{column}_stderr"], np.nan))
 
 
 def _share(value: float, error: float) -> Cell:

@@ -128,6 +128,11 @@ class Run:
         path = self.folder("evaluation") / "tasks.json"
         return read_json(path)["moepress"]["scores"] if path.is_file() else {}
 
+    @cached_property
+    def samples(self) -> pd.DataFrame:
+        """One row per item of the tasks; see moepress.evaluation.harness.Scored."""
+        return pd.read_parquet(self.folder("evaluation") / "samples.parquet")
+
     @property
     def limit(self) -> int | None:
         """evaluation.limit where it left out items of a task."""

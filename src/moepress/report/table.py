@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from moepress.report import paired
 from moepress.report.reading import Run, compact_json, load, reference_of
 
 
@@ -29,8 +30,9 @@ def tabulate(runs: list[Run]) -> pd.DataFrame:
     activated_experts: routed experts computed per token. ppl_mean: geometric mean of the perplexities of the domains
     that the corpus has training or calibration text of; ppl_ood: of the others. delta_nll: mean increase over the
     16-bit model in nats per token on the same blocks, over the domains of ppl_mean (so exp(delta_nll) is the ratio of
-    the two ppl_mean); delta_nll_ood: over those of ppl_ood. acc_mean: mean accuracy over the run's tasks; limit: only so
-    many items of each task were asked. selection_shift: share of selected slots that changed.
+    the two ppl_mean); delta_nll_ood: over those of ppl_ood. bpb_<domain>: bits per byte of text. acc_mean: mean accuracy over
+    the run's tasks; delta_acc: what it is above the 16-bit model's, item by item; limit: only so many items of each task
+    were asked. selection_shift: share of selected slots that changed.
     """
     return pd.DataFrame([row(run, reference_of(run, runs)) for run in runs])
 
@@ -51,13 +53,18 @@ def row(run: Run, reference: Run | None) -> dict:
     for domain, measured in run.metrics["domains"].items():
         found[f"ppl_{domain}"] = measured["ppl"]
         found[f"ppl_{domain}_stderr"] = measured["ppl_stderr"]
+        found[f"bpb_{domain}"] = measured["bits_per_byte"]
     inside, outside = run.domains
     for name, domains in (("mean", inside), ("ood", outside)):
         nll, error = mean_over_domains(run.blocks, domains)
         found[f"ppl_{name}"], found[f"ppl_{name}_stderr"] = np.exp(nll), np.exp(nll) * error
     for name, domains in (("delta_nll", inside), ("delta_nll_ood", outside)):
-        found[name], found[f"{name}_stderr"] = increase([run], [reference], domains) if reference else (np.nan, np.nan)
+        above = paired.increase([run], [reference], domains) if reference else paired.NOTHING
+        found[name], found[f"{name}_stderr"] = above.value, above.stderr
     found |= accuracies(run)
+    if tasks := paired.accurate([run, reference]) if reference and run.tasks else []:
+        above = paired.difference([run], [reference], paired.scores(tasks))
+        found |= {"delta_acc": above.value, "delta_acc_stderr": above.stderr}
     provenance = run.json("quantization", "provenance.json") if quantized else {}
     return found | {
         "selection_shift": run.metrics["selection_shift"],
@@ -97,27 +104,3 @@ def mean_over_domains(blocks: pd.DataFrame, domains: list[str], column: str = "n
         return np.nan, np.nan
     groups = blocks[blocks["domain"].isin(domains)].groupby("domain")[column]
     return float(groups.mean().mean()), float(np.sqrt(groups.sem(ddof=1).pow(2).sum(skipna=False)) / len(domains))
-
-
-def increase(runs: list[Run], others: list[Run], domains: list[str]) -> tuple[float, float]:
-    """Mean nll of `runs` above that of `others`, paired by block, in nats per token, and its standard error.
-
-    Each list holds one configuration under one or more seeds; its blocks are averaged over them. Where both sides have
-    several, or the others are the one 16-bit model, the scatter between seeds is added to that between blocks.
-    """
-    means = []
-    for side in (runs, others):
-        together = pd.concat([run.blocks for run in side])
-        means.append(together.groupby(["domain", "block"])["nll"].mean())
-    difference = (means[0] - means[1]).rename("nll").reset_index()
-    mean, error = mean_over_domains(difference, domains)
-    between = sum(_seed_variance(side, domains) for side in (runs, others))
-    return mean, float(np.sqrt(error**2 + between))
-
-
-def _seed_variance(runs: list[Run], domains: list[str]) -> float:
-    """Squared standard error of the mean over seeds; 0 for a single run, whose scatter is unknown."""
-    if len(runs) < 2 or not domains:
-        return 0.0
-    values = [mean_over_domains(run.blocks, domains)[0] for run in runs]
-    return float(np.var(values, ddof=1) / len(values))

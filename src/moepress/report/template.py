@@ -9,10 +9,10 @@ PAGE = """<!doctype html>
 <title>{{ name }} · moepress</title>
 <style>
 :root { --ground: #fbfaf8; --card: #ffffff; --ink: #1f2328; --soft: #5c6570; --line: #e1ded8; --accent: #b84e00;
-  --best: #fdf1e4; --code: #f1efea; }
+  --good: #0062a3; --best: #fdf1e4; --code: #f1efea; }
 @media (prefers-color-scheme: dark) {
   :root { --ground: #16181b; --card: #1e2125; --ink: #e6e4df; --soft: #a2a9b1; --line: #34383e; --accent: #ff9d5c;
-    --best: #35281c; --code: #282c31; }
+    --good: #7cc0ee; --best: #35281c; --code: #282c31; }
 }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--ground); color: var(--ink); font: 16px/1.6 system-ui, -apple-system, "Segoe UI",
@@ -43,6 +43,8 @@ tr.size th { background: var(--code); text-align: left; font-weight: 600; paddin
 tr.best td { background: var(--best); }
 tr.best td:first-child { font-weight: 650; }
 .mark { color: var(--accent); }
+small.better { color: var(--good); }
+small.worse { color: var(--accent); }
 small { display: block; color: var(--soft); font-weight: 400; font-size: .78rem; line-height: 1.35; }
 figure { margin: .8rem 0 0; }
 .picture { overflow-x: auto; background: #fff; border: 1px solid var(--line); border-radius: 8px; padding: .8rem; }
@@ -96,11 +98,12 @@ summary { cursor: pointer; font-weight: 600; margin-top: 1rem; }
 <thead><tr><th scope="col">run</th>{% for domain in domains %}<th scope="col">{{ domain }}</th>{% endfor %}</tr></thead>
 <tbody>
 {% for title, cells in domain_rows %}
-<tr><td>{{ title }}</td>{% for cell in cells %}<td>{{ cell }}</td>{% endfor %}</tr>
+<tr><td>{{ title }}</td>{% for cell, small in cells %}<td>{{ cell }}<small>{{ small }}</small></td>{% endfor %}</tr>
 {% endfor %}
 </tbody>
 </table></div>
-<p class="note">Per token, with one standard error over blocks (how much the text varies, which all runs share).</p>
+<p class="note">Per token, with one standard error over blocks (how much the text varies, which all runs share); below it bits
+per byte of text, which models with other tokenizers can be compared by.</p>
 </details>
 {% if tasks %}
 <details>
@@ -115,6 +118,24 @@ summary { cursor: pointer; font-weight: 600; margin-top: 1rem; }
 </table></div>
 <p class="note">With one standard error over items. * of the first items only. Metric, version and protocol of each:
 <code>tasks.json</code> in the evaluation's folder.</p>
+</details>
+{% endif %}
+
+{% if paired_rows %}
+<details>
+<summary>Paired comparisons</summary>
+<div class="scroll" tabindex="0"><table>
+<thead><tr><th scope="col">method</th><th scope="col">against</th>
+{% for metric in metrics %}<th scope="col">{{ metric }}</th>{% endfor %}</tr></thead>
+<tbody>
+{% for title, against, cells in paired_rows %}
+<tr><td>{{ title }}</td><td>{{ against }}</td>
+{% for cell, verdict in cells %}<td>{{ cell }}<small class="{{ verdict }}">{{ verdict }}</small></td>{% endfor %}</tr>
+{% endfor %}
+</tbody>
+</table></div>
+<p class="note">Over the same blocks or items, with the 95 % confidence interval (Student's) in brackets; perplexity in percent,
+accuracy in points. One interval in twenty misses by chance. All at full precision: <code>figures/differences.csv</code>.</p>
 </details>
 {% endif %}
 

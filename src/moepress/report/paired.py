@@ -1,0 +1,181 @@
+"""Differences between runs that answered the same: over the same blocks of text, over the same items of a task.
+
+What two runs have in common (some texts are harder than others) cancels in the difference of each pair, so these are much
+surer than the difference of two means with their own errors suggests. The intervals are Student's, with Welch and
+Satterthwaite's degrees of freedom.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from moepress.report.reading import Run, reference_of
+
+CONFIDENCE = 0.95
+SIXTEEN = "16 bits"
+
+BASELINES = {"quantization": {"qesc": "gptq", "gptq": "rtn"}, "allocation": "uniform", "pruning": "none"}
+"""What each method builds on: of a quantization method another one, of an allocation or a pruning the plain one."""
+
+
+class Difference(NamedTuple):
+    """A mean of paired differences, its standard error, and the degrees of freedom of that; nan where unknown."""
+
+    value: float
+    stderr: float
+    freedom: float
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The confidence interval; of no width for runs that are the same, nan where the noise is unknown."""
+        reach = 0.0 if self.stderr == 0 else stats.t.ppf((1 + CONFIDENCE) / 2, self.freedom) * self.stderr
+        return self.value - reach, self.value + reach
+
+    @property
+    def is_noise(self) -> bool:
+        """Whether the interval holds zero, or is unknown."""
+        low, high = self.interval
+        return not (low > 0 or high < 0)
+
+
+NOTHING = Difference(np.nan, np.nan, np.nan)
+
+
+def difference(runs: list[Run], others: list[Run], measured: Callable[[Run], pd.Series]) -> Difference:
+    """Mean of what was measured of `runs` above that of `others`, pair by pair; every stratum counts alike.
+
+    Each list holds one configuration under one or more seeds, which are averaged. measured: a run's values, by stratum (a
+    domain, a task) and place in it. The variance is that of the mean over the pairs, stratum by stratum; a side with
+    several seeds adds the variance of its mean over them. NOTHING without anything measured.
+    """
+    sides = [[measured(run) for run in side] for side in (runs, others)]
+    own, base = (pd.concat(values).groupby(level=[0, 1]).mean() for values in sides)
+    strata = (own - base).groupby(level=0)
+    if not len(strata):
+        return NOTHING
+    parts = [
+        (variance / len(strata) ** 2, count - 1) for variance, count in zip(strata.sem(ddof=1) ** 2, strata.size(), strict=True)
+    ]
+    for values in sides:
+        if len(values) > 1:
+            means = [each.groupby(level=0).mean().mean() for each in values]
+            parts.append((np.var(means, ddof=1) / len(means), len(means) - 1))
+    variance = sum(part for part, _ in parts)
+    freedom = variance**2 / sum(part**2 / count for part, count in parts if count) if variance > 0 else np.nan
+    return Difference(float(strata.mean().mean()), float(np.sqrt(variance)), float(freedom))
+
+
+def nll(domains: list[str]) -> Callable[[Run], pd.Series]:
+    """Nats per token of each block of these domains."""
+
+    def measured(run: Run) -> pd.Series:
+        return run.blocks[run.blocks["domain"].isin(domains)].set_index(["domain", "block"])["nll"]
+
+    return measured
+
+
+def scores(tasks: list[str]) -> Callable[[Run], pd.Series]:
+    """The score of each item of these tasks."""
+
+    def measured(run: Run) -> pd.Series:
+        samples = run.samples[run.samples["group"].isin(tasks)]
+        place = samples["task"] + " " + samples["item"].astype(str)
+        return samples.assign(place=place).set_index(["group", "place"])["score"]
+
+    return measured
+
+
+def increase(runs: list[Run], others: list[Run], domains: list[str]) -> Difference:
+    """Mean nll of `runs` above that of `others`, in nats per token."""
+    return difference(runs, others, nll(domains))
+
+
+def accurate(runs: list[Run]) -> list[str]:
+    """Tasks told by an accuracy that all of the runs answered."""
+    common = [set(run.tasks) for run in runs]
+    return [
+        task
+        for task, score in runs[0].tasks.items()
+        if score["metric"].startswith("acc") and all(task in own for own in common)
+    ]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One method under one or more seeds, and what it is compared with. step: what differs: `quantization`, `allocation`,
+    `pruning`; or `SIXTEEN`."""
+
+    runs: list[Run]
+    others: list[Run]
+    step: str
+
+    @property
+    def against(self) -> str:
+        return self.others[0].series
+
+    @property
+    def title(self) -> str:
+        return f"{self.runs[0].series}, {self.runs[0].target}"
+
+    @cached_property
+    def differences(self) -> dict[str, Difference]:
+        """By metric: `nll` and `nll_ood` (nats per token, less is better), `acc` and `acc_<task>` (shares, more is better)."""
+        inside, outside = self.runs[0].domains
+        tasks = accurate(self.runs + self.others)
+        found = {"nll": increase(self.runs, self.others, inside), "nll_ood": increase(self.runs, self.others, outside)}
+        found["acc"] = difference(self.runs, self.others, scores(tasks)) if tasks else NOTHING
+        return found | {f"acc_{task}": difference(self.runs, self.others, scores([task])) for task in tasks}
+
+
+def pairs(runs: list[Run]) -> list[Pair]:
+    """Each method against the 16-bit model, then against what it builds on, where that is among the runs."""
+    methods: dict[tuple, list[Run]] = {}
+    for run in runs:
+        if not run.is_reference:
+            methods.setdefault((run.series, run.target), []).append(run)
+    found = [Pair(own, [reference], SIXTEEN) for own in methods.values() if (reference := reference_of(own[0], runs))]
+    for step in BASELINES:
+        for own in methods.values():
+            for others in methods.values():
+                if is_step(own[0], others[0], step) and {run.seed for run in own} == {run.seed for run in others}:
+                    found.append(Pair(own, others, step))
+    return found
+
+
+def is_step(run: Run, other: Run, step: str) -> bool:
+    """Whether `other` is what `run` builds on in this one configuration group, all else alike."""
+    if run.target != other.target or any(
+        run.artefacts.get(stage) != other.artefacts.get(stage) for stage in ("corpus", "model")
+    ):
+        return False
+    if _settings(run, step) != _settings(other, step):
+        return False
+    own, base = getattr(run, step), getattr(other, step)
+    wanted = BASELINES[step].get(own["method"]) if step == "quantization" else BASELINES[step]
+    same_rest = all(getattr(run, group) == getattr(other, group) for group in BASELINES if group != step)
+    common = (set(own) & set(base)) - {"method"}
+    return own["method"] != base["method"] == wanted and same_rest and all(own[key] == base[key] for key in common)
+
+
+def _settings(run: Run, step: str) -> set[str]:
+    """What a run's name lists beside its methods, outside this group."""
+    return {part for part in run.name.split(" ")[1:] if not part.startswith(("seed=", f"{step}."))}
+
+
+def tabulate(found: list[Pair]) -> pd.DataFrame:
+    """One row for each pair and metric; `low` and `high` bound the confidence interval."""
+    rows = []
+    for pair in found:
+        about = {"method": pair.runs[0].series, "size": pair.runs[0].target, "against": pair.against, "step": pair.step}
+        about |= {"runs": "; ".join(run.name for run in pair.runs), "other_runs": "; ".join(run.name for run in pair.others)}
+        for metric, one in pair.differences.items():
+            if not np.isnan(one.value):
+                low, high = one.interval
+                numbers = {"difference": one.value, "stderr": one.stderr, "freedom": one.freedom, "low": low, "high": high}
+                rows.append({**about, "metric": metric, **numbers, "within_noise": one.is_noise})
+    return pd.DataFrame(rows)

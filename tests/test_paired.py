@@ -1,0 +1,117 @@
+"""Paired differences against loops, intervals against simulation, and which methods are compared."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moepress.report import paired
+from moepress.report.paired import Difference
+
+
+def series(values: dict[str, list[float]]) -> pd.Series:
+    pairs = [(stratum, place) for stratum, own in values.items() for place in range(len(own))]
+    return pd.Series(np.concatenate(list(values.values())), index=pd.MultiIndex.from_tuples(pairs))
+
+
+def compared(sides: list[list[dict[str, list[float]]]]) -> Difference:
+    """`difference` of two lists of measured values, one for each seed."""
+    runs = [[series(values) for values in side] for side in sides]
+    return paired.difference(*runs, measured=lambda run: run)
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 3), st.integers(1, 3))
+@settings(max_examples=40, deadline=None)
+def test_against_loops(seed, num_own, num_base):
+    rng = np.random.default_rng(seed)
+    sizes = {name: int(rng.integers(2, 6)) for name in "abc"[: rng.integers(1, 4)]}
+    own, base = ([{name: rng.normal(size=size) for name, size in sizes.items()} for _ in range(n)] for n in (num_own, num_base))
+    found = compared([own, base])
+    means, parts = [], []
+    for name, size in sizes.items():
+        each = [np.mean([run[name][i] for run in own]) - np.mean([run[name][i] for run in base]) for i in range(size)]
+        means.append(np.mean(each))
+        parts.append((sum((x - means[-1]) ** 2 for x in each) / (size - 1) / size / len(sizes) ** 2, size - 1))
+    for side in (own, base):
+        if len(side) > 1:
+            overall = [np.mean([run[name].mean() for name in sizes]) for run in side]
+            parts.append((np.var(overall, ddof=1) / len(side), len(side) - 1))
+    total = sum(variance for variance, _ in parts)
+    assert found.value == pytest.approx(np.mean(means))
+    assert found.stderr == pytest.approx(np.sqrt(total))
+    assert found.freedom == pytest.approx(total**2 / sum(variance**2 / freedom for variance, freedom in parts))
+
+
+@pytest.mark.parametrize(("num_blocks", "num_seeds"), [(4, 1), (30, 1), (30, 3)])
+def test_intervals_cover_the_truth_as_often_as_they_say(num_blocks, num_seeds):
+    """A thousand experiments with a true difference of 0.5; blocks are hard or easy for both sides alike."""
+    rng = np.random.default_rng(0)
+    held = []
+    for _ in range(1000):
+        hard = {name: rng.normal(0, 5, num_blocks) for name in "ab"}
+        drawn = rng.normal(0, 0.3 * (num_seeds > 1), (2, num_seeds))
+        sides = []
+        for shift, side in zip((0.5, 0.0), drawn, strict=True):
+            sides.append(
+                [{name: own + shift + one + rng.normal(0, 0.4, num_blocks) for name, own in hard.items()} for one in side]
+            )
+        low, high = compared(sides).interval
+        held.append(low <= 0.5 <= high)
+    assert 0.93 <= np.mean(held) <= 0.985, np.mean(held)
+
+
+def test_what_is_not_known_is_not_called_a_difference():
+    alone = compared([[{"a": [1.0]}], [{"a": [0.5]}]])
+    assert alone.value == 0.5 and np.isnan(alone.stderr) and alone.is_noise
+    same = compared([[{"a": [1.0, 2.0]}]] * 2)
+    assert same[:2] == (0, 0) and same.interval == (0, 0) and same.is_noise
+    assert not compared([[{"a": [1.0, 2.0]}], [{"a": [0.5, 1.5]}]]).is_noise, "the same in every pair"
+    empty = paired.difference([None], [None], lambda _: series({"a": [1.0]})[:0])
+    assert np.isnan(empty.value) and empty.is_noise
+
+
+def run(quantization: dict, allocation: dict, pruning: dict | None = None, name: str = "run", seed: int = 0, target="2 bits"):
+    pruning = pruning or {"method": "none"}
+    artefacts = {"model": "m", "corpus": "c"}
+    series = " ".join([quantization["method"], allocation["method"], str(pruning), *name.split(" ")[1:]])
+    groups = {"quantization": quantization, "allocation": allocation, "pruning": pruning}
+    return SimpleNamespace(
+        **groups, artefacts=artefacts, name=name, seed=seed, series=series, target=target, is_reference=False
+    )
+
+
+RTN, GPTQ, QESC = (
+    {"method": "rtn", "group_size": 8},
+    {"method": "gptq", "group_size": 8, "damping": 0.1},
+    {"method": "qesc", "group_size": 8, "damping": 0.1, "router_ridge": 1.0},
+)
+UNIFORM, PMQ = {"method": "uniform", "bits": 2}, {"method": "pmq", "bits": 2, "keep": [3]}
+PESF = {"method": "pesf", "alpha": 0.3}
+
+
+def steps(runs) -> list[tuple[int, int, str]]:
+    found = [pair for pair in paired.pairs(runs) if pair.step != paired.SIXTEEN]
+    return [(runs.index(pair.runs[0]), runs.index(pair.others[0]), pair.step) for pair in found]
+
+
+def test_each_method_meets_what_it_builds_on():
+    runs = [run(RTN, UNIFORM), run(GPTQ, UNIFORM), run(QESC, UNIFORM), run(QESC, PMQ), run(QESC, UNIFORM, PESF)]
+    expected = [(1, 0, "quantization"), (2, 1, "quantization"), (3, 2, "allocation"), (4, 2, "pruning")]
+    assert steps(runs) == expected
+    assert steps([run(RTN, UNIFORM), run(QESC, UNIFORM)]) == [], "the step between is missing"
+
+
+def test_only_what_differs_in_one_thing_is_compared():
+    assert steps([run(RTN, UNIFORM), run(GPTQ | {"group_size": 16}, UNIFORM)]) == []
+    assert steps([run(RTN, UNIFORM), run(GPTQ, UNIFORM, target="3 bits")]) == []
+    assert steps([run(RTN, UNIFORM), run(GPTQ, UNIFORM, PESF)]) == []
+    assert steps([run(RTN, UNIFORM), run(GPTQ, UNIFORM, name="run calibration.seq_len=64")]) == []
+    own = run(QESC, UNIFORM, name="run quantization.router_ridge=1.0")
+    assert steps([run(GPTQ, UNIFORM), own]) == [(1, 0, "quantization")], "an override of the step itself"
+    assert steps([run(GPTQ, UNIFORM), run(QESC, UNIFORM, seed=1)]) == []
+    several = [run(method, UNIFORM, seed=seed) for method in (GPTQ, QESC) for seed in (0, 1)]
+    (pair,) = [pair for pair in paired.pairs(several) if pair.step != paired.SIXTEEN]
+    assert [one.seed for one in pair.runs] == [one.seed for one in pair.others] == [0, 1]
