@@ -110,14 +110,21 @@ def test_export_is_complete(made, tmp_path):
     }
     assert (out / FIRST).stat().st_ino == (checkpoint / FIRST).stat().st_ino
     assert (out / "config.json").stat().st_ino != (checkpoint / "config.json").stat().st_ino
-    metrics = {}
+    metrics, scores = {}, {}
     for folder in report.parent.parent.glob("evaluation/*"):
-        metrics[folder.name.split("-")[0]] = json.loads((folder / "metrics.json").read_text())
+        name = folder.name.split("-")[0]
+        metrics[name] = json.loads((folder / "metrics.json").read_text())
+        found = json.loads((folder / "tasks.json").read_text())["moepress"]["scores"]
+        scores[name] = {task: score["value"] for task, score in found.items()}
     _, body = front_matter((out / "README.md").read_text())
     for domain in ("even", "odd"):
         (row,) = re.findall(rf"\| {domain} \| ([\d.]+) ± [\d.]+ \| ([\d.]+) ± [\d.]+ \|", body)
         for text, name in zip(row, ("16bit", "qesc"), strict=True):
             assert float(text) == pytest.approx(metrics[name]["domains"][domain]["ppl"], rel=0.05)
+    for task in ("word_swap", "continuation_within"):
+        (row,) = re.findall(rf"\| {task} \| ([\d.]+)[^|]* \| ([\d.]+)[^|]* \|", body)
+        assert [float(text) for text in row] == pytest.approx([100 * scores[name][task] for name in ("16bit", "qesc")], abs=1)
+    assert "change of accuracy, mean over the tasks, paired item by item" in body and "only the first 12 of each" in body
     assert "selected experts that changed" in body and "times as fast as at 16 bits" in body and "Not measured" not in body
 
 

@@ -102,7 +102,16 @@ def measured(report: Path, key: str) -> dict:
     if base is None:
         raise ValueError(f"{path}: no row of the 16-bit model that the checkpoint {key} was made from")
     domains = [name.removeprefix("ppl_") for name in own if name.startswith("ppl_") and f"{name}_stderr" in own]
-    names = ("delta_nll", "delta_nll_stderr", "prefill_ms", "decode_ms", "speedup_prefill", "speedup_decode")
+    names = (
+        "delta_nll",
+        "delta_nll_stderr",
+        "delta_acc",
+        "delta_acc_stderr",
+        "prefill_ms",
+        "decode_ms",
+        "speedup_prefill",
+        "speedup_decode",
+    )
     number = {name: _number(own.get(name)) for name in names}
     return number | {
         "domains": [
@@ -116,6 +125,14 @@ def measured(report: Path, key: str) -> dict:
             for name in domains
             if name not in ("mean", "ood") and _number(own[f"ppl_{name}"]) is not None
         ],
+        "tasks": [
+            {"task": name.removeprefix("acc_")}
+            | {f"acc{suffix}": _number(row.get(name)) for suffix, row in (("", own), ("16", base))}
+            | {f"acc{suffix}_stderr": _number(row.get(f"{name}_stderr")) for suffix, row in (("", own), ("16", base))}
+            for name in own
+            if name.startswith("acc_") and f"{name}_stderr" in own and name != "acc_mean" and _number(own[name]) is not None
+        ],
+        "limit": _number(own.get("limit")),
         "selection_shift": float(own["selection_shift"]),
         "selection_shift_stderr": float(own["selection_shift_stderr"] or "nan"),
         "bytes16": int(float(base["checkpoint_bytes"])),

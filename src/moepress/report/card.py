@@ -63,6 +63,16 @@ Perplexity on test text that the calibration never saw, ± one standard error ov
 {% for row in results.domains %}
 | {{ row.domain }} | {{ row.ppl16 }} | {{ row.ppl }} |
 {% endfor %}
+{% if results.tasks %}
+
+Share of right answers in percent, ± one standard error over the items{{ results.limited }}.
+
+| task | 16 bits | this model |
+|---|---|---|
+{% for row in results.tasks %}
+| {{ row.task }} | {{ row.acc16 }} | {{ row.acc }} |
+{% endfor %}
+{% endif %}
 
 | | |
 |---|---|
@@ -110,7 +120,8 @@ def render(facts: dict, results: dict | None = None) -> str:
     """The card's whole text.
 
     facts: as `moepress.report.made.facts` gives them. results: what was measured, `{domains: [{domain, ppl, ppl_stderr,
-    ppl16, ppl16_stderr}], selection_shift, selection_shift_stderr, ...}` as `moepress.export.measured` gives it; None where
+    ppl16, ppl16_stderr}], tasks: [{task, acc, acc_stderr, acc16, acc16_stderr}], selection_shift,
+    selection_shift_stderr, ...}` as `moepress.export.measured` gives it; None where
     nothing was.
     """
     front = {"base_model": facts["base_model"], **facts["licence"], "library_name": "transformers", "tags": TAGS}
@@ -195,11 +206,20 @@ def _measured(results: dict, facts: dict) -> dict:
         ratio = math.exp(results["delta_nll"])
         change = _with_error(100 * (ratio - 1), 100 * ratio * (results.get("delta_nll_stderr") or 0))
         rest.insert(0, ("change of perplexity, mean over the corpus's texts, paired block by block", f"{change} %"))
+    if results.get("delta_acc") is not None:
+        change = _with_error(100 * results["delta_acc"], 100 * (results.get("delta_acc_stderr") or 0))
+        rest.append(("change of accuracy, mean over the tasks, paired item by item", f"{change} points"))
     for phase in ("prefill", "decode"):
         times, speed = results.get(f"{phase}_ms"), results.get(f"speedup_{phase}")
         if times is not None and speed is not None:
             rest.append((phase, f"{speed:.2f} times as fast as at 16 bits, {times:.3g} ms, on {results['device']}"))
-    return {"domains": domains, "rest": rest}
+    tasks = [{"task": row["task"]} | {name: _share(row, name) for name in ("acc", "acc16")} for row in results.get("tasks", ())]
+    limited = f"; only the first {results['limit']:.0f} of each were asked" if results.get("limit") else ""
+    return {"domains": domains, "rest": rest, "tasks": tasks, "limited": limited}
+
+
+def _share(row: dict, name: str) -> str:
+    return "" if row[name] is None else _with_error(100 * row[name], 100 * (row[f"{name}_stderr"] or 0))
 
 
 def _with_error(value: float, error: float) -> str:
