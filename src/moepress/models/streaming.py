@@ -45,11 +45,9 @@ class ModelStream:
 
     def __init__(self, folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32):
         self.folder, self.device, self.dtype = Path(folder), device, dtype
-        self.shape = families.read_shape(self.folder, "model.path")
+        self.source_config, self.shape, self.entries = families.read_model(self.folder, "model")
         self.family = FAMILIES[self.shape.family]
-        self.source_config = families.read_config(self.folder, "model.path")
         self.config = auto_config(self.source_config)
-        self.entries = families.tensors(self.folder, self.source_config)
         quantized = self.source_config.get("quantization_config") or {}
         self._block = tuple(quantized.get("weight_block_size") or (128, 128))
         if "model.embed_tokens.weight" not in self.entries:

@@ -4,7 +4,6 @@ import hashlib
 from pathlib import Path
 
 from moepress.artefacts import Task, write_json
-from moepress.models.families import read_shape
 
 
 def run(task: Task) -> None:
@@ -49,7 +48,6 @@ def refer(folder: Path, out: Path) -> None:
 
     from moepress.models.streaming import ModelStream
 
-    shape = read_shape(folder, "model")
     stream = ModelStream(folder)
     for name in tqdm(sorted(stream.entries), desc="checking weights", unit="tensor", mininterval=1):
         stream.read([name])
@@ -58,4 +56,4 @@ def refer(folder: Path, out: Path) -> None:
         with path.open("rb") as file:
             hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
     dtype = str(stream.storage_dtype).removeprefix("torch.")
-    write_json(out / "reference.json", {"path": str(folder), "family": shape.family, "dtype": dtype, "files": hashes})
+    write_json(out / "reference.json", {"path": str(folder), "family": stream.shape.family, "dtype": dtype, "files": hashes})
