@@ -74,6 +74,23 @@ def write_texts(folder, documents=60, words=300, seed=0):
     return folder
 
 
+def bytes_outside_experts(shape, tensors, quantization):
+    """Bytes of everything that is no expert's matrix, counted tensor by tensor: attention, shared experts and dense layers
+    packed, the rest as it is. tensors: as `families.tensors` has them. quantization: as in conf/quantization/.
+    """
+    from moepress.models.families import FAMILIES, kind_of
+    from moepress.quantization.size import matrix_bytes
+
+    family, group_size = FAMILIES[shape.family], quantization["group_size"]
+    total = 0
+    for name, entry in tensors.items():
+        kind = kind_of(family, name, entry.shape, group_size)
+        bits = quantization.get(f"{kind}_bits")
+        if kind != "expert":
+            total += matrix_bytes(*entry.shape, bits, group_size) if bits else entry.nbytes
+    return total
+
+
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory):
     return write_model(tmp_path_factory.mktemp("model"))
