@@ -27,14 +27,13 @@ from transformers.models.qwen2_moe import Qwen2MoeConfig, Qwen2MoeForCausalLM
 from moepress.data import corpus, sampling
 from moepress.models import carving, dense, distilling, streams
 from moepress.models.carving import Cut
+from moepress.models.limits import TOKENS_AT_ONCE
 from moepress.models.streams import Streams
 
 CHARACTERS_PER_TOKEN = 6
 """More than any text has at first; where it is not enough, twice as many documents are read."""
 CHECKED = (2, 128)
 """Sequences and positions of the check."""
-AT_ONCE = 4096
-"""Tokens in one forward."""
 
 
 def carve(config: dict, corpus_folder: Path, source: Path, out: Path, device: str = "cpu", progress: bool = True) -> dict:
@@ -148,7 +147,7 @@ def cut_layer(config: dict, layer, x_NSH, out_NSH, positions, index: int) -> tup
     """
     device = positions[0].device
     residual_TH, m_TH = [], []
-    for part in x_NSH.split(max(1, AT_ONCE // x_NSH.shape[1])):
+    for part in x_NSH.split(max(1, TOKENS_AT_ONCE // x_NSH.shape[1])):
         x = part.to(device)
         mixed, _ = layer.self_attn(layer.input_layernorm(x), position_embeddings=positions, attention_mask=None)
         residual_TH.append((x + mixed).flatten(0, 1))

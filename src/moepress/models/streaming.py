@@ -20,10 +20,8 @@ from moepress.models import families
 from moepress.models.experts import StoredExperts
 from moepress.models.families import FAMILIES, layer_prefix
 from moepress.models.files import Entry
+from moepress.models.limits import TOKENS_AT_ONCE
 from moepress.models.lowbit import LowBit
-
-TOKENS_AT_ONCE = 4096
-"""Tokens in one forward of a layer: bounds the activations beside the stored streams."""
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 

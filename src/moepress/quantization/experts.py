@@ -11,15 +11,12 @@ import torch
 from tqdm import tqdm
 
 from moepress.models.experts import Experts
-from moepress.models.streaming import TOKENS_AT_ONCE, Routing
+from moepress.models.limits import TOKENS_AT_ONCE, experts_at_once
+from moepress.models.streaming import Routing
 from moepress.quantization import grid
 from moepress.quantization.gptq import Curvature, gptq, inverse_factor, shrunk
 from moepress.quantization.packing import Quantized
 from moepress.quantization.size import group_of
-
-WORKSPACE = 2 << 30
-"""Bytes that the curvatures of one batch of experts may take; a single expert may need more."""
-
 
 SAMPLE = 512
 """Tokens that an expert's output error is measured on."""
@@ -117,8 +114,7 @@ class ExpertInputs:
 
 def expert_batches(experts: Experts) -> Iterator[range]:
     """Ranges of experts that go together: as many as the workspace holds."""
-    widest = max(experts.hidden_size, experts.intermediate_size)
-    step = max(1, WORKSPACE // (6 * 4 * widest**2))
+    step = experts_at_once(experts.hidden_size, experts.intermediate_size, experts.num_experts)
     for start in range(0, experts.num_experts, step):
         yield range(start, min(start + step, experts.num_experts))
 

@@ -19,7 +19,8 @@ from torch import nn
 
 from moepress.inference.packed import PackedExperts
 from moepress.models.families import layer_prefix
-from moepress.models.streaming import TOKENS_AT_ONCE, ModelStream, Routing
+from moepress.models.limits import TOKENS_AT_ONCE
+from moepress.models.streaming import ModelStream, Routing
 from moepress.models.streams import Streams
 from moepress.quantization.experts import ExpertInputs, Recipe, quantize_experts
 from moepress.quantization.gptq import Curvature
