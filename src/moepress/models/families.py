@@ -230,12 +230,9 @@ def read_config(folder: Path, key: str) -> dict:
     except ValueError as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from error
     quantized = config.get("quantization_config") or {}
-    is_read = quantized.get("quant_method") == "mxfp4" or (quantized.get("quant_method"), quantized.get("fmt")) == (
-        "fp8",
-        "e4m3",
-    )
+    method = quantized.get("quant_method")
+    is_read = method == "mxfp4" or (method == "fp8" and quantized.get("fmt") == "e4m3")
     if quantized and not is_read:
-        method = quantized.get("quant_method")
         raise ValueError(f"{key}={str(folder)!r}: already quantized (quant_method {method!r}); give the 16-bit model")
     return config
 
