@@ -4,6 +4,7 @@ import hashlib
 from pathlib import Path
 
 from moepress.artefacts import Task, write_json
+from moepress.models import hub
 
 
 def run(task: Task) -> None:
@@ -21,25 +22,10 @@ def run(task: Task) -> None:
         carved.carve(config, task.inputs["corpus"], source, task.out, pick_device(task.runtime["device"]))
         return
     if config["kind"] == "hub":
-        folder = download(config["id"], config["revision"])
+        folder = hub.download(config["id"], config["revision"])
     else:
         folder = Path(task.runtime["model_path"]).resolve()
     refer(folder, task.out)
-
-
-def download(model_id: str, revision: str) -> Path:
-    """The folder of a hub model in the hub's own cache; configuration, tokenizer and safetensors only, never pickles."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md"]  # that one for its licence
-    try:
-        return Path(snapshot_download(model_id, revision=revision, allow_patterns=patterns))
-    except (OSError, HFValidationError) as error:  # hub and connection errors are OSErrors
-        raise ValueError(
-            f"model.id={model_id!r} (model.revision={revision!r}) could not be fetched from the hub: "
-            f"{str(error).splitlines()[0]} Check the id, the connection and `hf auth login`; or take model=local model.path=DIR"
-        ) from error
 
 
 def refer(folder: Path, out: Path) -> None:
