@@ -107,12 +107,17 @@ class ModelStream:
         """On-disk names of the embedding, the last norm and the head."""
         return sorted(name for name in self.entries if not name.startswith("model.layers."))
 
-    def layer_tensors(self, index: int) -> dict[str, torch.Tensor]:
-        """Layer `index` without its experts' matrices, under its module's names, in the checkpoint's own dtypes."""
+    def layer_names(self, index: int) -> dict[str, str]:
+        """Name in the layer's module -> on-disk name, of all its tensors but its experts' matrices."""
         prefix = layer_prefix(index)
         names = [n for n in self.entries if n.startswith(prefix) and not families.is_expert_matrix(self.family, n)]
-        found = self.read_dense(names)
-        return {families.module_name(self.family, name.removeprefix(prefix)): found[name] for name in names}
+        return {families.module_name(self.family, name.removeprefix(prefix)): name for name in names}
+
+    def layer_tensors(self, index: int) -> dict[str, torch.Tensor]:
+        """Layer `index` without its experts' matrices, under its module's names, in the checkpoint's own dtypes."""
+        names = self.layer_names(index)
+        found = self.read_dense(list(names.values()))
+        return {name: found[on_disk] for name, on_disk in names.items()}
 
     def expert_tensors(self, index: int) -> list[tuple[list[torch.Tensor], torch.Tensor]]:
         """Each expert's gate-up rows `[2I, H]`, in one part or two, and its down projection `[H, I]`, as stored."""
