@@ -80,13 +80,9 @@ def draw_tokens(corpus_folder: Path, source: Path, settings: dict, seed: int, ke
     sampling.check_tokenizer(source, tokenizer)
     end = sampling.end_of_document(source, tokenizer)
     text, length = corpus.read(corpus_folder, "train"), settings["seq_len"]
-    present = list(dict.fromkeys(text["domain"]))
-    domains = settings["domains"] or present
-    if unknown := sorted(set(domains) - set(present)):
-        raise ValueError(f"model.calibration.domains={domains}: the corpus has no train text of {unknown}; it has {present}")
-    drawn = []
-    for index, domain in enumerate(domains):
-        wanted = settings["num_sequences"] * (index + 1) // len(domains) - settings["num_sequences"] * index // len(domains)
+    domains = sampling.known_domains(text, "train", settings["domains"], "model.calibration")
+    drawn, shares = [], sampling.even_shares(settings["num_sequences"], len(domains))
+    for index, (domain, wanted) in enumerate(zip(domains, shares, strict=True)):
         texts = text["text"][text["domain"] == domain].tolist()
         texts = [texts[place] for place in np.random.default_rng([seed, index]).permutation(len(texts))]
         ends, characters = np.cumsum([len(each) for each in texts]), CHARACTERS_PER_TOKEN * wanted * length
