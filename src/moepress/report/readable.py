@@ -76,21 +76,21 @@ def _cells(run: Run, row: pd.Series, runs: list[Run]) -> dict[str, Cell]:
     }
 
 
-def domain_table(runs: list[Run]) -> tuple[list[str], list[tuple[str, list[str]]]]:
-    """Perplexity by domain: the domains, out-of-domain ones last, and each run's numbers."""
+def domain_table(runs: list[Run]) -> tuple[list[str], list[list[str]]]:
+    """Perplexity by domain, out-of-domain ones last: the headings, and a row for each run."""
     inside, outside = runs[0].domains
     rows = []
     for run in runs:
         found = [run.metrics["domains"][domain] for domain in inside + outside]
-        rows.append((run.title, [f"{_number(one['ppl'])} ± {_number(one['ppl_stderr'], 2)}" for one in found]))
-    return [*inside, *(f"{domain} (out)" for domain in outside)], rows
+        rows.append([run.title, *(f"{_number(one['ppl'])} ± {_number(one['ppl_stderr'], 2)}" for one in found)])
+    return ["run", *inside, *(f"{domain} (out)" for domain in outside)], rows
 
 
-def task_table(runs: list[Run]) -> tuple[list[str], list[tuple[str, list[str]]]]:
-    """Scores by task, in percent where they are shares: the tasks, and each run's numbers; empty without tasks."""
+def task_table(runs: list[Run]) -> tuple[list[str], list[list[str]]] | None:
+    """Scores by task, in percent where they are shares: the headings, and a row for each run; None without tasks."""
     tasks = list(dict.fromkeys(task for run in runs for task in run.tasks))
-    rows = [(run.title, [_score(run.tasks.get(task)) for task in tasks]) for run in runs] if tasks else []
-    return tasks, rows
+    rows = [[run.title, *(_score(run.tasks.get(task)) for task in tasks)] for run in runs]
+    return (["run", *tasks], rows) if tasks else None
 
 
 def markdown(name: str, caption: str, sentences: list[str], found: list[Group]) -> str:
