@@ -6,12 +6,13 @@ machine is measured to do; where the results folder holds finished quantizations
 Legend: T calibration tokens, H hidden size, I intermediate size, E experts, K selected experts, V vocabulary.
 """
 
-import os
 import shutil
 import statistics
 import subprocess
 import time
 from pathlib import Path
+
+import psutil
 
 from moepress.artefacts import read_config, read_json
 from moepress.models import outline as outlines
@@ -236,7 +237,7 @@ def correction_from(results: Path, flops_per_second: float, device: str) -> floa
 
 def machine_memory() -> int:
     """Bytes of RAM, or what this process's control group may take of it."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    total = psutil.virtual_memory().total
     limit = Path("/sys/fs/cgroup/memory.max")
     text = limit.read_text().strip() if limit.is_file() else ""
     return min(total, int(text)) if text.isdigit() else total

@@ -184,11 +184,6 @@ class Run:
         return folder
 
     @cached_property
-    def model_config(self) -> dict:
-        """The model's config.json."""
-        return read_json(self.model / "config.json")
-
-    @cached_property
     def shape(self) -> families.Shape:
         return families.read_shape(self.model, "model")
 
