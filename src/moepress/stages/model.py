@@ -1,10 +1,10 @@
 """The model: the trained small one, a dense one that is carved, or a checked reference to a folder or a hub model."""
 
-import hashlib
 from pathlib import Path
 
 from moepress.artefacts import Task, write_json
 from moepress.models import hub
+from moepress.models.files import record
 
 
 def run(task: Task) -> None:
@@ -39,7 +39,6 @@ def refer(folder: Path, out: Path) -> None:
         stream.read([name])
     hashes = {}
     for path in tqdm(sorted(p for p in folder.iterdir() if p.is_file()), desc="hashing", unit="file", mininterval=1):
-        with path.open("rb") as file:
-            hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+        hashes[path.name] = record(path)["sha256"]
     dtype = str(stream.storage_dtype).removeprefix("torch.")
     write_json(out / "reference.json", {"path": str(folder), "family": stream.shape.family, "dtype": dtype, "files": hashes})
