@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from moepress.models.families import standard_config
 from moepress.models.files import INDEX, read_header, record
 
 METHOD = "moepress"
@@ -23,6 +24,12 @@ QUIET_BYTES = 2**30
 """Folders up to this size are checked without a progress bar."""
 
 AGAIN = "fetch or write the checkpoint again"
+
+
+def packed_config(config: dict, group_size: int, modules: dict) -> dict:
+    """config.json of a packed folder. config: the 16-bit model's. modules: module name -> its width, or every expert's."""
+    packed = {"quant_method": METHOD, "format_version": FORMAT_VERSION, "group_size": group_size, "modules": modules}
+    return standard_config(config, "model") | {"quantization_config": packed}
 
 
 def add_shard(folder: Path, name: str, path: Path) -> None:

@@ -24,13 +24,7 @@ def finish(folder: Path, stream: ModelStream, group_size: int, modules: dict) ->
     """Add the 16-bit rest, the configuration with every module's bits, the tokenizer, and the hashes of them all."""
     num_layers = stream.shape.num_layers
     write_shard(folder, num_layers, num_layers, outside_layers(stream))
-    config = dict(families.standard_config(stream.source_config, "model"))
-    config["quantization_config"] = {
-        "quant_method": manifest.METHOD,
-        "format_version": manifest.FORMAT_VERSION,
-        "group_size": group_size,
-        "modules": modules,
-    }
+    config = manifest.packed_config(stream.source_config, group_size, modules)
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     for name in manifest.BESIDE:
         if name != "config.json" and (stream.folder / name).is_file():
