@@ -209,5 +209,5 @@ def test_published_in_fewer_bits(zoo, tmp_path, family, write):
     for low, full in zip(packed["low"], packed["dense"], strict=True):
         assert low.tensors.keys() == full.tensors.keys()
         assert all(torch.equal(low.tensors[name], full.tensors[name]) for name in full.tensors)
-    sizes = [size.num_weights(families.tensors(folder)) for folder in folders.values()]
+    sizes = [families.num_weights(folder) for folder in folders.values()]
     assert sizes[0] == sizes[1]

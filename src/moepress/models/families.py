@@ -282,6 +282,11 @@ def standard_tensors(stored: dict[str, Entry], config: dict) -> dict[str, Entry]
     return found
 
 
+def num_weights(folder: Path) -> int:
+    """Of a 16-bit model folder."""
+    return sum(entry.numel for entry in tensors(folder).values())
+
+
 def standard_name(model_type: str | None, name: str) -> str:
     """A tensor's name on disk in the words of the family that it is loaded as."""
     for pattern, replacement in DIALECTS[model_type].renames if model_type in DIALECTS else ():

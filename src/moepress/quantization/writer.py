@@ -9,10 +9,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from moepress.inference import manifest, saving
-from moepress.models import families
 from moepress.models.streaming import ModelStream
 from moepress.quantization.budget import shard_name
-from moepress.quantization.size import num_weights
 
 
 def write_shard(folder: Path, index: int, num_layers: int, tensors: dict[str, torch.Tensor]) -> None:
@@ -67,8 +65,3 @@ def folder_bytes(folder: Path) -> int:
     provenance.json: some KiB), so that they are the same after a kill."""
     left_out = ("layers.json", "timing.json", "size.json")
     return sum(path.stat().st_size for path in folder.iterdir() if path.is_file() and path.name not in left_out)
-
-
-def weights_of(folder: Path) -> int:
-    """Number of weights of a 16-bit model folder."""
-    return num_weights(families.tensors(folder))

@@ -12,7 +12,6 @@ import pandas as pd
 
 from moepress.artefacts import read_json
 from moepress.models import families
-from moepress.quantization import size
 
 LABELS = {"none": "16 bit", "rtn": "RTN", "gptq": "GPTQ", "qesc": "QESC", "pmq": "PMQ", "pesf": "PESF", "odp": "ODP"}
 """Methods as people write them; any other is written in capitals."""
@@ -196,7 +195,7 @@ class Run:
 
     @cached_property
     def num_weights(self) -> int:
-        return size.num_weights(families.tensors(self.model))
+        return families.num_weights(self.model)
 
     @cached_property
     def checkpoint_bytes(self) -> int:
