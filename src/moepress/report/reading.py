@@ -13,12 +13,10 @@ import pandas as pd
 from moepress.artefacts import read_json
 from moepress.models import families
 
-LABELS = {"none": "16 bit", "rtn": "RTN", "gptq": "GPTQ", "qesc": "QESC", "pmq": "PMQ", "pesf": "PESF", "odp": "ODP"}
-"""Methods as people write them; any other is written in capitals."""
-
 
 def label(method: str) -> str:
-    return LABELS.get(method, method.upper())
+    """A method as people write it."""
+    return "16 bit" if method == "none" else method.upper()
 
 
 @dataclass(frozen=True)
