@@ -74,6 +74,34 @@ def write_texts(folder, documents=60, words=300, seed=0):
     return folder
 
 
+def bytes_outside_experts(shape, tensors, quantization):
+    """Bytes of everything that is no expert's matrix, counted tensor by tensor: attention, shared experts and dense layers
+    packed, the rest as it is. tensors: as `families.tensors` has them. quantization: as in conf/quantization/.
+    """
+    from moepress.models.families import FAMILIES, kind_of
+    from moepress.quantization.size import matrix_bytes
+
+    family, group_size = FAMILIES[shape.family], quantization["group_size"]
+    total = 0
+    for name, entry in tensors.items():
+        kind = kind_of(family, name, entry.shape, group_size)
+        bits = quantization.get(f"{kind}_bits")
+        if kind != "expert":
+            total += matrix_bytes(*entry.shape, bits, group_size) if bits else entry.nbytes
+    return total
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """For models so small that a second thread only waits."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory):
     return write_model(tmp_path_factory.mktemp("model"))
@@ -96,10 +124,15 @@ SMALL = [
     "latency.decode_tokens=2",
     "latency.repeats=1",
     "latency.threads=1",
-    "device=cpu",
-    "quantization=qesc",
-    "allocation.bits=2.5",
 ]
+"""An experiment on these that takes seconds."""
+
+
+def small_experiment(model_folder, text_folder):
+    """Its overrides, model and corpus included."""
+    fractions = "corpus.fractions={train: 0.6, calibration: 0.2, test: 0.2}"
+    source = [f"model.path={model_folder}", "corpus=local", f"corpus.path={text_folder}", fractions]
+    return ["model=local", *source, *SMALL]
 
 
 @pytest.fixture(scope="session")
@@ -108,9 +141,8 @@ def made(tmp_path_factory, model_folder, text_folder):
     from moepress import artefacts, plan
 
     place = tmp_path_factory.mktemp("made")
-    fractions = "corpus.fractions={train: 0.6, calibration: 0.2, test: 0.2}"
-    source = [f"model.path={model_folder}", "corpus=local", f"corpus.path={text_folder}", fractions]
-    overrides = ["model=local", *source, *SMALL, f"paths.results={place}"]
+    overrides = [*small_experiment(model_folder, text_folder), "device=cpu", "quantization=qesc", "allocation.bits=2.5"]
+    overrides.append(f"paths.results={place}")
     planned = plan.for_overrides(overrides)
     for folder in planned.artefacts:
         artefacts.run_stage(artefacts.task_path(place, folder), place / folder)

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import moepress
+from conftest import SMALL
 from moepress import api, cli, plan
 from moepress.config import values
-from test_workflow import SMALL
 
 
 @pytest.fixture(scope="module")

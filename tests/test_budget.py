@@ -6,6 +6,7 @@ import pytest
 import torch
 import yaml
 
+from conftest import bytes_outside_experts, write_model
 from moepress.artefacts import run_stage
 from moepress.inference.checkpoint import load_model
 from moepress.latency import weight_bytes
@@ -15,7 +16,7 @@ from moepress.quantization import writer
 from moepress.quantization.budget import Prediction, plan_budget, unpacked_bytes
 from moepress.quantization.experts import Recipe
 from moepress.quantization.qesc import quantize_model
-from moepress.quantization.size import bytes_outside_experts, expert_bytes
+from moepress.quantization.size import expert_bytes
 from moepress.schema import parse_bytes
 from zoo import COMMON, ZOO, write_zoo_model
 
@@ -81,8 +82,6 @@ def test_tied_embeddings_count_once(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
     """A model large enough that the records beside its weights are a hundredth."""
-    from conftest import write_model
-
     return write_model(tmp_path_factory.mktemp("wide"), hidden=256, intermediate=256)
 
 

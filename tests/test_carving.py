@@ -16,6 +16,7 @@ from moepress.models import carved, carving, dense, distilling, families, outlin
 
 H, I, E, SHARED, TOP_K = 32, 48, 4, 16, 3
 R = (I - SHARED) // E
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def recipe(**changes) -> dict:
@@ -25,14 +26,6 @@ def recipe(**changes) -> dict:
     found["held_out"] |= {"num_sequences": 4, "seq_len": 32}
     found["recover"] |= {"batch_size": 4, "seq_len": 32, "num_sequences": 16, "learning_rate": 3e-4}
     return found | changes
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def write_dense(folder, model_type="llama", **changes):

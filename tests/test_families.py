@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from conftest import bytes_outside_experts
 from moepress import allocation
 from moepress.inference.checkpoint import load_model
 from moepress.models import families
@@ -121,7 +122,7 @@ def test_the_chain(zoo, family, tmp_path):
     assert torch.allclose(seen[1], last["x"], atol=1e-3, rtol=1e-3)
 
     tensors = families.tensors(zoo(family))
-    predicted = size.bytes_outside_experts(shape, tensors, QUANTIZATION)
+    predicted = bytes_outside_experts(shape, tensors, QUANTIZATION)
     predicted += sum(size.expert_bytes(shape, width, 32) for layer in bits for width in layer)
     stored = [tensor for path in out.glob("*.safetensors") for tensor in load_file(path).values()]
     assert sum(tensor.nbytes for tensor in stored) == predicted
@@ -208,5 +209,5 @@ def test_published_in_fewer_bits(zoo, tmp_path, family, write):
     for low, full in zip(packed["low"], packed["dense"], strict=True):
         assert low.tensors.keys() == full.tensors.keys()
         assert all(torch.equal(low.tensors[name], full.tensors[name]) for name in full.tensors)
-    sizes = [size.num_weights(families.tensors(folder)) for folder in folders.values()]
+    sizes = [families.num_weights(folder) for folder in folders.values()]
     assert sizes[0] == sizes[1]

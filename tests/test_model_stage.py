@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import write_model
+from moepress.models import hub
 from moepress.models.families import locate
 from moepress.stages import model
 
@@ -34,4 +35,4 @@ def test_nan_anywhere_is_found_before_anything_is_made(tmp_path):
 def test_hub_models_that_cannot_be_had(monkeypatch, model_id):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match=rf"model\.id='{model_id}' .*could not be fetched.*model=local"):
-        model.download(model_id, "main")
+        hub.download(model_id, "main")

@@ -238,7 +238,7 @@ def test_the_estimates_know_the_codes_own_numbers():
     from moepress.models import streaming
     from moepress.quantization import experts
 
-    assert (estimate.WORKSPACE, estimate.TOKENS_AT_ONCE) == (experts.WORKSPACE, streaming.TOKENS_AT_ONCE)
+    assert (estimate.experts_at_once, estimate.TOKENS_AT_ONCE) == (experts.experts_at_once, streaming.TOKENS_AT_ONCE)
 
 
 def test_a_16_bit_model_beyond_the_memory_is_evaluated_a_layer_at_a_time(exact_v3):

@@ -33,7 +33,6 @@ def test_conda_takes_the_same_set():
     assert conda[-1]["pip"] == ["torch==2.13.0", "-e .[dev]"]
 
 
-LAYERS = ["schema", "data", "models", "config", "dag", "artefacts", "plan"]
 MATH = ["allocation", "quantization/grid", "quantization/gptq", "quantization/router", "quantization/packing", "pruning/pesf"]
 
 

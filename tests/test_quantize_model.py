@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import write_model
+from conftest import bytes_outside_experts, write_model
 from moepress.inference.checkpoint import load
 from moepress.models import families
 from moepress.models.streaming import ModelStream
@@ -55,7 +55,7 @@ def test_every_quantized_weight_occupies_its_bits(model_folder, tmp_path):
     bits = [[1, 2, 3, 4], [2, 2, 3, 3]]
     compress(model_folder, tmp_path, RECIPES["rtn"], bits)
     shape = ModelStream(model_folder).shape
-    outside = size.bytes_outside_experts(shape, families.tensors(model_folder), {"attention_bits": 4, "group_size": 32})
+    outside = bytes_outside_experts(shape, families.tensors(model_folder), {"attention_bits": 4, "group_size": 32})
     predicted = outside + sum(size.expert_bytes(shape, b, 32) for layer in bits for b in layer)
     tensors = {k: t for path in tmp_path.glob("*.safetensors") for k, t in load_file(path).items()}
     assert sum(t.numel() * t.element_size() for t in tensors.values()) == predicted

@@ -55,7 +55,7 @@ def test_errors_against_the_whole_block(walk, method, coverage):
 def test_one_expert_at_a_time_is_all_at_once(walk, monkeypatch):
     stream, layer, streams, _ = walk
     at_once = layer_statistics(stream, 0, layer, streams, RECIPES["gptq"], [2], DOMAINS, "routed")
-    monkeypatch.setattr("moepress.quantization.experts.WORKSPACE", 0)
+    monkeypatch.setattr("moepress.models.limits.WORKSPACE", 0)
     one_by_one = layer_statistics(stream, 0, layer, streams, RECIPES["gptq"], [2], DOMAINS, "routed")
     assert np.allclose(at_once["errors"], one_by_one["errors"], rtol=1e-3)
 

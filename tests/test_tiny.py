@@ -16,15 +16,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from moepress.models import muon, tiny
 
 CONFIG = yaml.safe_load((Path(__file__).parents[1] / "conf" / "model" / "tiny.yaml").read_text())
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """At this size a second thread only waits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def small(**training) -> dict:

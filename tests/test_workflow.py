@@ -13,30 +13,16 @@ from pathlib import Path
 import pytest
 import yaml
 
+from conftest import small_experiment
 from moepress.config import ROOT
 
-SMALL = [
-    "quantization.group_size=32",
-    "calibration.num_sequences=8",
-    "calibration.seq_len=64",
-    "evaluation.seq_len=64",
-    "evaluation.num_blocks=4",
-    "evaluation.tasks=none",
-    "latency.prefill_len=32",
-    "latency.prefill_batch=2",
-    "latency.decode_tokens=2",
-    "latency.repeats=1",
-    "latency.threads=1",
-]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, model_folder, text_folder):
     """A working folder, and the overrides of a small experiment in it."""
-    fractions = "corpus.fractions={train: 0.6, calibration: 0.2, test: 0.2}"
-    source = [f"model.path={model_folder}", "corpus=local", f"corpus.path={text_folder}", fractions]
-    return tmp_path_factory.mktemp("a place"), ["model=local", *source, *SMALL]
+    return tmp_path_factory.mktemp("a place"), small_experiment(model_folder, text_folder)
 
 
 def moepress(folder, *overrides, check=True):

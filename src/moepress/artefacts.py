@@ -6,7 +6,6 @@ that long stages can go on from it, and the folder gets its name only when it is
 """
 
 import errno
-import hashlib
 import importlib
 import json
 import os
@@ -25,6 +24,7 @@ import yaml
 
 from moepress.config import ROOT, hardware
 from moepress.dag import Artefact, everything
+from moepress.models.files import record
 
 PACKAGES = (
     "moepress",
@@ -146,11 +146,7 @@ def run_stage(task_file: Path, out: Path) -> None:
 
 def provenance(task: Task, start: float, startup: float) -> dict:
     """Where a folder came from and what it cost. startup: CPU seconds spent before the stage began its work."""
-    files = {}
-    for path in sorted(p for p in task.out.rglob("*") if p.is_file()):
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        files[str(path.relative_to(task.out))] = {"bytes": path.stat().st_size, "sha256": digest}
+    files = {str(p.relative_to(task.out)): record(p) for p in sorted(task.out.rglob("*")) if p.is_file()}
     return {
         "stage": task.stage,
         "key": task.key,

@@ -6,23 +6,21 @@ machine is measured to do; where the results folder holds finished quantizations
 Legend: T calibration tokens, H hidden size, I intermediate size, E experts, K selected experts, V vocabulary.
 """
 
-import os
 import shutil
 import statistics
 import subprocess
 import time
 from pathlib import Path
 
+import psutil
+
 from moepress.artefacts import read_config, read_json
 from moepress.models import outline as outlines
 from moepress.models.families import FAMILIES, kind_of, locate
+from moepress.models.limits import TOKENS_AT_ONCE, curvature_bytes, experts_at_once
 from moepress.models.outline import Outline
 from moepress.quantization.budget import unpacked_bytes
 
-WORKSPACE = 2 << 30
-"""Of quantization/experts.py, which imports torch."""
-TOKENS_AT_ONCE = 4096
-"""Of models/streaming.py."""
 LIBRARY_BYTES = 600 << 20
 """Of a stage that has torch and transformers in memory and no model yet."""
 STARTUP_SECONDS = 8.0
@@ -55,10 +53,8 @@ def memory(model: Outline, config: dict, packed_bytes: int | None, device: str, 
     T = config["calibration"]["num_sequences"] * config["calibration"]["seq_len"]
     library = LIBRARY_BYTES if device == "cpu" else 0
     layer = library + 2 * E * model.expert_weights + 12 * T * E + 4 * min(T, TOKENS_AT_ONCE) * (8 * H + 4 * I)
-    widest = max(H, I)
-    batch = max(1, min(E, WORKSPACE // (6 * 4 * widest**2)))
-    experts = batch * (6 * 4 * widest**2 + 3 * 4 * 2 * I * H)  # curvature, its factor and their work; a weight's three copies
-    linears = 6 * 4 * widest_linear(model) ** 2
+    experts = experts_at_once(H, I, E) * (curvature_bytes(max(H, I)) + 3 * 4 * 2 * I * H)  # and a weight's three copies
+    linears = curvature_bytes(widest_linear(model))
     found = {"statistics": layer + experts} if has_statistics(config) else {}
     if quantized:
         found["quantization"] = layer + max(experts, linears)
@@ -137,8 +133,7 @@ def experts_work(model: Outline, tokens: int, settings: dict, method: str) -> tu
     gate_up = 2 * (tokens + routed) * H**2 + 4 / 3 * E * H**3
     down = (routed + E * min(tokens, I)) * (4 * I * H + 2 * I**2) + 4 / 3 * E * I**3
     updates = E * (2 * I * H**2 + H * I**2)
-    batch = max(1, min(E, WORKSPACE // (6 * 4 * max(H, I) ** 2)))
-    return gate_up, search + down + updates, -(-E // batch) * (H + I)
+    return gate_up, search + down + updates, -(-E // experts_at_once(H, I, E)) * (H + I)
 
 
 def statistics_work(model: Outline, config: dict) -> tuple[float, float]:
@@ -244,7 +239,7 @@ def correction_from(results: Path, flops_per_second: float, device: str) -> floa
 
 def machine_memory() -> int:
     """Bytes of RAM, or what this process's control group may take of it."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    total = psutil.virtual_memory().total
     limit = Path("/sys/fs/cgroup/memory.max")
     text = limit.read_text().strip() if limit.is_file() else ""
     return min(total, int(text)) if text.isdigit() else total

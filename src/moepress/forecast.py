@@ -11,7 +11,7 @@ from pathlib import Path
 
 from moepress import estimate
 from moepress.config import hardware, uses_gpu, values
-from moepress.models import families, outline
+from moepress.models import families, hub, outline
 from moepress.models.files import INDEX
 from moepress.models.outline import Outline
 from moepress.quantization.budget import Prediction, plan_budget, readable, unpacked_bytes
@@ -78,24 +78,8 @@ def read_model(model: dict) -> Outline:
     if model["kind"] == "carved":
         return outline.from_carving(model)
     if model["kind"] == "hub":
-        return outline.read_any(fetch(model["id"], model["revision"]), "model.id")
+        return outline.read_any(hub.fetch(model["id"], model["revision"], ("config.json", INDEX)), "model.id")
     return outline.read_any(Path(model["path"]), "model.path")
-
-
-def fetch(model_id: str, revision: str) -> Path:
-    """A folder with a hub model's config.json and index, in the hub's own cache."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        for name in ("config.json", INDEX):
-            path = Path(hf_hub_download(model_id, name, revision=revision))
-    except (OSError, HFValidationError) as error:  # hub and connection errors are OSErrors
-        raise ValueError(
-            f"model.id={model_id!r} (model.revision={revision!r}): {name} could not be fetched from the hub: "
-            f"{str(error).splitlines()[0]} Check the id, the connection and `hf auth login`; or take model=local model.path=DIR"
-        ) from error
-    return path.parent
 
 
 def uniform_sizes(prediction: Prediction) -> list[Size]:

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from moepress.data import corpus
 
@@ -90,15 +91,23 @@ def domain_blocks(
     check_tokenizer(model, tokenizer)
     between = end_of_document(model, tokenizer) if separator is None else separator
     documents = corpus.read(folder, split)
+    domains = known_domains(documents, split, domains, key)
+    texts = documents.groupby("domain")["text"]
+    return {domain: token_blocks(tokenizer, between, texts.get_group(domain).tolist(), seq_len, stride) for domain in domains}
+
+
+def known_domains(documents: pd.DataFrame, split: str, domains: list[str] | None, key: str) -> list[str]:
+    """The given domains, or all that a split's documents have; ValueError for one that they have not."""
     present = list(dict.fromkeys(documents["domain"]))
     unknown = sorted(set(domains or ()) - set(present))
     if unknown:
         raise ValueError(f"{key}.domains={domains}: the corpus has no {split} text of {unknown}; it has {present}")
-    texts = documents.groupby("domain")["text"]
-    return {
-        domain: token_blocks(tokenizer, between, texts.get_group(domain).tolist(), seq_len, stride)
-        for domain in domains or present
-    }
+    return domains or present
+
+
+def even_shares(total: int, parts: int) -> list[int]:
+    """`total` in whole parts that differ by one at the most."""
+    return [total * (index + 1) // parts - total * index // parts for index in range(parts)]
 
 
 def spread(count: int, wanted: int) -> np.ndarray:
@@ -111,11 +120,9 @@ def sample_calibration(blocks_by_domain: dict[str, np.ndarray], num_sequences: i
 
     Raises ValueError saying how much there is where the text does not suffice.
     """
-    domains = list(blocks_by_domain)
     drawn, origin = [], []
-    for index, domain in enumerate(domains):
-        wanted = num_sequences * (index + 1) // len(domains) - num_sequences * index // len(domains)
-        blocks = blocks_by_domain[domain]
+    shares = even_shares(num_sequences, len(blocks_by_domain))
+    for (domain, blocks), wanted in zip(blocks_by_domain.items(), shares, strict=True):
         if len(blocks) < wanted:
             available = ", ".join(f"{name}: {len(b)}" for name, b in blocks_by_domain.items())
             seq_len = blocks.shape[1]

@@ -26,6 +26,7 @@ from lm_eval.evaluator import evaluate as run_harness
 from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 
+from moepress.data import sampling
 from moepress.evaluation import benchmarks, quick, suites
 from moepress.evaluation.perplexity import run_layers
 from moepress.evaluation.usage import Usage, count, watched
@@ -234,8 +235,7 @@ def first_items(tasks: dict, members: Iterable[list[str]], limit: int) -> dict[s
     """
     found = {}
     for names in members:
-        for index, name in enumerate(names):
-            own = limit * (index + 1) // len(names) - limit * index // len(names)
+        for name, own in zip(names, sampling.even_shares(limit, len(names)), strict=True):
             found[name] = list(range(min(max(own, 1), len(tasks[name].eval_docs))))
     return found
 

@@ -4,7 +4,6 @@ The index is written along with the shards, so a quantization that was killed go
 and headers only; nothing is loaded and torch is not imported.
 """
 
-import hashlib
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -12,11 +11,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from moepress.models.files import read_header
+from moepress.models.families import standard_config
+from moepress.models.files import INDEX, read_header, record
 
 METHOD = "moepress"
 FORMAT_VERSION = 2
-INDEX = "model.safetensors.index.json"
 BESIDE = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 BESIDE += ("vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "added_tokens.json")
 """Files beside the shards that decide what the model does; the index has their hashes too."""
@@ -27,10 +26,10 @@ QUIET_BYTES = 2**30
 AGAIN = "fetch or write the checkpoint again"
 
 
-def record(path: Path) -> dict:
-    """`{bytes, sha256}` of a file."""
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+def packed_config(config: dict, group_size: int, modules: dict) -> dict:
+    """config.json of a packed folder. config: the 16-bit model's. modules: module name -> its width, or every expert's."""
+    packed = {"quant_method": METHOD, "format_version": FORMAT_VERSION, "group_size": group_size, "modules": modules}
+    return standard_config(config, "model") | {"quantization_config": packed}
 
 
 def add_shard(folder: Path, name: str, path: Path) -> None:

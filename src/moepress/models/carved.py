@@ -27,14 +27,13 @@ from transformers.models.qwen2_moe import Qwen2MoeConfig, Qwen2MoeForCausalLM
 from moepress.data import corpus, sampling
 from moepress.models import carving, dense, distilling, streams
 from moepress.models.carving import Cut
+from moepress.models.limits import TOKENS_AT_ONCE
 from moepress.models.streams import Streams
 
 CHARACTERS_PER_TOKEN = 6
 """More than any text has at first; where it is not enough, twice as many documents are read."""
 CHECKED = (2, 128)
 """Sequences and positions of the check."""
-AT_ONCE = 4096
-"""Tokens in one forward."""
 
 
 def carve(config: dict, corpus_folder: Path, source: Path, out: Path, device: str = "cpu", progress: bool = True) -> dict:
@@ -81,13 +80,9 @@ def draw_tokens(corpus_folder: Path, source: Path, settings: dict, seed: int, ke
     sampling.check_tokenizer(source, tokenizer)
     end = sampling.end_of_document(source, tokenizer)
     text, length = corpus.read(corpus_folder, "train"), settings["seq_len"]
-    present = list(dict.fromkeys(text["domain"]))
-    domains = settings["domains"] or present
-    if unknown := sorted(set(domains) - set(present)):
-        raise ValueError(f"model.calibration.domains={domains}: the corpus has no train text of {unknown}; it has {present}")
-    drawn = []
-    for index, domain in enumerate(domains):
-        wanted = settings["num_sequences"] * (index + 1) // len(domains) - settings["num_sequences"] * index // len(domains)
+    domains = sampling.known_domains(text, "train", settings["domains"], "model.calibration")
+    drawn, shares = [], sampling.even_shares(settings["num_sequences"], len(domains))
+    for index, (domain, wanted) in enumerate(zip(domains, shares, strict=True)):
         texts = text["text"][text["domain"] == domain].tolist()
         texts = [texts[place] for place in np.random.default_rng([seed, index]).permutation(len(texts))]
         ends, characters = np.cumsum([len(each) for each in texts]), CHARACTERS_PER_TOKEN * wanted * length
@@ -148,7 +143,7 @@ def cut_layer(config: dict, layer, x_NSH, out_NSH, positions, index: int) -> tup
     """
     device = positions[0].device
     residual_TH, m_TH = [], []
-    for part in x_NSH.split(max(1, AT_ONCE // x_NSH.shape[1])):
+    for part in x_NSH.split(max(1, TOKENS_AT_ONCE // x_NSH.shape[1])):
         x = part.to(device)
         mixed, _ = layer.self_attn(layer.input_layernorm(x), position_embeddings=positions, attention_mask=None)
         residual_TH.append((x + mixed).flatten(0, 1))

@@ -230,12 +230,9 @@ def read_config(folder: Path, key: str) -> dict:
     except ValueError as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from error
     quantized = config.get("quantization_config") or {}
-    is_read = quantized.get("quant_method") == "mxfp4" or (quantized.get("quant_method"), quantized.get("fmt")) == (
-        "fp8",
-        "e4m3",
-    )
+    method = quantized.get("quant_method")
+    is_read = method == "mxfp4" or (method == "fp8" and quantized.get("fmt") == "e4m3")
     if quantized and not is_read:
-        method = quantized.get("quant_method")
         raise ValueError(f"{key}={str(folder)!r}: already quantized (quant_method {method!r}); give the 16-bit model")
     return config
 
@@ -283,6 +280,11 @@ def standard_tensors(stored: dict[str, Entry], config: dict) -> dict[str, Entry]
                 dtype = found["model.embed_tokens.weight"].dtype
                 found[layer_prefix(layer) + name] = Entry(None, name, dtype, shape(config))
     return found
+
+
+def num_weights(folder: Path) -> int:
+    """Of a 16-bit model folder."""
+    return sum(entry.numel for entry in tensors(folder).values())
 
 
 def standard_name(model_type: str | None, name: str) -> str:

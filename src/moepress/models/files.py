@@ -1,5 +1,6 @@
-"""What lies in a model folder's safetensors files, read from their headers alone: imports no torch."""
+"""What lies in a model folder's files; in its safetensors, read from their headers alone. Imports no torch."""
 
+import hashlib
 import json
 from dataclasses import dataclass, replace
 from math import prod
@@ -29,6 +30,12 @@ class Entry:
     @property
     def nbytes(self) -> int:
         return self.numel * ITEM_BYTES[self.dtype]
+
+
+def record(path: Path) -> dict:
+    """`{bytes, sha256}` of a file."""
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def read_header(path: Path) -> dict[str, dict]:

@@ -20,10 +20,8 @@ from moepress.models import families
 from moepress.models.experts import StoredExperts
 from moepress.models.families import FAMILIES, layer_prefix
 from moepress.models.files import Entry
+from moepress.models.limits import TOKENS_AT_ONCE
 from moepress.models.lowbit import LowBit
-
-TOKENS_AT_ONCE = 4096
-"""Tokens in one forward of a layer: bounds the activations beside the stored streams."""
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
@@ -45,11 +43,9 @@ class ModelStream:
 
     def __init__(self, folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32):
         self.folder, self.device, self.dtype = Path(folder), device, dtype
-        self.shape = families.read_shape(self.folder, "model.path")
+        self.source_config, self.shape, self.entries = families.read_model(self.folder, "model")
         self.family = FAMILIES[self.shape.family]
-        self.source_config = families.read_config(self.folder, "model.path")
         self.config = auto_config(self.source_config)
-        self.entries = families.tensors(self.folder, self.source_config)
         quantized = self.source_config.get("quantization_config") or {}
         self._block = tuple(quantized.get("weight_block_size") or (128, 128))
         if "model.embed_tokens.weight" not in self.entries:
@@ -111,12 +107,17 @@ class ModelStream:
         """On-disk names of the embedding, the last norm and the head."""
         return sorted(name for name in self.entries if not name.startswith("model.layers."))
 
-    def layer_tensors(self, index: int) -> dict[str, torch.Tensor]:
-        """Layer `index` without its experts' matrices, under its module's names, in the checkpoint's own dtypes."""
+    def layer_names(self, index: int) -> dict[str, str]:
+        """Name in the layer's module -> on-disk name, of all its tensors but its experts' matrices."""
         prefix = layer_prefix(index)
         names = [n for n in self.entries if n.startswith(prefix) and not families.is_expert_matrix(self.family, n)]
-        found = self.read_dense(names)
-        return {families.module_name(self.family, name.removeprefix(prefix)): found[name] for name in names}
+        return {families.module_name(self.family, name.removeprefix(prefix)): name for name in names}
+
+    def layer_tensors(self, index: int) -> dict[str, torch.Tensor]:
+        """Layer `index` without its experts' matrices, under its module's names, in the checkpoint's own dtypes."""
+        names = self.layer_names(index)
+        found = self.read_dense(list(names.values()))
+        return {name: found[on_disk] for name, on_disk in names.items()}
 
     def expert_tensors(self, index: int) -> list[tuple[list[torch.Tensor], torch.Tensor]]:
         """Each expert's gate-up rows `[2I, H]`, in one part or two, and its down projection `[H, I]`, as stored."""

@@ -7,7 +7,6 @@ from collections import Counter
 from functools import cached_property
 
 from moepress.inference import manifest
-from moepress.models import families
 from moepress.models.families import FAMILIES, group_of, in_layer, kind_of, layer_prefix, module_name
 from moepress.models.files import Entry
 from moepress.models.outline import Outline
@@ -88,9 +87,7 @@ class Prediction:
     def checkpoint_config(self, bits_LE: list[list[int]]) -> dict:
         """config.json as the checkpoint has it."""
         widths = {self.experts(layer): bits for layer, bits in zip(self.shape.moe_layers, bits_LE, strict=True)}
-        added = {"quant_method": manifest.METHOD, "format_version": manifest.FORMAT_VERSION, "group_size": self.group_size}
-        config = families.standard_config(self.outline.config, "model")
-        return config | {"quantization_config": added | {"modules": self.fixed[1] | widths}}
+        return manifest.packed_config(self.outline.config, self.group_size, self.fixed[1] | widths)
 
     def record_bytes(self) -> int:
         """About what provenance.json (a line for every file), diagnostics.json and card.json (for every layer and expert) and

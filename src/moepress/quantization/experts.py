@@ -11,15 +11,12 @@ import torch
 from tqdm import tqdm
 
 from moepress.models.experts import Experts
-from moepress.models.streaming import TOKENS_AT_ONCE, Routing
+from moepress.models.limits import TOKENS_AT_ONCE, experts_at_once
+from moepress.models.streaming import Routing
 from moepress.quantization import grid
 from moepress.quantization.gptq import Curvature, gptq, inverse_factor, shrunk
 from moepress.quantization.packing import Quantized
 from moepress.quantization.size import group_of
-
-WORKSPACE = 2 << 30
-"""Bytes that the curvatures of one batch of experts may take; a single expert may need more."""
-
 
 SAMPLE = 512
 """Tokens that an expert's output error is measured on."""
@@ -116,24 +113,15 @@ class ExpertInputs:
 
 
 def expert_batches(experts: Experts) -> Iterator[range]:
-    """Ranges of experts that go together: as many as the workspace holds."""
-    widest = max(experts.hidden_size, experts.intermediate_size)
-    step = max(1, WORKSPACE // (6 * 4 * widest**2))
-    for start in range(0, experts.num_experts, step):
-        yield range(start, min(start + step, experts.num_experts))
-
-
-def _watched(batches: Iterator[range], num_experts: int) -> Iterator[range]:
-    """The same, with progress where one layer is long work."""
-    progress = None
-    for batch in batches:
-        if progress is None and len(batch) < num_experts:
-            progress = tqdm(total=num_experts, desc="experts of the layer", unit="expert", leave=False, position=1)
-        yield batch
-        if progress:
+    """Ranges of experts that go together: as many as the workspace holds; with progress where they take several."""
+    E = experts.num_experts
+    step = experts_at_once(experts.hidden_size, experts.intermediate_size, E)
+    is_short = step == E
+    with tqdm(total=E, desc="experts of the layer", unit="expert", leave=False, position=1, disable=is_short) as progress:
+        for start in range(0, E, step):
+            batch = range(start, min(start + step, E))
+            yield batch
             progress.update(len(batch))
-    if progress:
-        progress.close()
 
 
 def quantize_batch(
@@ -160,7 +148,7 @@ def quantize_experts(
     """All of a layer's experts, expert e at bits[e]: the packed tensors by name (`gate_up.codes`, ...) and each expert's
     `ExpertInputs.output_error` (None without inputs)."""
     parts, errors = [], []
-    for batch in _watched(expert_batches(experts), experts.num_experts):
+    for batch in expert_batches(experts):
         gate_up, down = quantize_batch(recipe, experts, batch, [bits[e] for e in batch], inputs)
         packed = {"gate_up": gate_up.pack(), "down": down.pack()}
         parts.append({f"{name}.{part}": tensor for name, found in packed.items() for part, tensor in found.items()})
@@ -174,7 +162,7 @@ def width_errors(recipe: Recipe, inputs: ExpertInputs, weights_TE: torch.Tensor,
     (MC, arXiv 2410.06270). Only the expert itself runs, on its own tokens. weights: routing weights, 0 where not selected."""
     experts = inputs.experts
     errors = torch.zeros(experts.num_experts, len(widths))
-    for batch in _watched(expert_batches(experts), experts.num_experts):
+    for batch in expert_batches(experts):
         h = u = None
         if recipe.method != "rtn":
             h = inputs.gate_up_curvature(batch)

@@ -19,7 +19,8 @@ from torch import nn
 
 from moepress.inference.packed import PackedExperts
 from moepress.models.families import layer_prefix
-from moepress.models.streaming import TOKENS_AT_ONCE, ModelStream, Routing
+from moepress.models.limits import TOKENS_AT_ONCE
+from moepress.models.streaming import DTYPES, ModelStream, Routing
 from moepress.models.streams import Streams
 from moepress.quantization.experts import ExpertInputs, Recipe, quantize_experts
 from moepress.quantization.gptq import Curvature
@@ -143,7 +144,8 @@ class LayerQuantizer:
             rows = slice(int(part[0]), int(part[-1]) + 1)
             fit.add(m_TH[rows].to(stream.device), m_hat_TH[rows].to(stream.device), scores[rows])
         name = f"{stream.family.router_path}.{stream.family.router_weight}"
-        fitted = fit.solve(self.recipe.router_ridge).to(stream.layer_tensors(self.index)[name].dtype)
+        stored = stream.entries[stream.layer_names(self.index)[name]]
+        fitted = fit.solve(self.recipe.router_ridge).to(DTYPES[stored.dtype])
         self.tensors[self.prefix + name] = fitted
         weight.copy_(fitted.to(stream.dtype))
 
@@ -166,11 +168,12 @@ class LayerQuantizer:
             self.diagnostics["expert_errors"] = errors
 
     def keep_rest(self) -> None:
-        """What is not quantized keeps its bytes."""
-        for name, tensor in self.stream.layer_tensors(self.index).items():
-            full = self.prefix + name
-            if full.removesuffix(".weight") not in self.modules and full not in self.tensors:
-                self.tensors[full] = tensor
+        """What is not quantized keeps its bytes: the only tensors that are read a second time."""
+        names = {self.prefix + name: on_disk for name, on_disk in self.stream.layer_names(self.index).items()}
+        done = {*self.tensors, *(f"{module}.weight" for module in self.modules)}
+        kept = {name: on_disk for name, on_disk in names.items() if name not in done}
+        found = self.stream.read_dense(list(kept.values()))
+        self.tensors |= {name: found[on_disk] for name, on_disk in kept.items()}
 
 
 def linear_curvatures(linears: dict[str, nn.Linear], run: Callable) -> dict[str, torch.Tensor]:

@@ -1,7 +1,6 @@
 """How many bytes the packed format takes, as plain arithmetic: imports no torch, so that a budget is planned in a moment."""
 
-from moepress.models.families import FAMILIES, Shape, group_of, kind_of
-from moepress.models.files import Entry
+from moepress.models.families import Shape, group_of
 
 ZERO_STEPS = 4
 """Zero points are kept in quarters of a quantization step, so they need two bits more than the codes."""
@@ -32,25 +31,6 @@ def expert_bytes(shape: Shape, bits: int, group_size: int) -> int:
     """Bytes of one expert: its gate and up projections as one matrix, and its down projection."""
     gate_up = matrix_bytes(2 * shape.intermediate_size, shape.hidden_size, bits, group_size)
     return gate_up + matrix_bytes(shape.hidden_size, shape.intermediate_size, bits, group_size)
-
-
-def bytes_outside_experts(shape: Shape, tensors: dict[str, Entry], quantization: dict) -> int:
-    """Bytes of everything that is no expert's matrix: attention, shared experts and dense layers packed, the rest as it is.
-
-    tensors: name on disk -> Entry. quantization: as in conf/quantization/.
-    """
-    family, group_size = FAMILIES[shape.family], quantization["group_size"]
-    total = 0
-    for name, entry in tensors.items():
-        kind = kind_of(family, name, entry.shape, group_size)
-        bits = quantization.get(f"{kind}_bits")
-        if kind != "expert":
-            total += matrix_bytes(*entry.shape, bits, group_size) if bits else entry.nbytes
-    return total
-
-
-def num_weights(tensors: dict[str, Entry]) -> int:
-    return sum(entry.numel for entry in tensors.values())
 
 
 def feasible_range(num_experts: int, widths: list[int], sizes: list[float], keep: list[int]) -> tuple[float, float]:

@@ -9,10 +9,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from moepress.inference import manifest, saving
-from moepress.models import families
 from moepress.models.streaming import ModelStream
 from moepress.quantization.budget import shard_name
-from moepress.quantization.size import num_weights
 
 
 def write_shard(folder: Path, index: int, num_layers: int, tensors: dict[str, torch.Tensor]) -> None:
@@ -24,13 +22,7 @@ def finish(folder: Path, stream: ModelStream, group_size: int, modules: dict) ->
     """Add the 16-bit rest, the configuration with every module's bits, the tokenizer, and the hashes of them all."""
     num_layers = stream.shape.num_layers
     write_shard(folder, num_layers, num_layers, outside_layers(stream))
-    config = dict(families.standard_config(stream.source_config, "model"))
-    config["quantization_config"] = {
-        "quant_method": manifest.METHOD,
-        "format_version": manifest.FORMAT_VERSION,
-        "group_size": group_size,
-        "modules": modules,
-    }
+    config = manifest.packed_config(stream.source_config, group_size, modules)
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     for name in manifest.BESIDE:
         if name != "config.json" and (stream.folder / name).is_file():
@@ -73,8 +65,3 @@ def folder_bytes(folder: Path) -> int:
     provenance.json: some KiB), so that they are the same after a kill."""
     left_out = ("layers.json", "timing.json", "size.json")
     return sum(path.stat().st_size for path in folder.iterdir() if path.is_file() and path.name not in left_out)
-
-
-def weights_of(folder: Path) -> int:
-    """Number of weights of a 16-bit model folder."""
-    return num_weights(families.tensors(folder))

@@ -12,7 +12,6 @@ from moepress.artefacts import Task, git_commit, read_json, versions
 from moepress.config import ROOT
 from moepress.models import families
 from moepress.models.families import Shape, locate
-from moepress.quantization import size
 
 VARIANT = {"model": "kind", "corpus": "kind", "allocation": "method", "quantization": "method"}
 """Groups that the command names by their option in conf/, and the key that tells their options apart."""
@@ -30,7 +29,7 @@ def facts(task: Task, shape: Shape) -> dict:
         "base_model": base_model(groups["model"], model, task.inputs["model"].name.rpartition("-")[0]),
         "licence": licence(model),
         "shape": vars(shape),
-        "weights": size.num_weights(families.tensors(model)),
+        "weights": families.num_weights(model),
         **read_json(task.out / "size.json"),
         "bits_nominal": float(np.mean([width for layer in bits for width in layer])),
         "bits": bits,

@@ -20,10 +20,6 @@ def write(name: str, caption: str, runs: list[Run], table: pd.DataFrame, out: Pa
     """Write index.html and summary.md into `out`, which holds figures/NAME.svg of each of `figures` already."""
     sentences = compare.summary(runs)
     groups = readable.groups(runs, table)
-    domains, domain_rows = readable.domain_table(runs)
-    tasks, task_rows = readable.task_table(runs)
-    metrics, paired_rows = readable.paired_table(runs)
-    source_headings, source_rows = facts.sources(runs)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     html = environment.from_string(PAGE).render(
         name=name,
@@ -33,16 +29,12 @@ def write(name: str, caption: str, runs: list[Run], table: pd.DataFrame, out: Pa
         headings=list(groups[0].rows[0].cells),
         marks=readable.MARKS,
         legend=readable.LEGEND,
-        domains=domains,
-        domain_rows=domain_rows,
-        tasks=tasks,
-        task_rows=task_rows,
-        metrics=metrics,
-        paired_rows=paired_rows,
+        domain_table=readable.domain_table(runs),
+        task_table=readable.task_table(runs),
+        paired_table=readable.paired_table(runs),
         figures=[_figure(figure, out / "figures") for figure in figures],
         facts=facts.all_facts(runs),
-        source_headings=source_headings,
-        source_rows=source_rows,
+        sources=facts.sources(runs),
         runs=runs,
     )
     (out / "index.html").write_text(html, encoding="utf-8")

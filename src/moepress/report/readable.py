@@ -80,34 +80,35 @@ def _cells(run: Run, row: pd.Series, runs: list[Run]) -> dict[str, Cell]:
     }
 
 
-def domain_table(runs: list[Run]) -> tuple[list[str], list[tuple[str, list[Cell]]]]:
-    """Perplexity by domain, below it bits per byte: the domains, out-of-domain ones last, and each run's numbers."""
+def domain_table(runs: list[Run]) -> tuple[list[str], list[list[str | Cell]]]:
+    """Perplexity by domain, below it bits per byte, out-of-domain ones last: the headings, and a row for each run."""
     inside, outside = runs[0].domains
     rows = []
     for run in runs:
         found = [run.metrics["domains"][domain] for domain in inside + outside]
         cells = [(f"{_number(one['ppl'])} ± {_number(one['ppl_stderr'], 2)}", f"{one['bits_per_byte']:.3f}") for one in found]
-        rows.append((run.title, cells))
-    return [*inside, *(f"{domain} (out)" for domain in outside)], rows
+        rows.append([run.title, *cells])
+    return ["run", *inside, *(f"{domain} (out)" for domain in outside)], rows
 
 
-def task_table(runs: list[Run]) -> tuple[list[str], list[tuple[str, list[str]]]]:
-    """Scores by task, in percent where they are shares: the tasks, and each run's numbers; empty without tasks."""
+def task_table(runs: list[Run]) -> tuple[list[str], list[list[str]]] | None:
+    """Scores by task, in percent where they are shares: the headings, and a row for each run; None without tasks."""
     tasks = list(dict.fromkeys(task for run in runs for task in run.tasks))
-    rows = [(run.title, [_score(run.tasks.get(task)) for task in tasks]) for run in runs] if tasks else []
-    return tasks, rows
+    rows = [[run.title, *(_score(run.tasks.get(task)) for task in tasks)] for run in runs]
+    return (["run", *tasks], rows) if tasks else None
 
 
-def paired_table(runs: list[Run]) -> tuple[list[str], list[tuple[str, str, list[Cell]]]]:
-    """Each method, what it is compared with, and by metric the difference with its interval and what that says."""
-    pairs = paired.pairs(runs)
+def paired_table(runs: list[Run]) -> tuple[list[str], list[list[str | Cell]]] | None:
+    """Each method, what it is compared with, and by metric the difference with its interval and what that says; None without
+    pairs."""
+    pairs = sorted(paired.pairs(runs), key=lambda pair: pair.step == paired.SIXTEEN)
     metrics = list(dict.fromkeys(m for pair in pairs for m, one in pair.differences.items() if not np.isnan(one.value)))
+    rows = []
+    for pair in pairs:
+        cells = [_difference(metric, pair.differences.get(metric, paired.NOTHING)) for metric in metrics]
+        rows.append([pair.title, pair.against, *cells])
     names = {"nll": "perplexity", "nll_ood": "out of domain", "acc": "accuracy"}
-    rows = [
-        (pair.title, pair.against, [_difference(metric, pair.differences.get(metric, paired.NOTHING)) for metric in metrics])
-        for pair in sorted(pairs, key=lambda pair: pair.step == paired.SIXTEEN)
-    ]
-    return [names.get(metric, metric.removeprefix("acc_")) for metric in metrics], rows
+    return (["method", "against", *(names.get(m, m.removeprefix("acc_")) for m in metrics)], rows) if rows else None
 
 
 def _difference(metric: str, one: Difference) -> Cell:

@@ -12,14 +12,11 @@ import pandas as pd
 
 from moepress.artefacts import read_json
 from moepress.models import families
-from moepress.quantization import size
-
-LABELS = {"none": "16 bit", "rtn": "RTN", "gptq": "GPTQ", "qesc": "QESC", "pmq": "PMQ", "pesf": "PESF", "odp": "ODP"}
-"""Methods as people write them; any other is written in capitals."""
 
 
 def label(method: str) -> str:
-    return LABELS.get(method, method.upper())
+    """A method as people write it."""
+    return "16 bit" if method == "none" else method.upper()
 
 
 @dataclass(frozen=True)
@@ -189,11 +186,6 @@ class Run:
         return folder
 
     @cached_property
-    def model_config(self) -> dict:
-        """The model's config.json."""
-        return read_json(self.model / "config.json")
-
-    @cached_property
     def shape(self) -> families.Shape:
         return families.read_shape(self.model, "model")
 
@@ -206,7 +198,7 @@ class Run:
 
     @cached_property
     def num_weights(self) -> int:
-        return size.num_weights(families.tensors(self.model))
+        return families.num_weights(self.model)
 
     @cached_property
     def checkpoint_bytes(self) -> int:

@@ -1,6 +1,19 @@
 """The page's HTML. Rendered with autoescape on; the only values put in unescaped are base64 images."""
 
-PAGE = """<!doctype html>
+PAGE = """{% macro table(headings, rows, kind="") %}
+<div class="scroll" tabindex="0"><table{% if kind %} class="{{ kind }}"{% endif %}>
+<thead><tr>{% for heading in headings %}<th scope="col">{{ heading }}</th>{% endfor %}</tr></thead>
+<tbody>
+{% for row in rows %}
+<tr>{% for cell in row %}
+<td>{% if cell is string %}{{ cell }}{% else %}{{ cell[0] }}
+<small{% if cell[1] in ("better", "worse") %} class="{{ cell[1] }}"{% endif %}>{{ cell[1] }}</small>{% endif %}</td>
+{% endfor %}</tr>
+{% endfor %}
+</tbody>
+</table></div>
+{%- endmacro %}
+<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -94,46 +107,23 @@ summary { cursor: pointer; font-weight: 600; margin-top: 1rem; }
 <p class="note">{{ legend }} All columns at full precision: <code>runs.csv</code>.</p>
 <details>
 <summary>Perplexity by domain</summary>
-<div class="scroll" tabindex="0"><table>
-<thead><tr><th scope="col">run</th>{% for domain in domains %}<th scope="col">{{ domain }}</th>{% endfor %}</tr></thead>
-<tbody>
-{% for title, cells in domain_rows %}
-<tr><td>{{ title }}</td>{% for cell, small in cells %}<td>{{ cell }}<small>{{ small }}</small></td>{% endfor %}</tr>
-{% endfor %}
-</tbody>
-</table></div>
+{{ table(*domain_table) }}
 <p class="note">Per token, with one standard error over blocks (how much the text varies, which all runs share); below it bits
 per byte of text, which models with other tokenizers can be compared by.</p>
 </details>
-{% if tasks %}
+{% if task_table %}
 <details>
 <summary>Scores by task</summary>
-<div class="scroll" tabindex="0"><table>
-<thead><tr><th scope="col">run</th>{% for task in tasks %}<th scope="col">{{ task }}</th>{% endfor %}</tr></thead>
-<tbody>
-{% for title, cells in task_rows %}
-<tr><td>{{ title }}</td>{% for cell in cells %}<td>{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}
-</tbody>
-</table></div>
+{{ table(*task_table) }}
 <p class="note">With one standard error over items. * of the first items only. Metric, version and protocol of each:
 <code>tasks.json</code> in the evaluation's folder.</p>
 </details>
 {% endif %}
 
-{% if paired_rows %}
+{% if paired_table %}
 <details>
 <summary>Paired comparisons</summary>
-<div class="scroll" tabindex="0"><table>
-<thead><tr><th scope="col">method</th><th scope="col">against</th>
-{% for metric in metrics %}<th scope="col">{{ metric }}</th>{% endfor %}</tr></thead>
-<tbody>
-{% for title, against, cells in paired_rows %}
-<tr><td>{{ title }}</td><td>{{ against }}</td>
-{% for cell, verdict in cells %}<td>{{ cell }}<small class="{{ verdict }}">{{ verdict }}</small></td>{% endfor %}</tr>
-{% endfor %}
-</tbody>
-</table></div>
+{{ table(*paired_table) }}
 <p class="note">Over the same blocks or items, with the 95 % confidence interval (Student's) in brackets; perplexity in percent,
 accuracy in points. One interval in twenty misses by chance. All at full precision: <code>figures/differences.csv</code>.</p>
 </details>
@@ -158,14 +148,7 @@ src="data:image/svg+xml;base64,{{ figure.base64 }}"></div>
 </dl>
 {% endfor %}
 <h3>Sources of the text</h3>
-<div class="scroll" tabindex="0"><table class="plain">
-<thead><tr>{% for heading in source_headings %}<th scope="col">{{ heading }}</th>{% endfor %}</tr></thead>
-<tbody>
-{% for row in source_rows %}
-<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}
-</tbody>
-</table></div>
+{{ table(*sources, kind="plain") }}
 <details>
 <summary>Artefacts of each run</summary>
 <p class="note">Folders below the results folder; each has its <code>config.yaml</code> and

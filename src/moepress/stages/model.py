@@ -1,10 +1,10 @@
 """The model: the trained small one, a dense one that is carved, or a checked reference to a folder or a hub model."""
 
-import hashlib
 from pathlib import Path
 
 from moepress.artefacts import Task, write_json
-from moepress.models.families import read_shape
+from moepress.models import hub
+from moepress.models.files import record
 
 
 def run(task: Task) -> None:
@@ -22,25 +22,10 @@ def run(task: Task) -> None:
         carved.carve(config, task.inputs["corpus"], source, task.out, pick_device(task.runtime["device"]))
         return
     if config["kind"] == "hub":
-        folder = download(config["id"], config["revision"])
+        folder = hub.download(config["id"], config["revision"])
     else:
         folder = Path(task.runtime["model_path"]).resolve()
     refer(folder, task.out)
-
-
-def download(model_id: str, revision: str) -> Path:
-    """The folder of a hub model in the hub's own cache; configuration, tokenizer and safetensors only, never pickles."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md"]  # that one for its licence
-    try:
-        return Path(snapshot_download(model_id, revision=revision, allow_patterns=patterns))
-    except (OSError, HFValidationError) as error:  # hub and connection errors are OSErrors
-        raise ValueError(
-            f"model.id={model_id!r} (model.revision={revision!r}) could not be fetched from the hub: "
-            f"{str(error).splitlines()[0]} Check the id, the connection and `hf auth login`; or take model=local model.path=DIR"
-        ) from error
 
 
 def refer(folder: Path, out: Path) -> None:
@@ -49,13 +34,11 @@ def refer(folder: Path, out: Path) -> None:
 
     from moepress.models.streaming import ModelStream
 
-    shape = read_shape(folder, "model")
     stream = ModelStream(folder)
     for name in tqdm(sorted(stream.entries), desc="checking weights", unit="tensor", mininterval=1):
         stream.read([name])
     hashes = {}
     for path in tqdm(sorted(p for p in folder.iterdir() if p.is_file()), desc="hashing", unit="file", mininterval=1):
-        with path.open("rb") as file:
-            hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+        hashes[path.name] = record(path)["sha256"]
     dtype = str(stream.storage_dtype).removeprefix("torch.")
-    write_json(out / "reference.json", {"path": str(folder), "family": shape.family, "dtype": dtype, "files": hashes})
+    write_json(out / "reference.json", {"path": str(folder), "family": stream.shape.family, "dtype": dtype, "files": hashes})

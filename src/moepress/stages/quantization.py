@@ -8,7 +8,7 @@ from tqdm import tqdm
 from moepress.artefacts import Task, peak_memory, read_config, read_json, write_json
 from moepress.inference.checkpoint import pick_device
 from moepress.models import streams as hidden_states
-from moepress.models.families import locate
+from moepress.models.families import locate, num_weights
 from moepress.models.streaming import ModelStream
 from moepress.quantization import writer
 from moepress.quantization.experts import Recipe
@@ -49,7 +49,7 @@ def run(task: Task) -> None:
     timing = {name: [layer.pop(name) for layer in diagnostics] for name in ("seconds", "peak_memory_bytes")}
     seconds = sum(timing["seconds"])
     write_json(task.out / "diagnostics.json", {"layers": diagnostics})
-    size = writer.size_on_disk(task.out, writer.weights_of(stream.folder))
+    size = writer.size_on_disk(task.out, num_weights(stream.folder))
     write_json(task.out / "size.json", size)
     facts = made.facts(task, stream.shape)
     write_json(task.out / "card.json", facts)
