@@ -259,6 +259,7 @@ def test_more_work_takes_longer(model_folder):
     assert spent("calibration.num_sequences=640")["quantization"] > plain["quantization"]
     assert spent("statistics.widths=[2]")["statistics"] < plain["statistics"]
     assert "statistics" not in spent("quantization=rtn", "allocation=uniform", "allocation.bits=3")
+    assert spent("evaluation.tasks=none")["evaluation and latency"] < spent()["evaluation and latency"]
     assert set(spent("quantization=none")) == {"model", "evaluation and latency"}
     given = ["model=local", f"model.path={model_folder}", "quantization=rtn", "allocation=uniform"]
     rtn = estimate.disk(model, config.values([*SMALL, *given]), 10)
@@ -281,3 +282,14 @@ def test_finished_quantizations_correct_the_estimate(model_folder, tmp_path):
         found.append(estimate.correction_from(tmp_path, 1e9, "a machine"))
     assert found[1] == pytest.approx(2 * found[0])
     assert estimate.correction_from(tmp_path, 1e9, "another machine") is None
+
+
+def test_task_tokens_follow_tasks_limit_and_examples():
+    def tokens(*overrides):
+        return estimate.task_tokens(config.values(list(overrides))["evaluation"])
+
+    assert tokens("evaluation.tasks=none") == 0
+    assert tokens("evaluation.tasks=[piqa]") == 1838 * 67 and tokens("evaluation.tasks=[piqa]", "evaluation.limit=100") == 6700
+    assert tokens("evaluation.tasks=mmlu") == 6 * 14042 * 122
+    assert tokens("evaluation.tasks=[gsm8k]", "evaluation.source=hub") == 0, "not known before"
+    assert 0 < tokens("evaluation.tasks=quick", "evaluation.limit=50") < tokens() == tokens("evaluation.limit=1000")

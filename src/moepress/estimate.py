@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 
 from moepress.artefacts import read_config, read_json
+from moepress.evaluation import benchmarks, suites
 from moepress.models import outline as outlines
 from moepress.models.families import FAMILIES, kind_of, locate
 from moepress.models.limits import TOKENS_AT_ONCE, curvature_bytes, experts_at_once
@@ -28,6 +29,9 @@ TRIAL_FLOPS = 250
 """What one trial of the grid search costs for one weight: some ten passes over memory, in a matrix product's operations."""
 UNPACK_FLOPS = 400
 """What it costs to unpack one weight, likewise."""
+CHARACTERS_PER_TOKEN = 3.5
+TASK_LENGTH = 100
+"""Tokens of a task's request, about."""
 UNKNOWN_BLOCKS = 256
 """Of each domain, where evaluation.num_blocks asks for all: before the text is read nobody knows."""
 STEP_SECONDS = 4e-4
@@ -175,9 +179,27 @@ def measurement_work(model: Outline, config: dict, is_packed: bool) -> tuple[flo
     few = UNPACK_FLOPS * model.active_weights if is_packed else 0
     evaluated = forward_flops(model, blocks * evaluation["seq_len"], evaluation["seq_len"])
     evaluated += -(-blocks // evaluation["batch_size"]) * unpack
+    asked = task_tokens(evaluation)
+    evaluated += forward_flops(model, asked, TASK_LENGTH) + -(-asked // TOKENS_AT_ONCE) * unpack
     prefill = unpack + forward_flops(model, latency["prefill_batch"] * latency["prefill_len"], latency["prefill_len"])
     decode = latency["decode_tokens"] * (few + 2 * model.active_weights)
     return evaluated, (latency["repeats"] + 1) * (prefill + decode + few)
+
+
+def task_tokens(evaluation: dict) -> int:
+    """Of all requests of the tasks, about; those of tasks that only the hub has are not known before."""
+    found = 0
+    for task, shots in suites.chosen(evaluation)[0].items():
+        if task in suites.QUICK:
+            sizes = suites.definition(task)["metadata"]
+            choices = 2 if task == "word_swap" else 2 * suites.NUM_CHOICES  # the latter with their context and without
+            items, each = sizes["num_items"], choices * (sizes["context"] + sizes["continuation"]) / CHARACTERS_PER_TOKEN
+        elif known := benchmarks.find(task):
+            items, each = known.num_items, known.tokens * (1 + (shots or 0))
+        else:
+            continue
+        found += int(min(items, evaluation["limit"] or items) * each)
+    return found
 
 
 def model_seconds(model: Outline, config: dict, flops_per_second: float) -> float:
