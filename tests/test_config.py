@@ -134,6 +134,16 @@ def test_a_study_without_the_16_bit_model_gets_it():
     assert dag.run_names(members) == ["16bit", "gptq-pmq-2.5", "rtn-pmq-2.5 seed=1"]
 
 
+def test_a_study_under_several_seeds():
+    """What draws nothing is there once; a caller's seed wins."""
+    lines = ["quantization=none", "quantization=rtn allocation=uniform", "quantization=gptq allocation=uniform"]
+    study = {"base": ["allocation.bits=2"], "seeds": [0, 1, 2], "experiments": lines}
+    members = dag.study_experiments(study)
+    assert dag.run_names(members) == ["16bit", "rtn-2", *(f"gptq-2 seed={seed}" for seed in (0, 1, 2))]
+    assert len({member.artefacts["quantization"].key for member in members[1:]}) == 4
+    assert len(dag.study_experiments(study, ["seed=5"])) == 3
+
+
 def test_no_stage_but_those_that_need_it_imports_torch():
     code = (
         "import sys, moepress.stages.allocation, moepress.stages.report, moepress.stages.pruning, moepress.plan, moepress.cli;"

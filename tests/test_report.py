@@ -18,7 +18,7 @@ from docutils.core import publish_parts
 from safetensors.numpy import save_file
 
 from moepress.artefacts import Task
-from moepress.report import compare, figures, heatmaps, lines, readable, reading, style, table
+from moepress.report import compare, figures, heatmaps, lines, paired, readable, reading, style, table
 from moepress.stages import report
 
 ROOT = Path(__file__).parents[1]
@@ -427,6 +427,29 @@ def test_scatter_between_seeds_is_noise(results):
     assert [len(place.runs) for place in ranking] == [3, 3] and ranking[1].is_tied
     delta = ranking[0].delta
     assert delta.value == pytest.approx(0.15) and delta.stderr > np.std([0.1, 0.2, 0.15], ddof=1) / np.sqrt(3)
+
+
+def test_a_row_is_the_mean_over_seeds(results):
+    runs = [results.run("16bit")]
+    above = {"rtn-2": [0.4], "gptq-2": [0.10, 0.20, 0.15], "gptq-2-pesf-0.3": [0.3, 0.35, 0.25]}
+    for name, values in above.items():
+        runs += [results.run(name, one, seed=s, title=f"{name} seed={s}", shift=0.1 + s / 10) for s, one in enumerate(values)]
+    out = results.report(runs)
+    page, table = (out / "index.html").read_text(), pd.read_csv(out / "runs.csv")
+    assert len(table) == 8 and page.count("<small>3 seeds</small>") == 2
+    found = reading.load(runs, results.root)
+    rows = {row.cells["method"]: row.cells for group in readable.groups(found, table) for row in group.rows}
+    gptq = rows["GPTQ", "3 seeds"]
+    assert float(gptq["perplexity"][0]) == pytest.approx(np.exp(np.log(table["ppl_mean"][2:5]).mean()), rel=1e-3)
+    assert gptq["perplexity"][1].startswith("+16") and gptq["changed selections"][0].startswith("20")
+    assert "3 seeds" not in str(rows["RTN", "rtn-2 seed=0"])
+    _, by_task = readable.task_table(found)
+    assert [row[0] for row in by_task] == ["16 bit", "RTN, 2 bits", "GPTQ, 2 bits", "GPTQ + PESF 0.3, 2 bits"]
+    assert by_task[2][1].startswith(f"{100 * (0.9 - 0.15):.1f}")
+    (sentence,) = [one for one in compare.summary(found) if one.startswith("PESF 0.3 on GPTQ")]
+    assert "+16" in sentence
+    pairs = {(pair.title, pair.against): pair for pair in paired.pairs(found)}
+    assert len(pairs["GPTQ, 2 bits", "RTN"].runs) == 3 and len(pairs["GPTQ, 2 bits", "RTN"].others) == 1
 
 
 def test_mutual_information():

@@ -198,7 +198,7 @@ def run_names(experiments: list[Experiment]) -> list[str]:
 
 
 def load_study(name: str) -> dict:
-    """`{name, caption, base, experiments}` of conf/study/NAME.yaml."""
+    """`{name, caption, seeds, base, experiments}` of conf/study/NAME.yaml."""
     path = ROOT / "conf" / "study" / f"{name}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(found.stem for found in path.parent.glob("*.yaml")))
@@ -207,9 +207,15 @@ def load_study(name: str) -> dict:
 
 
 def study_experiments(study: dict, overrides: list[str] | tuple[str, ...] = ()) -> list[Experiment]:
-    """Every experiment of a study: its own overrides over the study's base, the caller's over both.
+    """Every experiment of a study: its own overrides over the study's base, the caller's over both; under each of the study's
+    seeds, but once where its artefacts are the same under all.
     The 16-bit model, which every table is measured against, is put first where the study does not name it."""
-    found = [experiment([*study["base"], *shlex.split(line), *overrides]) for line in study["experiments"]]
+    found: list[Experiment] = []
+    for line in study["experiments"]:
+        own = [*study["base"], *shlex.split(line)]
+        drawn = [experiment([*own, f"seed={seed}", *overrides]) for seed in study.get("seeds", [])]
+        different = {member.artefacts["evaluation"].key: member for member in drawn}
+        found += different.values() if len(different) > 1 else [experiment([*own, *overrides])]
     for member in list(found):
         base = reference(member.config)
         if not any(artefact("evaluation", base).key == e.artefacts["evaluation"].key for e in found):

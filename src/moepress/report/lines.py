@@ -6,7 +6,7 @@ from matplotlib import ticker
 from matplotlib.figure import Figure
 
 from moepress.report.paired import increase
-from moepress.report.reading import Run, reference_of
+from moepress.report.reading import Run, first_seeds, reference_of
 from moepress.report.style import MUTED, plt, series_styles, shorten
 from moepress.report.table import mean_over_domains
 
@@ -194,7 +194,7 @@ def selection_shift(runs: list[Run]) -> Drawn:
 def speed(runs: list[Run]) -> Drawn:
     """Prefill and decode against the 16-bit model in the same process: medians, and the middle half of the repeats."""
     found = []
-    for run in runs:
+    for run in first_seeds(runs):
         for phase in ("prefill", "decode") if not run.is_reference and run.latency["speedup_decode"] else ():
             own, base = run.latency[f"{phase}_ms"], run.latency[f"{phase}_ms_16bit"]["median"]
             row = {"run": run.name, "title": run.title, "series": run.series, "phase": phase}
@@ -222,7 +222,7 @@ def speed(runs: list[Run]) -> Drawn:
 def router_fit(runs: list[Run]) -> Drawn:
     """What re-fitting the router repairs in each layer, on the calibration text; a panel for each QESC checkpoint."""
     found, seen = [], set()
-    for run in sorted(runs, key=lambda run: run.width):
+    for run in sorted(first_seeds(runs), key=lambda run: run.width):
         if run.quantization["method"] != "qesc" or run.is_pruned or run.artefacts["quantization"] in seen:
             continue
         seen.add(run.artefacts["quantization"])

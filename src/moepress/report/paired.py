@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from moepress.report.reading import Run, reference_of
+from moepress.report.reading import Run, methods, reference_of
 
 CONFIDENCE = 0.95
 SIXTEEN = "16 bits"
@@ -134,15 +134,14 @@ class Pair:
 
 def pairs(runs: list[Run]) -> list[Pair]:
     """Each method against the 16-bit model, then against what it builds on, where that is among the runs."""
-    methods: dict[tuple, list[Run]] = {}
-    for run in runs:
-        if not run.is_reference:
-            methods.setdefault((run.series, run.target), []).append(run)
-    found = [Pair(own, [reference], SIXTEEN) for own in methods.values() if (reference := reference_of(own[0], runs))]
+    members = methods(run for run in runs if not run.is_reference)
+    found = [Pair(own, [reference], SIXTEEN) for own in members if (reference := reference_of(own[0], runs))]
     for step in BASELINES:
-        for own in methods.values():
-            for others in methods.values():
-                if is_step(own[0], others[0], step) and {run.seed for run in own} == {run.seed for run in others}:
+        for own in members:
+            for others in members:
+                seeds, other_seeds = ({run.seed for run in side} for side in (own, others))
+                # one run stands for all seeds where none of its stages draws anything
+                if is_step(own[0], others[0], step) and (seeds <= other_seeds or other_seeds <= seeds):
                     found.append(Pair(own, others, step))
     return found
 

@@ -104,11 +104,8 @@ class Run:
 
     @property
     def title(self) -> str:
-        """The run in a heading or a row: its series and size."""
-        if self.is_reference:
-            return self.series
-        seed = next((f", {part}" for part in self.name.split(" ")[1:] if part.startswith("seed=")), "")
-        return f"{self.series}, {self.target}{seed}"
+        """Its series and size: what the runs of one configuration share."""
+        return self.series if self.is_reference else f"{self.series}, {self.target}"
 
     @cached_property
     def metrics(self) -> dict:
@@ -225,6 +222,19 @@ def load(runs: list[dict], results: Path) -> list[Run]:
     check_same_text(found)
     check_same_items(found)
     return found
+
+
+def methods(runs: Iterable[Run]) -> list[list[Run]]:
+    """Runs that are one configuration under several seeds, together, in the order of their first."""
+    found: dict[tuple, list[Run]] = {}
+    for run in runs:
+        found.setdefault((run.artefacts["model"], run.series, run.target), []).append(run)
+    return list(found.values())
+
+
+def first_seeds(runs: Iterable[Run]) -> list[Run]:
+    """One run of each configuration, for what hardly depends on the seed or cannot be averaged."""
+    return [group[0] for group in methods(runs)]
 
 
 def check_same_text(runs: list[Run]) -> None:
