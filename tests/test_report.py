@@ -18,7 +18,7 @@ from docutils.core import publish_parts
 from safetensors.numpy import save_file
 
 from moepress.artefacts import Task
-from moepress.report import compare, figures, heatmaps, lines, paired, readable, reading, style, table
+from moepress.report import awareness, compare, figures, heatmaps, lines, paired, readable, reading, style, table
 from moepress.stages import report
 
 ROOT = Path(__file__).parents[1]
@@ -490,3 +490,26 @@ def test_report_imports_no_torch():
 
     code = "import sys; import moepress.stages.report; assert not {'torch', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_how_alike_texts_use_experts():
+    use = np.random.default_rng(0).dirichlet(np.ones(4), (3, 2))
+    alike, cosine = awareness.overlap(use), awareness.cosine(use)
+    for a in range(3):
+        for b in range(3):
+            shared = [sum(min(use[a, layer, e], use[b, layer, e]) for e in range(4)) for layer in range(2)]
+            angle = [use[a, k] @ use[b, k] / np.linalg.norm(use[a, k]) / np.linalg.norm(use[b, k]) for k in range(2)]
+            assert alike[a, b] == pytest.approx(np.mean(shared)) and cosine[a, b] == pytest.approx(np.mean(angle))
+    assert awareness.overlap(np.eye(2)[:, None]).tolist() == [[1, 0], [0, 1]]
+
+
+def test_figures_of_task_awareness_show_domains_and_tasks(study):
+    made, _, out = study
+    similar = pd.read_csv(out / "figures/similarity.csv")
+    names = [*DOMAINS, "word_swap", "piqa"]
+    assert list(dict.fromkeys(similar["text"])) == names and len(similar) == len(names) ** 2
+    assert (similar.loc[similar["text"] == similar["other"], "overlap"] == 1).all()
+    left_out = pd.read_csv(out / "figures/left_out.csv")
+    row = left_out[(left_out["text"] == "word_swap") & (left_out["layer"] == 1) & (left_out["expert"] == 2)].iloc[0]
+    assert row["left_out"] == pytest.approx(1 - made.use[0, 1, 2]) and row["active_slots"] == 0.8
+    assert set(left_out["run"]) == {name for name in STUDY if "pesf" in name}
