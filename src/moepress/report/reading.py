@@ -8,6 +8,7 @@ from functools import cached_property
 from math import nan
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from moepress.artefacts import read_json
@@ -117,6 +118,11 @@ class Run:
         return pd.read_parquet(self.folder("evaluation") / "blocks.parquet")
 
     @cached_property
+    def nll(self) -> dict[str, np.ndarray]:
+        """Domain -> nats per token of each block."""
+        return {domain: own.to_numpy() for domain, own in self.blocks.groupby("domain", sort=False)["nll"]}
+
+    @cached_property
     def tasks(self) -> dict[str, dict]:
         """Task -> its main score, as moepress.evaluation.harness gives it; none where no tasks were asked for."""
         path = self.folder("evaluation") / "tasks.json"
@@ -126,6 +132,11 @@ class Run:
     def samples(self) -> pd.DataFrame:
         """One row per item of the tasks; see moepress.evaluation.harness.Scored."""
         return pd.read_parquet(self.folder("evaluation") / "samples.parquet")
+
+    @cached_property
+    def scores(self) -> dict[str, np.ndarray]:
+        """Task -> the score of each item."""
+        return {task: own.to_numpy() for task, own in self.samples.groupby("group", sort=False)["score"]}
 
     @property
     def limit(self) -> int | None:
