@@ -218,7 +218,7 @@ def carving_flops(model: Outline, settings: dict) -> float:
     calibration, recover, shape = settings["calibration"], settings["recover"], model.shape
     tokens = calibration["num_sequences"] * calibration["seq_len"]
     routed = shape.num_experts * shape.intermediate_size
-    fits = 2 * tokens * shape.num_layers * (routed**2 + (routed + settings["shared_size"]) ** 2)
+    fits = 2 * tokens * len(shape.moe_layers) * (routed**2 + (routed + settings["shared_size"]) ** 2)
     distilled = recover["steps"] * recover["batch_size"] * recover["seq_len"]
     return 2 * tokens * model.num_weights + fits + 4 * 2 * distilled * model.num_weights
 

