@@ -37,7 +37,7 @@ def topk_mse(w_new, w, tokens):
 @given(st.integers(1, 6), st.sampled_from([1e-9, 0.01, 0.3]), st.integers(0, 100), st.sampled_from([1, 2**30]))
 def test_closed_form_against_a_solver_for_each_expert(count, ridge, seed, workspace):
     """Ridge regression as least squares over rows that are added; experts together or one by one."""
-    w, tokens = data(T=300, count=count, seed=seed, bias=1.0)
+    _, tokens = data(T=300, count=count, seed=seed, bias=1.0)
     limit, router.WORKSPACE = router.WORKSPACE, workspace
     found = router.least_squares(tokens, ridge)
     router.WORKSPACE = limit
@@ -148,7 +148,7 @@ def test_same_stream_changes_nothing():
 
 
 def test_an_expert_without_candidates_stays():
-    w, tokens = data()
+    _, tokens = data()
     target = tokens.target_TE.clone()
     target[:, 0] = -100
     tokens = Tokens(tokens.x_hat_TH, target, tokens.logits_TE, candidates(target, 2))

@@ -86,8 +86,8 @@ class SquaredError:
 
 @dataclass(frozen=True)
 class Divergence:
-    """`KL(p || p')` of the distributions that the logits stand for. scores: softmax, one distribution over all experts; sigmoid,
-    one for each expert, taken or not, and their sum. Convex in the weight either way."""
+    """`KL(p || p')` of the distributions that the logits stand for. scores: softmax, one distribution over all experts;
+    sigmoid, one for each expert, taken or not, and their sum. Convex in the weight either way."""
 
     scores: str
 
@@ -120,7 +120,8 @@ class Fit:
     scores: str = "softmax"
 
     def run(self, tokens: Tokens, weight_EH: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, float, float]:
-        """The fitted weight in the dtype that stores it, and the loss before and after; the weight as it was if that is less."""
+        """The fitted weight in the dtype that stores it, and the loss before and after; the weight as it was if that is
+        less."""
         loss = Divergence(self.scores) if self.loss == "kl" else SquaredError()
         changes = []
         if self.loss != "topk_mse_gd":
@@ -138,8 +139,9 @@ class Fit:
 def least_squares(tokens: Tokens, ridge: float) -> torch.Tensor:
     """The change `[E, H]` that minimises the squared error over the candidates, expert by expert.
 
-    ridge: pull towards no change, as a share of the mean curvature; an expert that is nobody's candidate stays. As many experts go
-    together as the workspace holds normal equations of; where every expert is a candidate of every token, they share one.
+    ridge: pull towards no change, as a share of the mean curvature; an expert that is nobody's candidate stays. As many
+    experts go together as the workspace holds normal equations of; where every expert is a candidate of every token, they
+    share one.
     """
     E, H = tokens.target_TE.shape[1], tokens.x_hat_TH.shape[1]
     is_shared = bool(tokens.mask_TE.all())
