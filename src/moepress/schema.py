@@ -239,6 +239,7 @@ class Evaluation:
     limit: int | None
     num_fewshot: int | None
     run_generated_code: bool
+    decomposition: bool
 
     def __post_init__(self):
         self.tasks = [self.tasks] if isinstance(self.tasks, str) else self.tasks or []
