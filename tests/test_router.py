@@ -1,5 +1,7 @@
 """Router fits: closed forms against a solver for each expert, gradients against autograd, descent against the closed form."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -23,7 +25,7 @@ def data(T=400, H=12, E=6, noise=0.3, seed=0, count=None, bias=0.0):
     x_hat = x @ (torch.eye(H) + noise * torch.randn(H, H, generator=g)) + noise * torch.randn(T, H, generator=g)
     b = bias * torch.randn(E, generator=g)
     target, logits = x @ w.T + b, x_hat @ w.T + b
-    return w, Tokens(x_hat, target, logits, candidates(target, count or E))
+    return w, Tokens(x_hat, target, logits, candidates(target, count or E), 150, 2**30)
 
 
 def topk_mse(w_new, w, tokens):
@@ -38,9 +40,7 @@ def topk_mse(w_new, w, tokens):
 def test_closed_form_against_a_solver_for_each_expert(count, ridge, seed, workspace):
     """Ridge regression as least squares over rows that are added; experts together or one by one."""
     _, tokens = data(T=300, count=count, seed=seed, bias=1.0)
-    limit, router.WORKSPACE = router.WORKSPACE, workspace
-    found = router.least_squares(tokens, ridge)
-    router.WORKSPACE = limit
+    found = router.least_squares(replace(tokens, workspace=workspace), ridge)
     for e in range(6):
         rows = tokens.mask_TE[:, e]
         x = tokens.x_hat_TH[rows].double()
@@ -151,7 +151,7 @@ def test_an_expert_without_candidates_stays():
     _, tokens = data()
     target = tokens.target_TE.clone()
     target[:, 0] = -100
-    tokens = Tokens(tokens.x_hat_TH, target, tokens.logits_TE, candidates(target, 2))
+    tokens = replace(tokens, target_TE=target, mask_TE=candidates(target, 2))
     change = router.least_squares(tokens, 0.01)
     assert (change[0] == 0).all() and (change[1:].abs().sum(1) > 0).all()
 

@@ -20,6 +20,7 @@ from torch import nn
 
 from moepress.inference.packed import PackedExperts
 from moepress.models.families import layer_prefix
+from moepress.models.limits import TOKENS_AT_ONCE, WORKSPACE
 from moepress.models.streaming import DTYPES, ModelStream, Routing
 from moepress.models.streams import Streams
 from moepress.quantization.experts import ExpertInputs, Recipe, quantize_experts
@@ -142,7 +143,7 @@ class LayerQuantizer:
         E = weight.shape[0]
         count = E if recipe.router_loss == "mse" else num_candidates(E, recipe.router_candidates)
         mask_TE = candidates(stream.selection_scores(self.layer, original.logits.to(stream.device)), count)
-        tokens = Tokens(m_hat_TH, original.logits, routing.logits, mask_TE, stream.device)
+        tokens = Tokens(m_hat_TH, original.logits, routing.logits, mask_TE, TOKENS_AT_ONCE, WORKSPACE, stream.device)
         name = f"{stream.family.router_path}.{stream.family.router_weight}"
         stored = stream.entries[stream.layer_names(self.index)[name]]
         how = Fit(

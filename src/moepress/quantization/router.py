@@ -21,8 +21,6 @@ from typing import NamedTuple
 
 import torch
 
-from moepress.models.limits import TOKENS_AT_ONCE, WORKSPACE
-
 BETAS, EPSILON = (0.9, 0.999), 1e-12
 """Adam's own; the second is far below the gradients of logits."""
 
@@ -52,12 +50,15 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Tokens:
-    """What a fit sees: x_hat, perhaps on disk; target: z; logits: z_hat; mask: the candidates."""
+    """What a fit sees: x_hat, perhaps on disk; target: z; logits: z_hat; mask: the candidates. at_once: so many tokens are in
+    memory together. workspace: bytes that the normal equations of some experts may take."""
 
     x_hat_TH: torch.Tensor
     target_TE: torch.Tensor
     logits_TE: torch.Tensor
     mask_TE: torch.Tensor
+    at_once: int
+    workspace: int
     device: str = "cpu"
 
     def __len__(self) -> int:
@@ -68,8 +69,8 @@ class Tokens:
         return Batch(*(part[rows].to(self.device).double() for part in floats), self.mask_TE[rows].to(self.device))
 
     def batches(self) -> Iterator[Batch]:
-        for start in range(0, len(self), TOKENS_AT_ONCE):
-            yield self.batch(slice(start, start + TOKENS_AT_ONCE))
+        for start in range(0, len(self), self.at_once):
+            yield self.batch(slice(start, start + self.at_once))
 
 
 class SquaredError:
@@ -145,7 +146,7 @@ def least_squares(tokens: Tokens, ridge: float) -> torch.Tensor:
     """
     E, H = tokens.target_TE.shape[1], tokens.x_hat_TH.shape[1]
     is_shared = bool(tokens.mask_TE.all())
-    step = E if is_shared else max(1, WORKSPACE // (3 * 8 * H**2))
+    step = E if is_shared else max(1, tokens.workspace // (3 * 8 * H**2))
     changes = []
     for start in range(0, E, step):
         experts = range(start, min(start + step, E))
