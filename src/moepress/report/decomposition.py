@@ -65,6 +65,8 @@ def decomposition(runs: list[Run]) -> tuple[Figure, pd.DataFrame] | None:
     axes[0].set_yticklabels([shorten(f"{series}, {target}", 44) for series, target in groups])
 
     styles, layers = series_styles(runs), next(iter(groups.values()))[0].shape.moe_layers
+    for text, (series, _) in zip(axes[0].get_yticklabels(), groups, strict=True):
+        text.set_color(styles[series]["color"])  # the names of the lines beside them, too
     for (series, target), members in groups.items():
         overlap_L = np.mean([one["topk_overlap"] for run in members for one in run.overlap.values()], axis=0)
         same_L = np.mean([one["same_selection"] for run in members for one in run.overlap.values()], axis=0)

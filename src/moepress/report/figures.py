@@ -62,7 +62,8 @@ FIGURES = {
         "Change of perplexity from 16 bits, with its 95 % interval, over the same blocks: of the 16-bit model that selects "
         "what the quantized one selects, of the quantized model that selects what the 16-bit one selects, and of the "
         "quantized model as it is (EAC-MoE's decomposition; a forced expert gets the weight that the model's own router gives "
-        "it). The overlap is the share of a token's experts that both models select, mean over the domains.",
+        "it). The overlap is the share of a token's experts that both models select, mean over the domains; names have the "
+        "colours of its lines.",
     ),
     "router_fit": Entry(
         lines.router_fit,

@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.colors import BoundaryNorm, ListedColormap, LogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from moepress.models.specialisation import mutual_information
 from moepress.report.reading import Run, label
@@ -108,6 +109,8 @@ def sensitivity(runs: list[Run]) -> tuple[Figure, pd.DataFrame] | None:
         axis.set_xlabel("expert")
     bar = figure.colorbar(image, ax=axes, pad=0.01, aspect=14 * lines)
     bar.set_label("error (mean at 2 bits = 1)")
+    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    bar.ax.yaxis.set_minor_formatter(NullFormatter())
     bar.outline.set_visible(False)
     frames = [
         _tidy(errors_LEW[..., i], "error", run.shape.moe_layers).assign(bits=width, relative=errors_LEW[..., i].ravel() / unit)
