@@ -53,9 +53,10 @@ class Results:
         self.config("calibration/8x64-cccc", {"calibration": calibration})
         self.use = self.random.dirichlet(np.full(experts, 3.0), (len(domains), layers))
         frequency = (2 * self.use.mean(0)).tolist()
+        errors = [[4.0 + e, 2.0 + e, 1.0] for e in range(experts)]
         self.write(
             self.folder("statistics/tiny-dddd") / "statistics.json",
-            {"widths": [1, 2, 3], "layers": [{"frequency": f, "mutual_information": 0.1} for f in frequency]},
+            {"widths": [1, 2, 3], "layers": [{"frequency": f, "mutual_information": 0.1, "errors": errors} for f in frequency]},
         )
 
     def folder(self, name: str) -> Path:
@@ -102,6 +103,9 @@ class Results:
             artefacts |= {stage: f"{stage}/{checkpoint}" for stage in ("quantization", "allocation")}
             if method != "rtn":
                 artefacts["statistics"] = "statistics/tiny-dddd"
+        if method != "none" and not pruning and bits == "2":
+            artefacts["decomposition"] = f"decomposition/{name}-{key}"
+            self.decompose(artefacts["decomposition"], above)
         if pruning:
             artefacts["pruning"] = f"pruning/{name}-{key}"
             self.folder(artefacts["pruning"])
@@ -149,6 +153,18 @@ class Results:
         pd.concat(frames_of_items).to_parquet(folder / "samples.parquet")
         self.write(folder / "tasks.json", {"moepress": {"limit": 100, "scores": scores}})
         pd.concat(frames).to_parquet(folder / "blocks.parquet")
+
+    def decompose(self, name: str, above: float) -> None:
+        """A third of the harm is the selections', half of it the weights'."""
+        frames = [
+            pd.DataFrame({"domain": d, "block": range(self.blocks), "16bit": self.text[i]}) for i, d in enumerate(self.domains)
+        ]
+        frame = pd.concat(frames)
+        for part, share in (("shift_only", 1 / 3), ("weights_only", 1 / 2), ("both", 1)):
+            frame[part] = frame["16bit"] + share * above
+        frame.to_parquet(self.folder(name) / "blocks.parquet")
+        overlap = {"topk_overlap": [0.9] * self.layers, "same_selection": [0.8] * self.layers}
+        self.write(self.root / name / "decomposition.json", {"domains": dict.fromkeys(self.domains, overlap)})
 
     def time(self, name: str) -> None:
         def spread(median):
@@ -226,6 +242,8 @@ def test_columns_and_values(study):
     for name in ("ppl_mean", "ppl_ood", "delta_nll", "delta_nll_ood", "selection_shift"):
         expected += [name, f"{name}_stderr"]
         if name == "delta_nll_ood":
+            for part in ("shift_only", "weights_only"):
+                expected += [f"delta_nll_{part}", f"delta_nll_{part}_stderr"]
             for task in ("word_swap", "piqa", "mean"):
                 expected += [f"acc_{task}", f"acc_{task}_stderr"]
             expected += ["limit", "delta_acc", "delta_acc_stderr"]
@@ -274,6 +292,27 @@ def test_columns_and_values(study):
         "latency",
     }
     pd.testing.assert_frame_equal(table.rows(runs, made.root), table.tabulate(reading.load(runs, made.root)))
+
+
+def test_the_parts_of_the_harm(study):
+    """What the fixture made of it, in the table and under the figure; nothing where it was not asked for."""
+    found = pd.read_csv(study[2] / "runs.csv").set_index("run")
+    gptq = found.loc["gptq-2"]
+    assert gptq["delta_nll_shift_only"] == pytest.approx(0.3 / 4 / 3)
+    assert gptq["delta_nll_weights_only"] == pytest.approx(0.3 / 4 / 2)
+    assert np.isnan(found.loc["16bit", "delta_nll_shift_only"]) and np.isnan(found.loc["gptq-3", "delta_nll_shift_only"])
+    drawn = pd.read_csv(study[2] / "figures/decomposition.csv")
+    both = drawn[(drawn["series"] == "GPTQ") & (drawn["part"] == "both")]
+    assert both["delta_nll"].tolist() == pytest.approx([0.3 / 4] * 2) and len(both) == 2, "in and out of domain"
+    assert set(drawn["topk_overlap"].dropna()) == {0.9}
+
+
+def test_sensitivity_of_experts(study):
+    drawn = pd.read_csv(study[2] / "figures/sensitivity.csv")
+    assert len(drawn) == 2 * 4 * 3
+    assert drawn.loc[drawn["bits"] == 2, "relative"].mean() == pytest.approx(1)
+    first = drawn[(drawn["layer"] == 1) & (drawn["expert"] == 2)].set_index("bits")["error"]
+    assert first.to_dict() == {1: 6.0, 2: 4.0, 3: 1.0}
 
 
 def test_every_figure_and_its_caption(study):

@@ -84,6 +84,11 @@ def _evaluation_inputs(c):
     return found if is_reference(c) else {**found, "reference": ("evaluation", reference(c))}
 
 
+def _decomposition_inputs(c):
+    found = {"corpus": ("corpus", c), **_model(c), "checkpoint": ("quantization", c)}
+    return found | {"reference": ("evaluation", reference(c))}
+
+
 def _size_label(c):
     allocation = c["allocation"]
     size = allocation["budget"] or f"{allocation['bits']:g}"
@@ -107,6 +112,8 @@ def _corpus_label(c):
 
 
 _EXPERT_QUANTIZER = ("group_size", "clip_min", "clip_steps", "fit_rounds", "damping", "block_size")
+
+_TEXT = ("seq_len", "num_blocks", "stride", "separator", "domains", "batch_size")
 
 _SIZES = ("group_size", "attention_bits", "shared_bits")
 
@@ -134,12 +141,13 @@ STAGES: dict[str, Stage] = {
     "quantization": Stage(3, ("quantization",), _quantization_inputs, _checkpoint_label),
     "pruning": Stage(1, ("pruning",), _model, run_label),
     "evaluation": Stage(4, ("evaluation",), _evaluation_inputs, run_label),
+    "decomposition": Stage(1, tuple(f"evaluation.{name}" for name in _TEXT), _decomposition_inputs, _checkpoint_label),
     "latency": Stage(1, ("latency",), lambda c: {"corpus": ("corpus", c), **_checkpoint(c), **_model(c)}, run_label),
 }
 """The DAG: what each stage's key depends on. The report, which joins many experiments, is added by `report_artefact`."""
 
-NOT_IN_KEY = {"model": ("path", "name"), "corpus": ("path",)}
-"""Where something lies and how it is called is no part of what it is; its fingerprint is."""
+NOT_IN_KEY = {"model": ("path", "name"), "corpus": ("path",), "evaluation": ("decomposition",)}
+"""Where something lies and how it is called is no part of what it is; its fingerprint is. The decomposition is a stage."""
 
 
 def artefact(stage: str, config: dict) -> Artefact:
@@ -187,6 +195,8 @@ def experiment(overrides: list[str] | tuple[str, ...]) -> Experiment:
     stages = ["evaluation", "latency"]
     if config["quantization"]["method"] != "none":
         stages += ["quantization", "allocation"]
+        if config["evaluation"]["decomposition"] and config["pruning"]["method"] == "none":
+            stages += ["decomposition"]
     return Experiment(tuple(overrides), config, {stage: artefact(stage, config) for stage in stages})
 
 

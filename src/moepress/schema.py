@@ -184,15 +184,28 @@ class GPTQ(RTN):
 
 @dataclass
 class QESC(GPTQ):
+    router_loss: str
+    router_when: str
     router_candidates: int | None
     router_ridge: float
+    router_learning_rate: float
+    router_steps: int
+    router_batch: int
 
     def __post_init__(self):
         super().__post_init__()
-        candidates = self.router_candidates
-        ok = candidates is None or candidates >= 1
-        check(ok, "quantization.router_candidates", candidates, "null, or at least 1")
-        check(self.router_ridge > 0, "quantization.router_ridge", self.router_ridge, "above 0")
+        losses = ("none", "mse", "topk_mse", "topk_mse_gd", "kl")
+        check(self.router_loss in losses, "quantization.router_loss", self.router_loss, f"one of {', '.join(losses)}")
+        moments = ("before", "after", "both")
+        expected = f"one of {', '.join(moments)} (the experts are quantized)"
+        check(self.router_when in moments, "quantization.router_when", self.router_when, expected)
+        found = self.router_candidates
+        check(found is None or found >= 1, "quantization.router_candidates", found, "null, or at least 1")
+        for name in ("router_ridge", "router_learning_rate"):
+            value = getattr(self, name)
+            check(math.isfinite(value) and value > 0, f"quantization.{name}", value, "a number above 0")
+        for name in ("router_steps", "router_batch"):
+            check(getattr(self, name) >= 1, f"quantization.{name}", getattr(self, name), "at least 1")
 
 
 @dataclass
@@ -226,6 +239,7 @@ class Evaluation:
     limit: int | None
     num_fewshot: int | None
     run_generated_code: bool
+    decomposition: bool
 
     def __post_init__(self):
         self.tasks = [self.tasks] if isinstance(self.tasks, str) else self.tasks or []

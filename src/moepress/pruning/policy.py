@@ -23,6 +23,13 @@ def experts_of(model) -> list[nn.Module]:
     return [block.experts for block in blocks if hasattr(block, "experts")]
 
 
+def routers_of(model) -> list[nn.Module]:
+    """The router of every MoE layer, in order; each gives `(logits, top_k_weights, top_k_index)`."""
+    family = FAMILIES[model.config.model_type]
+    blocks = [layer.get_submodule(family.block) for layer in model.model.layers]
+    return [block.get_submodule(family.router) for block in blocks if hasattr(block, "experts")]
+
+
 def attach(model, policy: dict) -> list:
     """Let the policy act on every later forward; returns the hooks, whose `remove()` ends that.
 

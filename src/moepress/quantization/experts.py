@@ -35,8 +35,13 @@ class Recipe:
     shared_bits: int | None = None
     damping: float = 0.0
     block_size: int = 0
+    router_loss: str = "topk_mse"
+    router_when: str = "before"
     router_candidates: int | None = None
     router_ridge: float = 0.0
+    router_learning_rate: float = 0.0
+    router_steps: int = 0
+    router_batch: int = 0
 
     def quantize(self, w_EOI: torch.Tensor, h_EII: torch.Tensor | None, bits: list[int], factor=None) -> Quantized:
         how = grid.Search(self.clip_min, self.clip_steps, self.fit_rounds)

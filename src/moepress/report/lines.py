@@ -223,7 +223,8 @@ def router_fit(runs: list[Run]) -> Drawn:
     """What re-fitting the router repairs in each layer, on the calibration text; a panel for each QESC checkpoint."""
     found, seen = [], set()
     for run in sorted(first_seeds(runs), key=lambda run: run.width):
-        if run.quantization["method"] != "qesc" or run.is_pruned or run.artefacts["quantization"] in seen:
+        is_fitted = run.quantization["method"] == "qesc" and run.quantization.get("router_loss") != "none"
+        if not is_fitted or run.is_pruned or run.artefacts["quantization"] in seen:
             continue
         seen.add(run.artefacts["quantization"])
         for layer in run.diagnostics:

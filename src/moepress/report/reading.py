@@ -122,6 +122,17 @@ class Run:
         """Domain -> nats per token of each block."""
         return {domain: own.to_numpy() for domain, own in self.blocks.groupby("domain", sort=False)["nll"]}
 
+    def decomposition(self) -> pd.DataFrame | None:
+        """One row per evaluation block: domain, block and the nll 16bit, shift_only, weights_only and both; None where
+        evaluation.decomposition was not asked for."""
+        is_there = "decomposition" in self.artefacts
+        return pd.read_parquet(self.folder("decomposition") / "blocks.parquet") if is_there else None
+
+    @cached_property
+    def overlap(self) -> dict[str, dict]:
+        """Domain -> its perplexities, and by layer the top-k overlap with the 16-bit model, of a decomposed run."""
+        return self.json("decomposition", "decomposition.json")["domains"]
+
     @cached_property
     def tasks(self) -> dict[str, dict]:
         """Task -> its main score, as moepress.evaluation.harness gives it; none where no tasks were asked for."""

@@ -28,23 +28,7 @@ from moepress.pruning.policy import attach, experts_of
 def run(task: Task) -> None:
     config = task.config["evaluation"]
     folder = locate(task.inputs["checkpoint"])
-    texts = sampling.domain_blocks(
-        task.inputs["corpus"],
-        folder,
-        "test",
-        config["seq_len"],
-        config["domains"],
-        "evaluation",
-        config["separator"],
-        config["stride"],
-    )
-    texts = {domain: (_some(blocks, config["num_blocks"]), num_bytes) for domain, (blocks, num_bytes) in texts.items()}
-    empty = sorted(domain for domain, (blocks, _) in texts.items() if not len(blocks))
-    if empty:
-        raise ValueError(
-            f"evaluation.seq_len={config['seq_len']}: the test text of {empty} is shorter than one block; "
-            "lower it, choose evaluation.domains, or give more text"
-        )
+    texts = test_text(task.inputs["corpus"], folder, config)
     reference = load_file(task.inputs["reference"] / "selections.safetensors") if "reference" in task.inputs else None
 
     device = pick_device(task.runtime["device"])
@@ -165,6 +149,28 @@ def _streamed(task: Task, folder: Path, device: str, texts: dict, asked: dict | 
     ends = np.cumsum([len(blocks) for blocks, _ in texts.values()])[:-1]
     parts = zip(texts, np.split(nll_N, ends), np.split(selected_NSLK, ends), strict=True)
     return {domain: ppl.Measured(nll, own, of_selections(own, num_experts)) for domain, nll, own in parts}, None
+
+
+def test_text(corpus: Path, model: Path, config: dict) -> dict[str, tuple[np.ndarray, float]]:
+    """Each domain's blocks `[N, S]` of the test split and its bytes per token; config: the group evaluation."""
+    texts = sampling.domain_blocks(
+        corpus,
+        model,
+        "test",
+        config["seq_len"],
+        config["domains"],
+        "evaluation",
+        config["separator"],
+        config["stride"],
+    )
+    texts = {domain: (_some(blocks, config["num_blocks"]), num_bytes) for domain, (blocks, num_bytes) in texts.items()}
+    empty = sorted(domain for domain, (blocks, _) in texts.items() if not len(blocks))
+    if empty:
+        raise ValueError(
+            f"evaluation.seq_len={config['seq_len']}: the test text of {empty} is shorter than one block; "
+            "lower it, choose evaluation.domains, or give more text"
+        )
+    return texts
 
 
 def _some(blocks: np.ndarray, wanted: int | None) -> np.ndarray:
