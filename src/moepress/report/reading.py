@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from moepress import pruning
 from moepress.artefacts import read_json
 from moepress.models import families
 
@@ -78,8 +79,7 @@ class Run:
 
     @property
     def pruning_label(self) -> str:
-        alpha = f" {self.pruning['alpha']:g}" if "alpha" in self.pruning else ""
-        return f"{label(self.pruning['method'])}{alpha}" if self.is_pruned else ""
+        return pruning.label(self.pruning)
 
     @property
     def unpruned(self) -> tuple[str, str]:
