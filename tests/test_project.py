@@ -33,7 +33,8 @@ def test_conda_takes_the_same_set():
     assert conda[-1]["pip"] == ["torch==2.13.0", "-e .[dev]"]
 
 
-MATH = ["allocation", "quantization/grid", "quantization/gptq", "quantization/router", "quantization/packing", "pruning/pesf"]
+MATH = ["allocation", "quantization/grid", "quantization/gptq", "quantization/router", "quantization/packing"]
+MATH += ["pruning/pesf", "pruning/odp", "pruning/static"]
 
 
 def imports(path):

@@ -134,7 +134,9 @@ def test_the_stages(tmp_path, model_folder, text_folder, pruning):
         assert metrics["protected_tokens"] == pytest.approx(6 / 64)
     else:
         assert [len(layer) for layer in policy["removed"]] == [1, 1] and metrics["active_slots"] == 1
-    model, _ = load(tmp_path / member.artefacts["quantization"].folder, "cpu", pruning=tmp_path / evaluation.inputs["pruning"].folder)
+    model, _ = load(
+        tmp_path / member.artefacts["quantization"].folder, "cpu", pruning=tmp_path / evaluation.inputs["pruning"].folder
+    )
     assert model(input_ids=TOKENS).logits.isfinite().all()
 
 

@@ -121,7 +121,9 @@ def _odp(policy: dict, num_layers: int, batch: Batch, attached: Attached) -> lis
     thresholds = policy.get("thresholds")
     if thresholds is None:
         if policy.get("threshold") is None:
-            raise ValueError("pruning.thresholds: not given; take the policy.json of the pruning stage, or one threshold for all")
+            raise ValueError(
+                "pruning.thresholds: not given; take the policy.json of the pruning stage, or one threshold for all"
+            )
         thresholds = [policy["threshold"]] * num_layers
     if len(thresholds) != num_layers:
         raise ValueError(f"pruning.thresholds: {len(thresholds)} of them, but the model has {num_layers} MoE layers")
@@ -154,7 +156,9 @@ def _marked(removed: list[int], num_experts: int, device) -> torch.Tensor:
     """True for the removed experts, `[E]`."""
     if not all(0 <= expert < num_experts for expert in removed):
         raise ValueError(f"pruning.removed: {removed} are not all experts of a layer with {num_experts}")
-    return torch.zeros(num_experts, dtype=torch.bool, device=device).index_fill_(0, torch.tensor(removed, device=device).long(), 1)
+    return torch.zeros(num_experts, dtype=torch.bool, device=device).index_fill_(
+        0, torch.tensor(removed, device=device).long(), 1
+    )
 
 
 def _listen(model, modules: list[nn.Module], batch: Batch):

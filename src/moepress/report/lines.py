@@ -77,12 +77,12 @@ def quality(runs: list[Run]) -> Drawn:
 
 
 def pruning(runs: list[Run]) -> Drawn:
-    """Perplexity against the experts that are computed for each token, a line for each checkpoint that is pruned."""
+    """Perplexity against the experts that are computed for each token, a line for each way to prune a checkpoint."""
     found = []
     for base in runs:
         pruned = [run for run in runs if run.is_pruned and run.unpruned == base.unpruned and run.seed == base.seed]
         for run in [base, *pruned] if pruned and not base.is_pruned else ():
-            row = {"checkpoint": base.title, "pruning": run.pruning_label or "none"}
+            row = {"checkpoint": base.title, "method": run.pruning["method"], "pruning": run.pruning_label or "none"}
             row["experts_per_token"] = run.shape.top_k * run.metrics["active_slots"]
             found += [row | point for point in _quality_points(run, runs)]
     if not found:
@@ -96,7 +96,11 @@ def pruning(runs: list[Run]) -> Drawn:
             colour = styles[rows["series"].iloc[0]]["color"]
             rows = rows.sort_values("experts_per_token")
             x, y = rows["experts_per_token"], rows["ppl"]
-            axis.errorbar(x, y, rows["paired_stderr"], color=colour, marker="o", capsize=3, elinewidth=1.2, label=title)
+            look = {"color": colour, "linestyle": "none", "marker": "o", "capsize": 3, "elinewidth": 1.2, "label": title}
+            axis.errorbar(x, y, rows["paired_stderr"], **look)
+            for method in dict.fromkeys(rows["method"]):  # from the checkpoint itself to ever fewer experts
+                line = rows[rows["method"].isin(["none", method])]
+                axis.plot(line["experts_per_token"], line["ppl"], color=colour)
             for label, *place in zip(rows["pruning"], x, y, strict=True):
                 # above the pruned ones and below the other, which may lie close together
                 words, offset = ("unpruned", (7, -13)) if label == "none" else (label, (7, 7))

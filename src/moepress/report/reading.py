@@ -82,6 +82,12 @@ class Run:
         return pruning.label(self.pruning)
 
     @property
+    def remaining_experts(self) -> int:
+        """Routed experts of a layer that some token may select: fewer than the model's where some are removed for good."""
+        num_experts = self.shape.num_experts
+        return num_experts - int(self.pruning.get("ratio", 0) * num_experts + 1e-9)
+
+    @property
     def unpruned(self) -> tuple[str, str]:
         """Of the run that this one prunes, or of itself: series and target."""
         return self.series.replace(f" + {self.pruning_label}", "") if self.is_pruned else self.series, self.target

@@ -167,7 +167,9 @@ def _streamed(task: Task, folder: Path, device: str, texts: dict, asked: dict | 
         streams.drop(task.out / "streams-tasks")
     ends = np.cumsum([len(blocks) for blocks, _ in texts.values()])[:-1]
     parts = zip(texts, np.split(nll_N, ends), np.split(selected_NSLK, ends), strict=True)
-    return {domain: ppl.Measured(nll, own, of_selections(own, num_experts)) for domain, nll, own in parts}, {"loaded_bytes": None}
+    return {domain: ppl.Measured(nll, own, of_selections(own, num_experts)) for domain, nll, own in parts}, {
+        "loaded_bytes": None
+    }
 
 
 def _some(blocks: np.ndarray, wanted: int | None) -> np.ndarray:
