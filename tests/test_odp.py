@@ -6,8 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_pesf import routing
-from zoo import ZOO, write_zoo_model
 
 from moepress.evaluation.usage import watched
 from moepress.inference.checkpoint import load, load_model
@@ -15,6 +13,8 @@ from moepress.pruning import attention
 from moepress.pruning.fitting import fit
 from moepress.pruning.odp import importance, most_important, odp, ratios
 from moepress.pruning.policy import attach, experts_of, moe_layers
+from test_pesf import routing
+from zoo import ZOO, write_zoo_model
 
 ODP = {"method": "odp", "threshold": 0.6, "protect": 0.2, "renormalize": True}
 

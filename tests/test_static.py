@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from conftest import small_experiment
-from zoo import ZOO, write_zoo_model
 
+from conftest import small_experiment
 from moepress import artefacts, dag, plan
 from moepress.artefacts import read_json
 from moepress.evaluation.usage import watched
@@ -14,6 +13,7 @@ from moepress.pruning import label
 from moepress.pruning.fitting import fit
 from moepress.pruning.policy import attach, experts_of, moe_layers
 from moepress.pruning.static import lowest
+from zoo import ZOO, write_zoo_model
 
 TOKENS = torch.randint(1, 250, (3, 20), generator=torch.Generator().manual_seed(0))
 
@@ -92,7 +92,7 @@ def test_scores_against_loops(model_folder, experts):
     reap = fit(model, TOKENS, {"method": "static", "criterion": "reap", "ratio": 0.5}, Progress())
     assert reap["scores"][1] == pytest.approx([n / max(c, 1) for n, c in zip(norms, counts, strict=True)], rel=1e-4)
     assert reap["removed"][1] == sorted(sorted(range(4), key=lambda e: reap["scores"][1][e])[:2])
-    assert reap["calibration"]["active_slots"] == 1 and reap["calibration"]["active_experts"] == 0.5
+    assert reap["calibration"]["active_slots"] == 1 and reap["calibration"]["remaining_experts"] == 0.5
     frequency = fit(model, TOKENS, {"method": "static", "criterion": "frequency", "ratio": 0.25}, Progress())
     assert frequency["scores"][1] == pytest.approx([c / sum(counts) for c in counts])
     assert [len(layer) for layer in frequency["removed"]] == [1, 1]

@@ -2,8 +2,8 @@
 
 transformers calls an attention function with the query, key and value that a layer has made (normed, rotated, latent ones
 expanded), the same way in every family. Here a function of the same signature takes its place: it calls the one that was there
-and besides sums the attention matrix's columns, from the same query and key, a block of rows at a time. The matrix itself, S x S
-for every head, is never stored.
+and besides sums the attention matrix's columns, from the same query and key, a block of rows at a time. The matrix itself,
+S x S for every head, is never stored.
 
 Legend: B sequences, S new positions, P positions with a key (past ones included), N query heads, M key heads, R = N / M, D head
 size, Q rows of a block.
@@ -77,7 +77,8 @@ class Listener:
         base = self.before.removeprefix(PREFIX)
         if base not in ("sdpa", "eager"):
             raise ValueError(
-                f"pruning.protect: a model with attn_implementation={self.before!r} is not listened to; take sdpa or eager, or 0"
+                f"pruning.protect: attn_implementation={self.before!r} cannot be listened to; load the model with sdpa, "
+                "or set pruning.protect=0"
             )
         AttentionInterface.register(PREFIX + base, _listened(base))
         AttentionMaskInterface.register(PREFIX + base, ALL_MASK_ATTENTION_FUNCTIONS[base])

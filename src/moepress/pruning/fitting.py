@@ -1,5 +1,5 @@
-"""What a policy learns from calibration text, on the model that will be pruned (quantized where it is): ODP's and EES's threshold
-of every layer, or which experts a static removal takes; and what it then saves there.
+"""What a policy learns from calibration text, on the model that will be pruned (quantized where it is): ODP's and EES's
+threshold of every layer, or which experts a static removal takes; and what it then saves there.
 
 Legend: N sequences, S positions, T tokens, K selected experts, E experts.
 """
@@ -20,8 +20,8 @@ from moepress.pruning.static import Scores, lowest
 @torch.inference_mode()
 def fit(model, token_ids_NS: torch.Tensor, pruning: dict, progress) -> dict:
     """The policy for `attach`: the group `pruning` with `thresholds` (odp, ees) or `removed` and `scores` (static), each a list
-    over the MoE layers; and under `calibration` the share of the selected slots that it computes on this text (active_slots), of
-    the tokens that it protects (protected_tokens) and of the experts that remain (active_experts).
+    over the MoE layers; and under `calibration` the share of the selected slots that it computes on this text (active_slots),
+    of the tokens that it protects (protected_tokens) and of the experts that remain (remaining_experts).
 
     The model has no policy attached. progress: counts sequences.
     """
@@ -48,7 +48,7 @@ def fit(model, token_ids_NS: torch.Tensor, pruning: dict, progress) -> dict:
         "num_tokens": token_ids_NS.numel(),
         "active_slots": usage.summary()["active_slots"],
         "protected_tokens": attached.protected_share,
-        "active_experts": 1 - sum(map(len, removed)) / (num_experts * max(1, len(removed))),
+        "remaining_experts": 1 - sum(map(len, removed)) / (num_experts * max(1, len(removed))),
     }
     return policy
 

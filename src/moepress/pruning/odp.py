@@ -3,8 +3,8 @@ unless the token is important.
 
 The paper has K = 2 and drops the second expert when w_1 / w_0 < mu, mu the layer's median ratio on calibration text. For any
 K, here: each expert but the best is dropped when w / w_best < mu, with one mu for a layer, fitted to the ratios of all its
-lower ranks together. So no expert is dropped before a weaker one, and the median drops half of what can be dropped, (K - 1) / 2K
-of all slots. (One mu for each rank could drop the second expert and keep the third.)
+lower ranks together. So no expert is dropped before a weaker one, and the median drops half of what can be dropped,
+(K - 1) / 2K of all slots. (One mu for each rank could drop the second expert and keep the third.)
 
 EES, the ratio without protection (Lu et al., arXiv 2402.14800), is the same function with no token protected.
 
@@ -31,8 +31,8 @@ def odp(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`(index, weights)` without the experts whose ratio to their token's best is below the threshold.
 
-    mask: True for tokens, False for padding, whose slots are emptied. protected: tokens that keep all their experts; None for no
-    token. renormalize: the kept weights of a token sum to what they summed to. An empty slot has index E and weight 0.
+    mask: True for tokens, False for padding, whose slots are emptied. protected: tokens that keep all their experts; None for
+    no token. renormalize: the kept weights of a token sum to what they summed to. An empty slot has index E and weight 0.
     """
     valid_BS1, K = mask_BS.bool()[..., None], index_BSK.shape[-1]
     best_BS1 = weights_BSK.float().amax(-1, keepdim=True).clamp(min=1e-20)
@@ -59,7 +59,7 @@ def importance(inputs_BSH: torch.Tensor, received_BS: torch.Tensor, mask_BS: tor
 
 
 def most_important(importance_BS: torch.Tensor, mask_BS: torch.Tensor, share: float) -> torch.Tensor:
-    """True for that share of each sequence's tokens, rounded to the nearest number, the earlier first among equals: `[B, S]`."""
+    """True for that share of each sequence's tokens, rounded to the nearest number, `[B, S]`; the earlier of equals."""
     valid_BS = mask_BS.bool()
     ranked_BS = importance_BS.float().masked_fill(~valid_BS, -torch.inf).argsort(dim=-1, descending=True, stable=True)
     wanted_B1 = (share * valid_BS.sum(1, keepdim=True).double() + 0.5).floor()

@@ -29,7 +29,7 @@ class Batch:
 
 @dataclass
 class Attached:
-    """A policy at work in a model, until `remove()`. protected, tokens: counted over layers and forwards, where ODP protects."""
+    """A policy at work in a model, until `remove()`. protected, tokens: counted over layers and forwards where ODP protects."""
 
     handles: list = field(default_factory=list)
     protected: torch.Tensor | int = 0
@@ -60,10 +60,13 @@ def experts_of(model) -> list[nn.Module]:
 def attach(model, policy: dict) -> Attached:
     """Let the policy act on every later forward, until its `remove()`.
 
-    policy: what the pruning stage writes to policy.json, or by hand `{"method": "none"}`, `{"method": "pesf", "alpha": ...,
-    "renormalize": ...}`, `{"method": "odp", "threshold": ..., "protect": ..., "renormalize": ...}` (one threshold for all layers;
-    fitted ones: `"thresholds"`, a list over the MoE layers), `{"method": "ees", "threshold": ..., "renormalize": ...}`,
-    `{"method": "static", "removed": [[...], ...]}` (expert numbers of each MoE layer).
+    policy: what the pruning stage writes to policy.json, or by hand
+    `{"method": "none"}`,
+    `{"method": "pesf", "alpha": ..., "renormalize": ...}`,
+    `{"method": "odp", "threshold": ..., "protect": ..., "renormalize": ...}` (or `"thresholds"`, a list over the MoE layers),
+    `{"method": "ees", "threshold": ..., "renormalize": ...}`,
+    `{"method": "static", "removed": [[...], ...]}` (numbers of the experts of each MoE layer that are gone).
+
     Raises ValueError naming the key for other methods, and for lists that do not fit the model.
     """
     method = policy["method"]

@@ -23,7 +23,7 @@ class Scores:
         self.norms_E = torch.zeros(num_experts, dtype=torch.float64)
 
     def add(self, experts, hidden_TH: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor, norms: bool) -> None:
-        """norms: measure `g * ||f||` as well, which takes each expert's output for itself: the experts are called slot by slot."""
+        """norms: measure `g * ||f||` as well, which takes each expert's output by itself: they are called slot by slot."""
         self.tokens_E += torch.bincount(index_TK.flatten().cpu(), minlength=len(self.tokens_E))
         for slot in range(index_TK.shape[1]) if norms else ():
             one = slice(slot, slot + 1)
