@@ -1,6 +1,18 @@
 """Leaving experts out: functions from one routing to another, and attaching them to a model. Imports no torch."""
 
 
+def num_removed(ratio: float, num_experts: int, top_k: int) -> int:
+    """Experts of a layer that a static removal takes: `ratio` of them, rounded down.
+
+    Raises ValueError where fewer than top-k would remain.
+    """
+    removed = int(ratio * num_experts + 1e-9)
+    if num_experts - removed < top_k:
+        most = (num_experts - top_k) / num_experts
+        raise ValueError(f"pruning.ratio={ratio}: of {num_experts} experts {top_k} must remain; at most {most:g}")
+    return removed
+
+
 def label(pruning: dict) -> str:
     """A group `pruning` as people write it, every value in it: `PESF 0.3`, `ODP median 2%`, `static REAP 0.25`; none: ''."""
     method = pruning["method"]

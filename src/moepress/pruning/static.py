@@ -14,6 +14,8 @@ Legend: T tokens, H hidden size, K selected experts, E experts.
 import torch
 from torch.overrides import TorchFunctionMode
 
+from moepress.pruning import num_removed
+
 
 class Scores:
     """Sums over calibration tokens of one layer."""
@@ -38,15 +40,8 @@ class Scores:
 
 
 def lowest(scores_E: torch.Tensor, ratio: float, top_k: int) -> list[int]:
-    """The `ratio * E` experts (rounded down) with the lowest scores, in order of their numbers.
-
-    Raises ValueError where fewer than top-k would remain.
-    """
-    num_experts = len(scores_E)
-    removed = int(ratio * num_experts + 1e-9)
-    if num_experts - removed < top_k:
-        most = (num_experts - top_k) / num_experts
-        raise ValueError(f"pruning.ratio={ratio}: of {num_experts} experts {top_k} must remain; at most {most:g}")
+    """The experts with the lowest scores, as many as `num_removed` has it, in order of their numbers."""
+    removed = num_removed(ratio, len(scores_E), top_k)
     return sorted(scores_E.argsort(stable=True)[:removed].tolist())
 
 

@@ -84,8 +84,8 @@ class Run:
     @property
     def remaining_experts(self) -> int:
         """Routed experts of a layer that some token may select: fewer than the model's where some are removed for good."""
-        num_experts = self.shape.num_experts
-        return num_experts - int(self.pruning.get("ratio", 0) * num_experts + 1e-9)
+        removed = pruning.num_removed(self.pruning.get("ratio", 0), self.shape.num_experts, self.shape.top_k)
+        return self.shape.num_experts - removed
 
     @property
     def unpruned(self) -> tuple[str, str]:
