@@ -18,8 +18,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-SCORES_AT_ONCE = 2**22
-"""Attention scores in memory at once, over all heads and sequences (float32: 16 MiB)."""
+SCORES_AT_ONCE = 2**24
+"""Attention scores in memory at once, over all heads and sequences (float32: 64 MiB)."""
 
 PREFIX = "listened_"
 """Before the name of the attention function that is called underneath."""
@@ -50,10 +50,11 @@ def received(
     step = max(1, SCORES_AT_ONCE // (B * N * P))
     for start in range(0, S, step):
         rows = slice(start, min(start + step, S))
-        scores_BMRQP = torch.einsum("bmrqd,bmpd->bmrqp", query_BMRSD[:, :, :, rows].float(), key_BMPD.float())
+        seen = rows.stop if mask_B1SP is None else P  # positions that some of these rows may attend to
+        scores_BMRQP = torch.einsum("bmrqd,bmpd->bmrqp", query_BMRSD[:, :, :, rows].float(), key_BMPD[:, :, :seen].float())
         if mask_B1SP is None:
             position_Q1 = torch.arange(rows.start, rows.stop, device=sums_BP.device)[:, None]
-            scores_BMRQP.masked_fill_(torch.arange(P, device=sums_BP.device) > position_Q1, -torch.inf)
+            scores_BMRQP.masked_fill_(torch.arange(seen, device=sums_BP.device) > position_Q1, -torch.inf)
         elif mask_B1SP.dtype == torch.bool:
             scores_BMRQP.masked_fill_(~mask_B1SP[:, :, None, rows, :P], -torch.inf)
         else:
@@ -63,7 +64,7 @@ def received(
             total_BMRQ1 = torch.logaddexp(total_BMRQ1, sinks_N.float().view(1, M, N // M, 1, 1))
         attention_BMRQP = (scores_BMRQP - total_BMRQ1).exp_()
         attention_BMRQP.masked_fill_(~rows_BS[:, None, None, rows, None], 0)  # of padding it may be NaN: nothing to attend to
-        sums_BP += attention_BMRQP.sum((1, 2, 3)) / N
+        sums_BP[:, :seen] += attention_BMRQP.sum((1, 2, 3)) / N
     first = min(past, P - S)
     return sums_BP[:, first : first + S]
 
