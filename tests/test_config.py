@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from moepress import config, dag
+from moepress.config import ROOT
 from moepress.schema import parse_bytes
 
 
@@ -41,6 +42,11 @@ def test_values_are_plain_and_resolved():
         (["quantization.damping=-1"], r"quantization\.damping=-1"),
         (["quantization.block_size=0"], r"quantization\.block_size=0: at least 1"),
         (["pruning=pesf", "pruning.alpha=-1"], r"pruning\.alpha=-1"),
+        (["pruning=odp", "pruning.quantile=2"], r"pruning\.quantile=2"),
+        (["pruning=odp", "pruning.protect=2"], r"pruning\.protect=2.*0\.02"),
+        (["pruning=ees", "pruning.threshold=-1"], r"pruning\.threshold=-1.*ratio between 0 and 1"),
+        (["pruning=static", "pruning.criterion=loss"], r"pruning\.criterion='loss': one of reap, frequency"),
+        (["pruning=static", "pruning.ratio=0.9"], r"pruning\.ratio=0\.9: .*at most 0\.75"),
         (["calibration.seq_len=1"], r"calibration\.seq_len=1: at least 8"),
         (["calibration.num_sequences=0"], r"calibration\.num_sequences=0: at least 1"),
         (["model=local"], r"model\.path is not set: give it as model\.path="),
@@ -125,6 +131,15 @@ def test_the_default_study():
     assert sum(folder.startswith("quantization/") for folder in everything) == 12
     with pytest.raises(ValueError, match=r"study=nothing: .*default"):
         dag.load_study("nothing")
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "conf" / "study").glob("*.yaml")))
+def test_each_study_is_one_table_of_distinct_runs(name):
+    study = dag.load_study(name)
+    members = dag.study_experiments(study)
+    names = dag.run_names(members)
+    assert study["name"] == name and study["caption"].endswith(".") and any(dag.is_reference(m.config) for m in members)
+    assert len(set(names)) == len(names) and len({m.artefacts["evaluation"].key for m in members}) == len(members)
 
 
 def test_a_study_without_the_16_bit_model_gets_it():

@@ -132,11 +132,10 @@ def test_the_chain(zoo, family, tmp_path):
 
     for checkpoint in (model, original):
         plain = checkpoint(TOKENS).logits
-        hooks = attach(checkpoint, {"method": "pesf", "alpha": 0.9, "renormalize": True})
+        policy = attach(checkpoint, {"method": "pesf", "alpha": 0.9, "renormalize": True})
         pruned = checkpoint(TOKENS).logits
         assert pruned.isfinite().all() and not torch.allclose(pruned, plain)
-        for hook in hooks:
-            hook.remove()
+        policy.remove()
         assert torch.equal(checkpoint(TOKENS).logits, plain)
 
 

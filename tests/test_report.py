@@ -236,6 +236,8 @@ def test_columns_and_values(study):
         "predicted_loaded_bytes",
         "pruning",
         "activated_experts",
+        "remaining_experts",
+        "protected_tokens",
     ]
     for domain in DOMAINS:
         expected += [f"ppl_{domain}", f"ppl_{domain}_stderr", f"bpb_{domain}"]

@@ -19,7 +19,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from moepress import schema
+from moepress import pruning, schema
 from moepress.data import settings
 from moepress.evaluation import suites
 from moepress.models import dense, families, outline
@@ -99,6 +99,8 @@ def with_files(config: dict) -> dict:
         config["model"]["fingerprint"] = dense.fingerprint(config["model"])
         if config["model"]["path"] and config["model"]["name"] == "carved":
             config["model"]["name"] = f"carved-{Path(config['model']['path']).resolve().name}"
+    if model and config["pruning"]["method"] == "static":
+        pruning.num_removed(config["pruning"]["ratio"], model.shape.num_experts, model.shape.top_k)
     if model and config["quantization"]["method"] != "none":
         families.check_group_size(model.shape, config["quantization"]["group_size"])
         plan_budget(config["allocation"], Prediction(model, config["quantization"]))

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from moepress import pruning
 from moepress.config import ROOT, resolve
 
 
@@ -79,6 +80,13 @@ def _quantization_inputs(c):
     return {**_model(c), **calibration, "allocation": ("allocation", c)}
 
 
+def _pruning_inputs(c):
+    """PESF has nothing to fit; the others are fitted on what is pruned."""
+    if c["pruning"]["method"] == "pesf":
+        return _model(c)
+    return {"checkpoint": _checkpoint(c)["checkpoint"], "calibration": ("calibration", c)}
+
+
 def _evaluation_inputs(c):
     found = {"corpus": ("corpus", c), **_checkpoint(c)}
     return found if is_reference(c) else {**found, "reference": ("evaluation", reference(c))}
@@ -101,9 +109,9 @@ def _checkpoint_label(c):
 
 
 def run_label(c: dict) -> str:
-    """The experiment in a few words: `qesc-pmq-2.5`, `16bit-pesf-0.3`."""
-    pruning = c["pruning"]
-    return _checkpoint_label(c) + (f"-{pruning['method']}-{pruning['alpha']:g}" if "alpha" in pruning else "")
+    """The experiment in a few words: `qesc-pmq-2.5`, `16bit-pesf-0.3`, `gptq-3-odp-median-2%`."""
+    pruned = pruning.label(c["pruning"]).lower().replace(" ", "-")
+    return f"{_checkpoint_label(c)}-{pruned}" if pruned else _checkpoint_label(c)
 
 
 def _corpus_label(c):
@@ -139,7 +147,7 @@ STAGES: dict[str, Stage] = {
     ),
     "allocation": Stage(3, ("allocation", *(f"quantization.{name}" for name in _SIZES)), _allocation_inputs, _size_label),
     "quantization": Stage(3, ("quantization",), _quantization_inputs, _checkpoint_label),
-    "pruning": Stage(1, ("pruning",), _model, run_label),
+    "pruning": Stage(1, ("pruning",), _pruning_inputs, run_label),
     "evaluation": Stage(4, ("evaluation",), _evaluation_inputs, run_label),
     "decomposition": Stage(1, tuple(f"evaluation.{name}" for name in _TEXT), _decomposition_inputs, _checkpoint_label),
     "latency": Stage(1, ("latency",), lambda c: {"corpus": ("corpus", c), **_checkpoint(c), **_model(c)}, run_label),
@@ -184,8 +192,8 @@ class Experiment:
     @property
     def beside_label(self) -> list[str]:
         """The overrides that the label does not tell."""
-        told = ("quantization", "allocation", "allocation.bits", "allocation.budget", "pruning", "pruning.alpha")
-        of_all = ("paths.", "tracking", "device", "cores", "out", "model", "corpus", "experiment")
+        told = ("quantization", "allocation", "allocation.bits", "allocation.budget")
+        of_all = ("paths.", "tracking", "device", "cores", "out", "model", "corpus", "experiment", "pruning")
         return [o for o in self.overrides if o.split("=")[0] not in told and not o.startswith(of_all)]
 
 

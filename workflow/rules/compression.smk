@@ -57,5 +57,8 @@ rule pruning:
         f"{RESULTS}/logs/pruning/{{id}}.log",
     conda:
         "../../environment.yml"
+    threads: PLAN.threads("pruning", ALL_CORES)
+    resources:
+        gpu=PLAN.gpus,
     shell:
         RUN

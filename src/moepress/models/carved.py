@@ -148,7 +148,7 @@ def walk(config: dict, teacher, ids_NS, work: Path, device: str, progress: bool)
 
 def run_layer(layer, x_NSH, out_NSH, positions) -> None:
     """Write to `out` what a layer that stays dense makes of x."""
-    at_once = max(1, AT_ONCE // x_NSH.shape[1])
+    at_once = max(1, TOKENS_AT_ONCE // x_NSH.shape[1])
     for x, out in zip(x_NSH.split(at_once), out_NSH.split(at_once), strict=True):
         out.copy_(layer(x.to(positions[0].device), position_embeddings=positions, attention_mask=None))
 

@@ -185,10 +185,10 @@ def _pruned(runs: list[Run]) -> list[str]:
         if same:
             cost = percent(increase(group, same, run.domains[0]))
             active = run.shape.top_k * np.mean([member.metrics["active_slots"] for member in group])
-            found.append(
-                f"{run.pruning_label} on {same[0].title} computes {active:.2f} of {run.shape.top_k} experts per token "
-                f"for {cost} in perplexity."
-            )
+            what = f"computes {active:.2f} of {run.shape.top_k} experts per token for {cost} in perplexity"
+            if run.remaining_experts < run.shape.num_experts:  # tokens choose among the rest
+                what = f"keeps {run.remaining_experts} of {run.shape.num_experts} experts, of which it {what}"
+            found.append(f"{run.pruning_label} on {same[0].title} {what}.")
     return found
 
 

@@ -6,7 +6,7 @@ from matplotlib import ticker
 from matplotlib.figure import Figure
 
 from moepress.report.paired import NOTHING, Difference, difference
-from moepress.report.reading import Run, reference_of
+from moepress.report.reading import Run, methods, reference_of
 from moepress.report.style import INK, plt, series_styles, shorten
 
 PARTS = {
@@ -20,9 +20,11 @@ PARTS = {
 def increase(runs: list[Run], reference: Run | None, part: str, domains: list[str]) -> Difference:
     """Mean nll of a part above that of the 16-bit model, in nats per token; see `paired.difference`."""
 
-    def nll(run: Run) -> pd.Series:
-        blocks, column = (run.blocks, "nll") if run.is_reference else (run.decomposition, part)
-        return blocks[blocks["domain"].isin(domains)].set_index(["domain", "block"])[column]
+    def nll(run: Run) -> dict[str, np.ndarray]:
+        if run.is_reference:
+            return {domain: run.nll[domain] for domain in domains}
+        own = run.decomposition.groupby("domain")[part]
+        return {domain: own.get_group(domain).to_numpy() for domain in domains}
 
     return difference(runs, [reference], nll) if reference else NOTHING
 
@@ -38,10 +40,8 @@ def columns(run: Run, reference: Run | None) -> dict[str, float]:
 
 def decomposition(runs: list[Run]) -> tuple[Figure, pd.DataFrame] | None:
     """What the shifted selections cost alone, what the weights' error costs alone, and both; and the overlap by layer."""
-    groups: dict[tuple[str, str], list[Run]] = {}
-    for run in runs:
-        if run.decomposition is not None:
-            groups.setdefault((run.series, run.target), []).append(run)
+    found = methods(run for run in runs if run.decomposition is not None)
+    groups = {(members[0].series, members[0].target): members for members in found}
     if not groups:
         return None
     inside, outside = next(iter(groups.values()))[0].domains

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from moepress import pruning
 from moepress.artefacts import read_json
 from moepress.models import families
 
@@ -79,8 +80,13 @@ class Run:
 
     @property
     def pruning_label(self) -> str:
-        alpha = f" {self.pruning['alpha']:g}" if "alpha" in self.pruning else ""
-        return f"{label(self.pruning['method'])}{alpha}" if self.is_pruned else ""
+        return pruning.label(self.pruning)
+
+    @property
+    def remaining_experts(self) -> int:
+        """Routed experts of a layer that some token may select: fewer than the model's where some are removed for good."""
+        removed = pruning.num_removed(self.pruning.get("ratio", 0), self.shape.num_experts, self.shape.top_k)
+        return self.shape.num_experts - removed
 
     @property
     def unpruned(self) -> tuple[str, str]:

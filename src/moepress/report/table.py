@@ -27,7 +27,8 @@ def tabulate(runs: list[Run]) -> pd.DataFrame:
 
     bits_nominal: mean width of the expert weights. bits_effective: bytes on disk x 8 / number of weights.
     checkpoint_bytes, folder_bytes, loaded_bytes: see `Run.sizes`; predicted_*: the same before the run.
-    activated_experts: routed experts computed per token. ppl_mean: geometric mean of the perplexities of the domains
+    activated_experts: routed experts computed per token. remaining_experts: of a layer, after static removal. protected_tokens:
+    share of the tokens that keep all their experts under ODP. ppl_mean: geometric mean of the perplexities of the domains
     that the corpus has training or calibration text of; ppl_ood: of the others. delta_nll: mean increase over the
     16-bit model in nats per token on the same blocks, over the domains of ppl_mean (so exp(delta_nll) is the ratio of
     the two ppl_mean); delta_nll_ood: over those of ppl_ood. delta_nll_shift_only, delta_nll_weights_only: of the 16-bit
@@ -53,6 +54,8 @@ def row(run: Run, reference: Run | None) -> dict:
         **run.sizes,
         "pruning": run.pruning_label.lower().replace(" ", "-") or "none",
         "activated_experts": run.shape.top_k * run.metrics["active_slots"],
+        "remaining_experts": run.remaining_experts,
+        "protected_tokens": run.metrics.get("protected_tokens", 0.0),
     }
     for domain, measured in run.metrics["domains"].items():
         found[f"ppl_{domain}"] = measured["ppl"]
