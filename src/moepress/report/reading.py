@@ -128,6 +128,7 @@ class Run:
         """Domain -> nats per token of each block."""
         return {domain: own.to_numpy() for domain, own in self.blocks.groupby("domain", sort=False)["nll"]}
 
+    @cached_property
     def decomposition(self) -> pd.DataFrame | None:
         """One row per evaluation block: domain, block and the nll 16bit, shift_only, weights_only and both; None where
         evaluation.decomposition was not asked for."""
