@@ -13,6 +13,7 @@ from moepress import config, estimate, forecast
 from moepress.models import families, outline
 from moepress.models.files import Entry
 from moepress.quantization.budget import Prediction
+from moepress.quantization.size import mixed
 from moepress.schema import parse_bytes
 from zoo import write_zoo_model
 
@@ -227,10 +228,10 @@ def test_a_hub_model_needs_two_files_and_a_connection(deepseek_v3, tmp_path, mon
 @pytest.mark.parametrize("total", [16, 20, 27, 31, 64])
 def test_mixed_widths_fill_the_total(total):
     sizes = {1: 2, 2: 4, 4: 8}
-    found = forecast.mixed(sizes, total, 8)
+    found = mixed(sizes, total, 8)
     spent = sum(sizes[width] for width in found)
     assert len(found) == 8 and spent <= total and (total - spent < 4 or set(found) == {4})
-    narrow = forecast.mixed(sizes, total, 8, mixes=False)
+    narrow = mixed(sizes, total, 8, mixes=False)
     assert len(set(narrow)) == 1 and 8 * sizes[narrow[0]] <= total
 
 
