@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moepress import allocation, config
+from conftest import small_experiment
+from moepress import allocation, artefacts, config, dag
 from moepress.quantization.size import mixed
 from moepress.schema import SCHEMA, reads_statistics
 
@@ -115,7 +116,7 @@ def test_global_against_brute_force(seed, keep):
     statistics = statistics_of(seed, layers=3, experts=2)
     sizes = [SIZES[w] for w in WIDTHS]
     total = 3 * (SIZES[3] + SIZES[4]) + (5 if keep else -47)
-    (found,) = allocation.allocate(chosen("global", keep=keep), 3, 2, SIZES, total, statistics)[1]
+    (found,) = allocation.allocate(chosen("global", keep=keep, gap=1e-9), 3, 2, SIZES, total, statistics)[1]
     cost = [[cost_by_hand("global", layer, e, j) for j in range(4)] for layer in statistics["layers"] for e in range(2)]
     _, least = brute_force(cost, WIDTHS, sizes, total, keep, layers=3)
     assert found.objective == pytest.approx(least, rel=1e-6)
@@ -225,3 +226,29 @@ def test_shares_add_up(part, layers, experts, sizes):
 def test_mixed_is_sorted_and_fits(average, experts):
     found = mixed({w: w for w in (1, 2, 3, 4, 8)}, average * experts, experts)
     assert found == sorted(found, reverse=True) and sum(found) <= average * experts + 1e-6 and len(set(found)) <= 2
+
+
+def test_every_rule_through_its_stages(model_folder, text_folder, tmp_path):
+    """From the command's overrides to allocation.json, by average and by bytes: predicted within the budget."""
+    small = [*small_experiment(model_folder, text_folder), "device=cpu", "quantization=rtn", f"paths.results={tmp_path}"]
+    for method in METHODS:
+        for size in ("bits=3" if method == "uniform" else "bits=2.5", "budget=0.2MiB"):
+            resolved = config.resolve([*small, f"allocation={method}", f"allocation.{size}", "gradients.num_sequences=2"])
+            wanted = dag.artefact("allocation", resolved)
+            needed = artefacts.write_tasks([wanted], dict.fromkeys(dag.everything([wanted]), resolved), tmp_path)
+            for folder in needed:
+                artefacts.run_stage(artefacts.task_path(tmp_path, folder), tmp_path / folder)
+            found = artefacts.read_json(tmp_path / wanted.folder / "allocation.json")
+            assert np.shape(found["bits"]) == (2, 4), "layers, experts"
+            if size.startswith("budget"):
+                assert found["predicted_folder_bytes"] <= 0.2 * 2**20
+            else:
+                assert found["mean_bits"] == (3 if method == "uniform" else 2.5)
+    (gradients,) = tmp_path.glob("gradients/*")
+    summary = artefacts.read_json(gradients / "gradients.json")
+    assert summary["sequences"] == [0, 4] and [layer["layer"] for layer in summary["layers"]] == [0, 1]
+    assert {path.name for path in gradients.glob("*.safetensors")} == {"layer-000.safetensors", "layer-001.safetensors"}
+    read = [artefacts.read_json(path / "statistics.json") for path in tmp_path.glob("statistics/*")]
+    assert len(read) == 3, "plain; by rounding between extremes; with gradients"
+    assert sum("loss_errors" in found["layers"][0] for found in read) == 1
+    assert len({str([layer["frequency"] for layer in found["layers"]]) for found in read}) == 1

@@ -190,7 +190,7 @@ class Global(Kept):
 
     def __post_init__(self):
         super().__post_init__()
-        check(0 <= self.gap < 1, "allocation.gap", self.gap, "at least 0 and below 1, such as 1e-6")
+        check(0 <= self.gap < 1, "allocation.gap", self.gap, "at least 0 and below 1, such as 5e-5")
 
 
 def reads_statistics(allocation: dict) -> bool:
