@@ -35,6 +35,14 @@ def test_values_are_plain_and_resolved():
         (["allocation.bits=0.5"], r"allocation\.bits=0\.5.*between 1 and 4"),
         (["allocation=uniform", "allocation.bits=2.5"], r"allocation\.bits=2\.5.*allocation=pmq"),
         (["allocation.widths=[2,5]"], r"allocation\.widths=\[2, 5\].*\[1, 2, 3, 4, 8\]"),
+        (["allocation.widths=[2,2]"], r"allocation\.widths=\[2, 2\]: a list of widths"),
+        (["allocation=half", "allocation.bits=9"], r"allocation\.bits=9.*between 1 and 8"),
+        (["allocation=hessian", "allocation.keep=[8]"], r"allocation\.keep=\[8\]: a part of widths"),
+        (["allocation=random", "allocation.seed=-1"], r"allocation\.seed=-1"),
+        (["allocation=global", "allocation.gap=1"], r"allocation\.gap=1.*below 1"),
+        (["allocation.errors=none"], r"allocation\.errors='none': one of quantizer, minmax, nominal"),
+        (["gradients.num_sequences=0"], r"gradients\.num_sequences=0: at least 1"),
+        (["statistics.quantizer=awq"], r"statistics\.quantizer='awq': one of auto, rtn, gptq, minmax"),
         (["allocation.budget=lots"], r"allocation\.budget='lots'.*12GiB"),
         (["allocation.bits=1"], r"allocation\.bits=1: .*keep=\[2, 3\]; averages from 1\.375 to 3\.625 can be met"),
         (["quantization.group_size=100"], r"quantization\.group_size=100: a multiple of 8"),
@@ -97,6 +105,24 @@ def test_keys_follow_what_a_stage_reads():
     assert key("model", "seed=1") == key("model"), "the seed of the sample does not train another model"
     assert key("statistics", "quantization=gptq") == key("statistics"), "GPTQ and QESC share their experts' statistics"
     assert key("evaluation", "quantization=none", "allocation.bits=3") == key("evaluation", "quantization=none")
+
+
+def test_only_the_rules_that_read_something_wait_for_it():
+    def stages(*overrides):
+        found = dag.everything([dag.artefact("quantization", config.resolve(overrides))])
+        return {folder.split("/")[0] for folder in found}
+
+    for method in ("uniform", "half", "random"):
+        assert not {"statistics", "gradients"} & stages(f"allocation={method}")
+    for method in ("pmq", "pmq_code", "frequency", "weight", "hessian", "bsp"):
+        assert "statistics" in stages(f"allocation={method}") and "gradients" not in stages(f"allocation={method}")
+    assert {"statistics", "gradients"} <= stages("allocation=global")
+    shared = {
+        key("statistics", f"allocation={method}") for method in ("pmq", "frequency", "weight", "hessian", "bsp", "random")
+    }
+    assert shared == {key("statistics")} and key("statistics", "gradients.num_sequences=1") == key("statistics")
+    assert config.resolve(["allocation=pmq_code"])["statistics"]["quantizer"] == "minmax"
+    assert config.resolve(["allocation=pmq_code", "statistics.quantizer=rtn"])["statistics"]["quantizer"] == "rtn"
 
 
 def test_keys_are_the_same_in_another_process():

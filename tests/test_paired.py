@@ -98,6 +98,15 @@ def test_each_method_meets_what_it_builds_on():
     assert steps([run(RTN, UNIFORM), run(QESC, UNIFORM)]) == [], "the step between is missing"
 
 
+def test_between_two_widths_half_is_the_plain_allocation():
+    half = {"method": "half", "bits": 2.5, "widths": [1, 2, 3, 4, 8]}
+    pmq = {"method": "pmq", "bits": 2.5, "keep": [3], "widths": [1, 2, 3]}
+    assert steps([run(GPTQ, half), run(GPTQ, pmq)]) == [(1, 0, "allocation")]
+    same = {"bits": 2}
+    runs = [run(GPTQ, UNIFORM), run(GPTQ, half | same), run(GPTQ, pmq | same)]
+    assert steps(runs) == [(1, 0, "allocation"), (2, 0, "allocation"), (2, 1, "allocation")]
+
+
 def test_only_what_differs_in_one_thing_is_compared():
     assert steps([run(RTN, UNIFORM), run(GPTQ | {"group_size": 16}, UNIFORM)]) == []
     assert steps([run(RTN, UNIFORM), run(GPTQ, UNIFORM, target="3 bits")]) == []

@@ -13,7 +13,8 @@ from moepress import config, estimate, forecast
 from moepress.models import families, outline
 from moepress.models.files import Entry
 from moepress.quantization.budget import Prediction
-from moepress.schema import parse_bytes
+from moepress.quantization.size import mixed
+from moepress.schema import SCHEMA, parse_bytes
 from zoo import write_zoo_model
 
 SMALL = ["quantization.group_size=32", "device=cpu"]
@@ -227,10 +228,10 @@ def test_a_hub_model_needs_two_files_and_a_connection(deepseek_v3, tmp_path, mon
 @pytest.mark.parametrize("total", [16, 20, 27, 31, 64])
 def test_mixed_widths_fill_the_total(total):
     sizes = {1: 2, 2: 4, 4: 8}
-    found = forecast.mixed(sizes, total, 8)
+    found = mixed(sizes, total, 8)
     spent = sum(sizes[width] for width in found)
     assert len(found) == 8 and spent <= total and (total - spent < 4 or set(found) == {4})
-    narrow = forecast.mixed(sizes, total, 8, mixes=False)
+    narrow = mixed(sizes, total, 8, mixes=False)
     assert len(set(narrow)) == 1 and 8 * sizes[narrow[0]] <= total
 
 
@@ -247,6 +248,16 @@ def test_a_16_bit_model_beyond_the_memory_is_evaluated_a_layer_at_a_time(exact_v
     assert large_enough["evaluation at 16 bits"] > 4 * exact_v3.num_weights > 40 * smaller["evaluation at 16 bits"]
     assert large_enough["latency"] - smaller["latency"] == 4 * exact_v3.num_weights
     assert max(smaller.values()) < 512 << 30, "so that the run fits"
+
+
+@pytest.mark.parametrize("method", SCHEMA["allocation"])
+def test_every_allocation_is_planned(method, model_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    asked = ["model=local", f"model.path={model_folder}", f"allocation={method}", "allocation.budget=0.2MiB", *SMALL]
+    text, problems = forecast.forecast(asked)
+    assert not problems and f"{method} 0.2MiB (asked" in text
+    for line in ("  gradients ", "  hidden states of the gradients, while it runs "):
+        assert (line in text) == (method == "global")
 
 
 def test_more_work_takes_longer(model_folder):

@@ -60,9 +60,9 @@ def validate(config: dict) -> dict:
     config = {name: value for name, value in config.items() if name not in ("experiment", "study")}
     schema.check(isinstance(config["seed"], int), "seed", config["seed"], "a whole number")
     if config["statistics"]["quantizer"] == "auto":
-        config["statistics"]["quantizer"] = "rtn" if config["quantization"]["method"] == "rtn" else "gptq"
+        config["statistics"]["quantizer"] = schema.quantizer_of_statistics(config["quantization"], config["allocation"])
     fits = config["statistics"]["quantizer"] != "gptq" or config["quantization"]["method"] not in ("none", "rtn")
-    is_read = config["allocation"]["method"] != "uniform" and config["quantization"]["method"] != "none"
+    is_read = schema.reads_statistics(config["allocation"]) and config["quantization"]["method"] != "none"
     expected = f"quantization={config['quantization']['method']} has no error feedback; leave it auto"
     schema.check(fits or not is_read, "statistics.quantizer", "gptq", expected)
     latency = config["latency"]

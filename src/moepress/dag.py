@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 
 from moepress import pruning
 from moepress.config import ROOT, resolve
+from moepress.schema import reads_gradients, reads_statistics
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,12 @@ def _checkpoint(c):
 
 
 def _allocation_inputs(c):
-    return _model(c) if c["allocation"]["method"] == "uniform" else {**_model(c), "statistics": ("statistics", c)}
+    return {**_model(c), "statistics": ("statistics", c)} if reads_statistics(c["allocation"]) else _model(c)
+
+
+def _statistics_inputs(c):
+    found = {**_model(c), "calibration": ("calibration", c)}
+    return {**found, "gradients": ("gradients", c)} if reads_gradients(c["allocation"]) else found
 
 
 def _quantization_inputs(c):
@@ -139,13 +145,19 @@ STAGES: dict[str, Stage] = {
         lambda c: {"corpus": ("corpus", c), **_model(c)},
         lambda c: f"{c['calibration']['num_sequences']}x{c['calibration']['seq_len']}",
     ),
-    "statistics": Stage(
-        2,
-        ("statistics", *(f"quantization.{name}" for name in _EXPERT_QUANTIZER)),
+    "gradients": Stage(
+        1,
+        ("gradients",),
         lambda c: {**_model(c), "calibration": ("calibration", c)},
+        lambda c: f"{c['model']['name']}-{c['gradients']['num_sequences']}",
+    ),
+    "statistics": Stage(
+        3,
+        ("statistics", *(f"quantization.{name}" for name in _EXPERT_QUANTIZER)),
+        _statistics_inputs,
         lambda c: f"{c['model']['name']}-{c['statistics']['quantizer']}",
     ),
-    "allocation": Stage(3, ("allocation", *(f"quantization.{name}" for name in _SIZES)), _allocation_inputs, _size_label),
+    "allocation": Stage(4, ("allocation", *(f"quantization.{name}" for name in _SIZES)), _allocation_inputs, _size_label),
     "quantization": Stage(3, ("quantization",), _quantization_inputs, _checkpoint_label),
     "pruning": Stage(1, ("pruning",), _pruning_inputs, run_label),
     "evaluation": Stage(4, ("evaluation",), _evaluation_inputs, run_label),

@@ -21,6 +21,7 @@ from moepress.models.families import FAMILIES, kind_of, locate
 from moepress.models.limits import TOKENS_AT_ONCE, curvature_bytes, experts_at_once
 from moepress.models.outline import Outline
 from moepress.quantization.budget import unpacked_bytes
+from moepress.schema import reads_gradients, reads_statistics
 
 LIBRARY_BYTES = 600 << 20
 """Of a stage that has torch and transformers in memory and no model yet."""
@@ -42,8 +43,16 @@ READ_BYTES_PER_SECOND = 5e8
 def has_statistics(config: dict) -> bool:
     """Whether the run has them: for the allocation, or for the report's figures."""
     return config["quantization"]["method"] != "none" and (
-        config["allocation"]["method"] != "uniform" or config["quantization"]["method"] != "rtn"
+        reads_statistics(config["allocation"]) or config["quantization"]["method"] != "rtn"
     )
+
+
+def has_gradients(config: dict) -> bool:
+    return config["quantization"]["method"] != "none" and reads_gradients(config["allocation"])
+
+
+def gradient_tokens(config: dict) -> int:
+    return min(config["gradients"]["num_sequences"], config["calibration"]["num_sequences"]) * config["calibration"]["seq_len"]
 
 
 def memory(model: Outline, config: dict, packed_bytes: int | None, device: str, has: int) -> dict[str, int]:
@@ -60,6 +69,9 @@ def memory(model: Outline, config: dict, packed_bytes: int | None, device: str, 
     experts = experts_at_once(H, I, E) * (curvature_bytes(max(H, I)) + 3 * 4 * 2 * I * H)  # and a weight's three copies
     linears = curvature_bytes(widest_linear(model))
     found = {"statistics": layer + experts} if has_statistics(config) else {}
+    if has_gradients(config):  # a layer's activations are kept for its backward
+        kept = 4 * min(T, TOKENS_AT_ONCE) * (24 * H + 8 * shape.top_k * I) + 4 * 3 * 4 * 2 * I * H
+        found["gradients"] = layer + max(kept, 3 * 4 * config["calibration"]["seq_len"] * shape.vocab_size)
     if quantized:
         found["quantization"] = layer + max(experts, linears)
     logits = 3 * 4 * config["evaluation"]["batch_size"] * config["evaluation"]["seq_len"] * shape.vocab_size
@@ -92,6 +104,10 @@ def disk(model: Outline, config: dict, folder_bytes: int | None) -> dict[str, in
         streams = 6  # the same of the quantized model
     each = 4 * calibration["num_sequences"] * calibration["seq_len"] * model.shape.hidden_size
     found = {"hidden states, while it runs": streams * each}
+    if has_gradients(config):
+        each = gradient_tokens(config) * model.shape.hidden_size
+        found["gradients"] = 2 * len(model.shape.moe_layers) * each
+        found["hidden states of the gradients, while it runs"] = 4 * (model.shape.num_layers + 4) * each
     if folder_bytes is not None:
         found["packed folder"] = folder_bytes
     if config["model"]["kind"] in ("tiny", "carved"):
@@ -103,6 +119,9 @@ def seconds(model: Outline, config: dict, flops_per_second: float, correction: f
     """Stage -> seconds. correction: of statistics and quantization, see `correction_from`."""
     found = {"model": model_seconds(model, config, flops_per_second)}
     method, settings = config["quantization"]["method"], config["quantization"]
+    if has_gradients(config):  # forward, forward again, its experts once more, backward
+        work = 4 * forward_flops(model, gradient_tokens(config), config["calibration"]["seq_len"])
+        found["gradients"] = work / flops_per_second
     if has_statistics(config):
         flops, steps = statistics_work(model, config)
         found["statistics"] = correction * (flops / flops_per_second + STEP_SECONDS * steps)
@@ -131,6 +150,8 @@ def experts_work(model: Outline, tokens: int, settings: dict, method: str) -> tu
     shape = model.shape
     H, I, E, K = shape.hidden_size, shape.intermediate_size, shape.num_experts, shape.top_k
     search = TRIAL_FLOPS * trials(settings) * E * model.expert_weights
+    if method == "minmax":
+        return 0.0, search / trials(settings), 0.0
     if method == "rtn":
         return 0.0, search, 0.0
     routed = tokens * K

@@ -94,7 +94,16 @@ class Statistics:
     def __post_init__(self):
         ok = bool(self.widths) and set(self.widths) <= set(WIDTHS)
         check(ok, "statistics.widths", self.widths, f"a list of widths out of {list(WIDTHS)}")
-        check(self.quantizer in ("rtn", "gptq"), "statistics.quantizer", self.quantizer, "one of auto, rtn, gptq")
+        known = ("rtn", "gptq", "minmax")
+        check(self.quantizer in known, "statistics.quantizer", self.quantizer, f"one of auto, {', '.join(known)}")
+
+
+@dataclass
+class Gradients:
+    num_sequences: int
+
+    def __post_init__(self):
+        check(self.num_sequences >= 1, "gradients.num_sequences", self.num_sequences, "at least 1")
 
 
 @dataclass
@@ -105,28 +114,63 @@ class Uniform:
 
     def __post_init__(self):
         if self.budget is None:
-            others = "for an average between two widths take allocation=pmq"
+            others = "for an average between two widths take allocation=pmq or another"
             check(self.bits in WIDTHS, "allocation.bits", self.bits, f"uniform takes one of {list(WIDTHS)}; {others}")
         else:
             parse_bytes(self.budget)
 
 
 @dataclass
-class PMQ:
+class Mixed:
+    """What every allocation of several widths has."""
+
     method: str
     bits: float
     budget: str | None
     widths: list[int]
+
+    def __post_init__(self):
+        ok = bool(self.widths) and len(set(self.widths)) == len(self.widths) and set(self.widths) <= set(WIDTHS)
+        check(ok, "allocation.widths", self.widths, f"a list of widths out of {list(WIDTHS)}")
+        if self.budget is None:
+            low, high = min(self.widths), max(self.widths)
+            expected = f"between {low} and {high}, as allocation.widths={self.widths} has it"
+            check(low <= self.bits <= high, "allocation.bits", self.bits, expected)
+        else:
+            parse_bytes(self.budget)
+
+
+@dataclass
+class Kept(Mixed):
+    """With widths that every layer has at least one expert at."""
+
     keep: list[int]
+
+    def __post_init__(self):
+        super().__post_init__()
+        ok = len(set(self.keep)) == len(self.keep) and set(self.keep) <= set(self.widths)
+        check(ok, "allocation.keep", self.keep, f"a part of widths={self.widths}")
+
+
+@dataclass
+class RandomWidths(Kept):
+    seed: int
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(self.seed >= 0, "allocation.seed", self.seed, "a whole number that is not negative")
+
+
+@dataclass
+class PMQ(Kept):
     frequency_exponent: float
     weight_exponent: float
     error_exponent: float
     weights: str
+    errors: str
 
     def __post_init__(self):
-        ok = bool(self.widths) and set(self.widths) <= set(WIDTHS)
-        check(ok, "allocation.widths", self.widths, f"a list of widths out of {list(WIDTHS)}")
-        check(set(self.keep) <= set(self.widths), "allocation.keep", self.keep, f"a part of widths={self.widths}")
+        super().__post_init__()
         for name in ("frequency_exponent", "weight_exponent", "error_exponent"):
             value = getattr(self, name)
             check(math.isfinite(value) and value >= 0, f"allocation.{name}", value, "a number that is not negative")
@@ -136,12 +180,34 @@ class PMQ:
             self.weights,
             "renormalized or softmax",
         )
-        if self.budget is None:
-            low, high = min(self.widths), max(self.widths)
-            expected = f"between {low} and {high}, as allocation.widths={self.widths} has it"
-            check(low <= self.bits <= high, "allocation.bits", self.bits, expected)
-        else:
-            parse_bytes(self.budget)
+        kinds = ("quantizer", "minmax", "nominal")
+        check(self.errors in kinds, "allocation.errors", self.errors, f"one of {', '.join(kinds)}")
+
+
+@dataclass
+class Global(Kept):
+    gap: float
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(0 <= self.gap < 1, "allocation.gap", self.gap, "at least 0 and below 1, such as 5e-5")
+
+
+def reads_statistics(allocation: dict) -> bool:
+    """Whether an allocation (as in conf/allocation/) depends on what experts do on the calibration text."""
+    return allocation["method"] not in ("uniform", "half", "random")
+
+
+def reads_gradients(allocation: dict) -> bool:
+    """Whether it depends on the gradient of the loss there."""
+    return allocation["method"] == "global"
+
+
+def quantizer_of_statistics(quantization: dict, allocation: dict) -> str:
+    """What `statistics.quantizer=auto` stands for: the quantizer of the experts, or the one that the allocation names."""
+    if allocation.get("errors") == "minmax":
+        return "minmax"
+    return "rtn" if quantization["method"] == "rtn" else "gptq"
 
 
 @dataclass
@@ -501,7 +567,16 @@ SCHEMA = {
     "model": {"tiny": TinyModel, "local": LocalModel, "hub": HubModel, "carved": CarvedModel},
     "calibration": Calibration,
     "statistics": Statistics,
-    "allocation": {"uniform": Uniform, "pmq": PMQ},
+    "gradients": Gradients,
+    "allocation": {
+        "uniform": Uniform,
+        "half": Mixed,
+        "random": RandomWidths,
+        **dict.fromkeys(("pmq", "pmq_code", "frequency", "weight"), PMQ),
+        "hessian": Kept,
+        "bsp": Mixed,
+        "global": Global,
+    },
     "quantization": {"none": NoQuantization, "rtn": RTN, "gptq": GPTQ, "qesc": QESC},
     "pruning": {"none": NoPruning, "pesf": PESF, "odp": ODP, "ees": EES, "static": Static},
     "evaluation": Evaluation,

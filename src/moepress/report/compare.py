@@ -174,7 +174,7 @@ def _paired(runs: list[Run]) -> list[str]:
 def _named(pair: paired.Pair) -> str:
     """`GPTQ for RTN`, `PMQ for uniform`, `PESF for none`."""
     own, base = (getattr(side[0], pair.step)["method"] for side in (pair.runs, pair.others))
-    return f"{label(own)} for {base if base in ('uniform', 'none') else label(base)}"
+    return f"{label(own)} for {base if base == 'none' else label(base)}"
 
 
 def _pruned(runs: list[Run]) -> list[str]:

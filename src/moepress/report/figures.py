@@ -26,7 +26,7 @@ FIGURES = {
         lines.quality,
         "Quality against size",
         "Lower and further left is better. Each line is one method, its points are the sizes; colours tell the "
-        "quantization method, dashes and diamonds a mixed-precision allocation. Several domains are joined by the "
+        "quantization method, dashes and markers the allocation. Several domains are joined by the "
         "geometric mean. The dashed level is the 16-bit model. Bars are one standard error of the difference to that "
         "level on the same blocks of text: how sure the distance is, not how hard the text.",
     ),

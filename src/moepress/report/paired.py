@@ -19,8 +19,9 @@ from moepress.report.reading import Run, methods, reference_of
 CONFIDENCE = 0.95
 SIXTEEN = "16 bits"
 
-BASELINES = {"quantization": {"qesc": "gptq", "gptq": "rtn"}, "allocation": "uniform", "pruning": "none"}
-"""What each method builds on: of a quantization method another one, of an allocation or a pruning the plain one."""
+BASELINES = {"quantization": {"qesc": "gptq", "gptq": "rtn"}, "allocation": ("uniform", "half"), "pruning": ("none",)}
+"""What each method builds on: of a quantization method another one, of an allocation or a pruning the plain ones. Between two
+widths no allocation is plainer than `half`, which itself builds on `uniform`."""
 
 
 class Difference(NamedTuple):
@@ -145,10 +146,14 @@ def is_step(run: Run, other: Run, step: str) -> bool:
     if _settings(run, step) != _settings(other, step):
         return False
     own, base = getattr(run, step), getattr(other, step)
-    wanted = BASELINES[step].get(own["method"]) if step == "quantization" else BASELINES[step]
+    if step == "quantization":
+        builds_on = base["method"] == BASELINES[step].get(own["method"])
+    else:
+        plain = BASELINES[step]
+        builds_on = base["method"] in (plain[: plain.index(own["method"])] if own["method"] in plain else plain)
     same_rest = all(getattr(run, group) == getattr(other, group) for group in BASELINES if group != step)
-    common = (set(own) & set(base)) - {"method"}
-    return own["method"] != base["method"] == wanted and same_rest and all(own[key] == base[key] for key in common)
+    common = (set(own) & set(base)) - {"method", "widths"}
+    return builds_on and same_rest and all(own[key] == base[key] for key in common)
 
 
 def _settings(run: Run, step: str) -> set[str]:

@@ -15,10 +15,13 @@ from moepress import pruning
 from moepress.artefacts import read_json
 from moepress.models import families
 
+LABELS = {"none": "16 bit", "pmq_code": "PMQ as coded", "hessian": "Hessian"}
+LABELS |= {name: name for name in ("uniform", "half", "random", "frequency", "weight", "global")}
+
 
 def label(method: str) -> str:
     """A method as people write it."""
-    return "16 bit" if method == "none" else method.upper()
+    return LABELS.get(method, method.upper())
 
 
 @dataclass(frozen=True)
