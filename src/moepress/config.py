@@ -10,13 +10,17 @@ import platform
 import re
 import shutil
 import subprocess
-from functools import cache
+from copy import deepcopy
+from functools import cache, lru_cache
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from moepress import schema
@@ -40,16 +44,60 @@ def resolve(overrides: list[str] | tuple[str, ...] = ()) -> dict:
 
 def values(overrides: list[str] | tuple[str, ...] = ()) -> dict:
     """The same before the model and the text are looked at: values checked by themselves."""
+    try:
+        config = OmegaConf.to_container(composed(overrides), resolve=True, throw_on_missing=False)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(readable_error(error, overrides)) from error
+    return validate(config)
+
+
+def readable_error(error: Exception, overrides: list[str] | tuple[str, ...]) -> str:
+    """Hydra's or OmegaConf's error in a line, with the keys that exist."""
+    return f"{_first_lines(error)}{_known_keys(overrides)}"
+
+
+def composed(overrides: list[str] | tuple[str, ...]) -> DictConfig:
+    """What Hydra composes of these overrides, unresolved.
+
+    The members of a sweep differ in values more than in groups, and choosing groups is what takes Hydra long (.1 s). So a
+    choice of groups is composed once, and values are set in a copy by Hydra's own function.
+    """
+    parsed = [_parsed(override) for override in overrides]
+    if any(one.type != OverrideType.CHANGE or one.is_sweep_override() for one in parsed):  # `+a=1`, `~a`: rare
+        return deepcopy(_composed(tuple(overrides), _newest_change()))
+    choices = tuple(override for override, one in zip(overrides, parsed, strict=True) if _is_choice(one))
+    config = deepcopy(_composed(choices, _newest_change()))
+    ConfigLoaderImpl._apply_overrides_to_config([one for one in parsed if not _is_choice(one)], config)
+    return config
+
+
+def _is_choice(override: Override) -> bool:
+    """Whether it is one of a group's files, or Hydra's own."""
+    key = override.key_or_group
+    is_group = "/" in key or key in ("experiment", "study") or (ROOT / "conf" / key).is_dir()
+    return is_group or override.package is not None or override.is_hydra_override()
+
+
+@lru_cache(maxsize=512)
+def _composed(overrides: tuple[str, ...], _: tuple[int, int]) -> DictConfig:
+    """Composed by Hydra from scratch. The second argument only tells the cache that files have changed."""
     outer, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None  # set where a Hydra app is running
     try:
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            composed = compose("config", overrides=list(overrides))
-        config = OmegaConf.to_container(composed, resolve=True, throw_on_missing=False)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ValueError(f"{_first_lines(error)}{_known_keys(overrides)}") from error
+            return compose("config", overrides=list(overrides))
     finally:
         GlobalHydra.instance().hydra = outer
-    return validate(config)
+
+
+@lru_cache(maxsize=4096)
+def _parsed(override: str) -> Override:
+    return OverridesParser.create().parse_override(override)
+
+
+def _newest_change() -> tuple[int, int]:
+    """Changes with every file of conf/: a notebook may go on while someone edits them."""
+    times = [entry.stat().st_mtime_ns for folder, _, _ in os.walk(ROOT / "conf") for entry in os.scandir(folder)]
+    return max(times), len(times)
 
 
 def validate(config: dict) -> dict:
@@ -74,6 +122,10 @@ def validate(config: dict) -> dict:
     schema.check(bool(ok), "device", config["device"], "auto, cpu, cuda or cuda:N")
 
     schema.check(config["out"] is None or isinstance(config["out"], str), "out", config["out"], "a folder, or null")
+    objective = config["objective"]
+    columns = [objective] if isinstance(objective, str) else objective
+    ok = columns is None or (isinstance(columns, list) and columns and all(isinstance(name, str) for name in columns))
+    schema.check(ok, "objective", objective, "a column of runs.csv, a list of them, or null")
     suites.chosen(config["evaluation"])
     settings.check(config["corpus"])
     return config
@@ -105,6 +157,10 @@ def with_files(config: dict) -> dict:
     return config
 
 
+_TYPED: dict[tuple, dict] = {}
+"""What has been checked already: members of a sweep share most of their groups."""
+
+
 def _typed(group: str, classes, values: dict) -> dict:
     if isinstance(classes, dict):
         variant = "kind" if "kind" in values else "method"
@@ -112,8 +168,11 @@ def _typed(group: str, classes, values: dict) -> dict:
         schema.check(values.get(variant) in classes, f"{group}.{variant}", values.get(variant), f"one of {known}")
         classes = classes[values[variant]]
     try:
-        typed = OmegaConf.merge(OmegaConf.structured(classes), values)
-        return dataclasses.asdict(OmegaConf.to_object(typed))
+        found = (group, classes, repr(values))
+        if found not in _TYPED:
+            typed = OmegaConf.merge(OmegaConf.structured(classes), values)
+            _TYPED[found] = dataclasses.asdict(OmegaConf.to_object(typed))
+        return deepcopy(_TYPED[found])
     except OmegaConfBaseException as error:
         key = f"{group}.{error.full_key}" if error.full_key else group
         raise ValueError(f"{key}: {_first_lines(error)}") from error
@@ -140,8 +199,10 @@ def _known_keys(overrides) -> str:
         group, _, key = name.partition(".")
         options = sorted(path.stem for path in (ROOT / "conf" / group).glob("*.yaml"))
         if not key and not options:
-            groups = sorted(path.name for path in (ROOT / "conf").iterdir() if path.is_dir())
-            return f"; {group!r} is none of seed, device, cores, out, paths.results, paths.cache or {', '.join(groups)}"
+            groups = sorted(path.name for path in (ROOT / "conf").iterdir() if path.is_dir() and path.name != "hydra")
+            return (
+                f"; {group!r} is none of seed, device, cores, out, objective, paths.results, paths.cache or {', '.join(groups)}"
+            )
         if not key and override.partition("=")[2] not in options:
             return f"; {group} is one of {', '.join(options)}"
         if key:
