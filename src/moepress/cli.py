@@ -74,8 +74,9 @@ def main() -> None:
     except (ValueError, HydraException, OmegaConfBaseException) as error:
         if wants_traces:
             raise
-        hydras = isinstance(error, HydraException | OmegaConfBaseException)
-        sys.exit(f"moepress: {readable_error(error, arguments) if hydras else error}")
+        if isinstance(error, HydraException | OmegaConfBaseException):
+            error = readable_error(error, [a for a in arguments if not a.startswith("-")])
+        sys.exit(f"moepress: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # `moepress results | head`

@@ -134,13 +134,11 @@ def validate(config: dict) -> dict:
 def with_files(config: dict) -> dict:
     """The configuration with what the files say that it names: their fingerprints, and whether the model takes the values."""
     if config["corpus"]["kind"] != "packages":
-        from moepress.data import corpus  # imports pandas, which no other configuration needs
-
-        config["corpus"]["fingerprint"] = corpus.fingerprint(config["corpus"])
+        source = config["corpus"]["path"] if config["corpus"]["kind"] == "local" else config["corpus"]["id"]
+        config["corpus"]["fingerprint"] = _text(config["corpus"]["kind"], source, _stamp(source))
     model = None
     if config["model"]["kind"] == "local":
-        model = outline.read(Path(config["model"]["path"]), "model.path")
-        config["model"]["fingerprint"] = families.fingerprint(Path(config["model"]["path"]))
+        model, config["model"]["fingerprint"] = _model(config["model"]["path"], _stamp(config["model"]["path"]))
         if config["model"]["name"] == "local":
             config["model"]["name"] = Path(config["model"]["path"]).resolve().name
     elif config["model"]["kind"] == "tiny":
@@ -155,6 +153,28 @@ def with_files(config: dict) -> dict:
         families.check_group_size(model.shape, config["quantization"]["group_size"])
         plan_budget(config["allocation"], Prediction(model, config["quantization"]))
     return config
+
+
+@lru_cache(maxsize=16)
+def _model(path: str, _: tuple) -> tuple[outline.Outline, str]:
+    """What a model's headers tell, and its fingerprint. The second argument only tells the cache that files have changed."""
+    return outline.read(Path(path), "model.path"), families.fingerprint(Path(path))
+
+
+@lru_cache(maxsize=16)
+def _text(kind: str, source: str, _: tuple) -> str | None:
+    """The fingerprint of a corpus's files."""
+    from moepress.data import corpus  # imports pandas, which no other configuration needs
+
+    return corpus.fingerprint({"kind": kind, "path": source, "id": source})
+
+
+def _stamp(source: str | None) -> tuple:
+    """Names, sizes and times of the files of a folder, or of a file; () where there is none."""
+    place = Path(source or "")
+    files = sorted(place.rglob("*")) if source and place.is_dir() else [place] if source and place.is_file() else []
+    found = ((str(path), path.stat()) for path in files if path.is_file())
+    return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in found)
 
 
 _TYPED: dict[tuple, dict] = {}
@@ -198,6 +218,8 @@ def _known_keys(overrides) -> str:
         name = re.split(r"[=@]", override.lstrip("+~"))[0]
         group, _, key = name.partition(".")
         options = sorted(path.stem for path in (ROOT / "conf" / group).glob("*.yaml"))
+        if not key and group in ("seed", "device", "cores", "out", "objective"):
+            continue
         if not key and not options:
             groups = sorted(path.name for path in (ROOT / "conf").iterdir() if path.is_dir() and path.name != "hydra")
             return (

@@ -18,7 +18,7 @@ from moepress.plan import Plan
 
 
 class MemberFailed(RuntimeError):
-    """A member of a sweep that came to nothing: with its overrides, and why."""
+    """A member of a sweep that came to nothing: the overrides that not all members share, and why."""
 
 
 @dataclass
@@ -33,6 +33,8 @@ class Sweep:
 
         jobs: overrides of each member. Raises ValueError where the whole sweep is impossible, KeyboardInterrupt if stopped.
         """
+        common = set.intersection(*map(set, jobs)) if len(jobs) > 1 else set()
+        names = [" ".join(override for override in overrides if override not in common) for overrides in jobs]
         failures: dict[int, str] = {}
         asked: dict[int, dag.Experiment] = {}
         for number, overrides in enumerate(jobs):
@@ -41,42 +43,44 @@ class Sweep:
                 asked[number] = dag.experiment(overrides)
             except ValueError as error:
                 failures[number] = str(error)
-                print(f"moepress: left out: {' '.join(overrides)}: {error}", file=sys.stderr)
-        if asked:
-            done = self.run(list(asked.values()))
-            whole = {number: member for number, member in asked.items() if is_whole(member)}
-            self.members = [*self.members, *whole.values()]
-            for number in asked.keys() - whole.keys():
-                failures[number] = execution.failure(
-                    results_of(asked[number]), dag.everything([*asked[number].artefacts.values()])
-                )
-            if whole and len(whole) < len(asked):  # Snakemake made no report: make it over those that are whole
-                done = self.run([])
-            if whole and Path(done.report).exists():
-                print(results_table.readable(Path(done.report)))
-                print(done.report)
+                print(f"moepress: refused: {names[number]}: {error}", file=sys.stderr)
+        answers: dict[int, float | tuple[float, ...] | None] = {}
+        done = self.compute(asked, failures) if asked else None
+        for number in asked.keys() - failures.keys():
+            try:
+                answers[number] = objective(done, asked[number])
+            except ValueError as error:
+                failures[number] = str(error)
+        if failures:
+            rest = "; the others are whole" if answers else ""
+            print(f"moepress: {len(failures)} of {len(jobs)} members failed{rest}:", file=sys.stderr)
+        for number in sorted(failures):
+            print(f"moepress: {names[number]}: {failures[number]}", file=sys.stderr)
         returns = []
         for number, overrides in enumerate(jobs):
-            answer = JobReturn(overrides=overrides, task_name="moepress", status=JobStatus.COMPLETED)
+            returned = JobReturn(overrides=overrides, task_name="moepress")
             if number in asked:
-                answer.cfg, answer.working_dir = OmegaConf.create(asked[number].config), str(results_of(asked[number]))
-            if number not in failures:
-                try:
-                    answer.return_value = objective(done, asked[number])
-                except ValueError as error:
-                    failures[number] = str(error)
-            if number in failures:
-                answer.status, answer.return_value = (
-                    JobStatus.FAILED,
-                    MemberFailed(f"{' '.join(overrides)}: {failures[number]}"),
-                )
-            returns.append(answer)
-        if failures:
-            print(f"moepress: {len(failures)} of {len(jobs)} members failed; the others are whole:", file=sys.stderr)
-            for answer in returns:
-                if answer.status == JobStatus.FAILED:
-                    print(f"moepress: {answer._return_value}", file=sys.stderr)
+                returned.cfg, returned.working_dir = OmegaConf.create(asked[number].config), str(results_of(asked[number]))
+            is_whole = number in answers
+            returned.status = JobStatus.COMPLETED if is_whole else JobStatus.FAILED
+            returned.return_value = answers[number] if is_whole else MemberFailed(f"{names[number]}: {failures[number]}")
+            returns.append(returned)
         return returns
+
+    def compute(self, asked: dict[int, dag.Experiment], failures: dict[int, str]) -> Plan:
+        """Run what is asked, note what failed, and print the report over all that is whole."""
+        done = self.run(list(asked.values()))
+        whole = {number: member for number, member in asked.items() if is_whole(member)}
+        self.members = [*self.members, *whole.values()]
+        for number in asked.keys() - whole.keys():
+            needed = dag.everything([*asked[number].artefacts.values()])
+            failures[number] = execution.failure(results_of(asked[number]), needed)
+        if whole and failures and not Path(done.report).exists():  # its plan has those that failed, so make one without
+            done = self.run([])
+        if whole and Path(done.report).exists():
+            print(results_table.readable(Path(done.report)))
+            print(done.report)
+        return done
 
     def run(self, new: list[dag.Experiment]) -> Plan:
         """Snakemake over what succeeded before and what is new."""
