@@ -59,20 +59,15 @@ def print_row(report: Path) -> None:
 
 
 def main() -> None:
-    wants_traces = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    asked_for_traces = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra lets errors through to here, instead of printing them with their traces
     arguments = sys.argv[1:]
     try:
-        if arguments and arguments[0] in COMMANDS:
-            import_module(COMMANDS[arguments[0]]).main(arguments[1:])
-            return
-        if not any(argument.startswith("-") for argument in arguments):
-            resolve([a for a in arguments if not a.startswith("study=")])  # before Hydra composes, whose own message says less
-        app()
+        run(arguments)
     except MemberFailed:
         sys.exit(1)  # the sweep has told of it
     except (ValueError, HydraException, OmegaConfBaseException) as error:
-        if wants_traces:
+        if asked_for_traces == "1":
             raise
         if isinstance(error, HydraException | OmegaConfBaseException):
             error = readable_error(error, [a for a in arguments if not a.startswith("-")])
@@ -81,6 +76,17 @@ def main() -> None:
         sys.exit(130)
     except BrokenPipeError:  # `moepress results | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    finally:
+        os.environ["HYDRA_FULL_ERROR"] = asked_for_traces or "0"
+
+
+def run(arguments: list[str]) -> None:
+    if arguments and arguments[0] in COMMANDS:
+        import_module(COMMANDS[arguments[0]]).main(arguments[1:])
+        return
+    if not any(argument.startswith("-") for argument in arguments):
+        resolve([a for a in arguments if not a.startswith("study=")])  # before Hydra composes, whose own message says less
+    app()
 
 
 if __name__ == "__main__":
