@@ -21,7 +21,9 @@ SWEEP = ["allocation=uniform,pmq", "allocation.bits=2,3", "quantization=gptq,qes
 
 def timed(command: list[str], place: Path) -> float:
     start = time.perf_counter()
-    subprocess.run(command, cwd=place, check=True, capture_output=True)
+    done = subprocess.run(command, cwd=place, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(done.stdout + done.stderr)
     return time.perf_counter() - start
 
 
