@@ -58,6 +58,17 @@ def test_a_terminal_keeps_its_bar(clock):
     assert "\r" in log.getvalue() and "100%" in log.getvalue()
 
 
+def test_a_disabled_bar_stays_silent(clock):
+    from tqdm import tqdm
+
+    log = io.StringIO()
+    with tqdm(total=3, file=log, disable=True) as bar:
+        clock[0] += 60
+        bar.update()
+        bar.clear()
+    assert log.getvalue() == ""
+
+
 def test_bytes_and_unknown_totals():
     state = {"n": 3 * 10**9, "total": 12 * 10**9, "unit": "B", "unit_scale": True, "elapsed": 60, "rate": None, "initial": 0}
     assert progress.line(state | {"prefix": "hashing: ", "postfix": None}) == (

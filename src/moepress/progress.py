@@ -16,7 +16,8 @@ def use_lines() -> None:
     bar = {name: getattr(tqdm, name) for name in ("display", "close", "clear", "moveto")}
 
     def is_bar(self) -> bool:
-        return getattr(self.fp, "isatty", lambda: False)()
+        """Whether it is tqdm's own business: in a terminal, or disabled, when it has no file."""
+        return not hasattr(self, "fp") or getattr(self.fp, "isatty", lambda: False)()
 
     def display(self, msg=None, pos=None):
         if is_bar(self):
