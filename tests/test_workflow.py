@@ -114,6 +114,30 @@ def test_control_c_at_any_moment(place):
     assert (folder / report / "runs.csv").is_file()
 
 
+def test_a_sweep_killed_and_started_again_only_finishes(place):
+    """The real launcher over the real Snakemake; killed, it leaves the folder locked, which the next run sees to."""
+    folder, small = place
+    sweep = ["--multirun", *small, "allocation=uniform", "allocation.bits=3", "quantization=rtn,gptq", "seed=11"]
+    before = artefacts(folder)
+    running = subprocess.Popen([sys.executable, "-m", "moepress", *sweep], cwd=folder, env=ENV, start_new_session=True)
+    while running.poll() is None and not any(name.startswith("calibration/") for name in artefacts(folder) - before):
+        time.sleep(0.05)
+    os.killpg(running.pid, signal.SIGKILL)
+    running.wait()
+    kept = artefacts(folder)
+    made = {name: (folder / "results" / name / "provenance.json").read_bytes() for name in kept}
+    assert list(folder.glob(".snakemake/locks/*.lock")), "killed in the middle"
+    finished = moepress(folder, *sweep)
+    assert "going on from what is whole" in finished.stderr
+    assert all((folder / "results" / name / "provenance.json").read_bytes() == made[name] for name in kept)
+    report = folder / finished.stdout.splitlines()[-1]
+    with (report / "runs.csv").open() as file:
+        assert [row["run"] for row in csv.DictReader(file)] == ["16bit", "rtn-3", "gptq-3"]
+    once = [name.split("/")[0] for name in artefacts(folder) - before]
+    assert once.count("calibration") == 1 and once.count("quantization") == 2
+    assert "everything is computed already" in moepress(folder, *sweep).stderr
+
+
 @pytest.mark.parametrize("stage", ["statistics", "quantization", "gradients"])
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_stopped_and_started_again(place, how, stage, tmp_path):

@@ -39,8 +39,8 @@ def compress(model: str | Path, out: str | Path | None = None, budget: str | int
     given |= {"out": str(out)} if out is not None else {}
     lines = [f"{key}={override_value(value)}" for key, value in given.items()]
     planned = plan.for_overrides(lines)
-    if execution.run(planned, lines):
-        raise RuntimeError(execution.failure(planned))
+    if execution.run(planned, [lines]):
+        raise RuntimeError(execution.failure(Path(planned.results), planned.artefacts))
     if given.get("out") is not None:
         execution.publish(planned, given["out"])
     found = execution.last_run(planned)

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import yaml
 
+from moepress import progress
 from moepress.config import ROOT, hardware
 from moepress.dag import Artefact, everything
 from moepress.models.files import record
@@ -98,6 +99,7 @@ def stage_main() -> None:
     """`python -m moepress.stages TASK.yaml OUT`: the stage that the task file names, with errors in one line."""
     if len(sys.argv) != 3:
         sys.exit("usage: python -m moepress.stages TASK.yaml OUT (the DAG writes the task files: results/tasks/)")
+    progress.use_lines()
     try:
         run_stage(Path(sys.argv[1]), Path(sys.argv[2]))
     except ValueError as error:

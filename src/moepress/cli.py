@@ -1,35 +1,48 @@
-"""The `moepress` command: a Hydra app that runs one experiment, or a study, as a Snakemake DAG.
+"""The `moepress` command: a Hydra app that runs an experiment, a study or a sweep as one Snakemake DAG, and what reads results.
 
 moepress quantization=gptq allocation=uniform allocation.bits=3
 """
 
+import os
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from hydra.types import RunMode
+from omegaconf.errors import OmegaConfBaseException
 
 from moepress import execution
 from moepress import plan as planning
-from moepress.config import ROOT, resolve
+from moepress.config import ROOT, readable_error, resolve
+from moepress.sweeps import MemberFailed
+
+COMMANDS = {
+    "plan": "moepress.forecast",
+    "results": "moepress.commands.results",
+    "compare": "moepress.commands.compare",
+    "show": "moepress.commands.show",
+    "clean": "moepress.commands.clean",
+}
 
 
 @hydra.main(config_path=str(ROOT / "conf"), config_name="config", version_base="1.3")
 def app(config) -> None:
+    """One experiment or study; of a sweep under another launcher than ours, a member."""
     settings = HydraConfig.get()
     overrides = list(settings.overrides.task)
     try:
         if config.out is not None and settings.mode == RunMode.MULTIRUN:
             raise ValueError(f"out={config.out}: a sweep has many checkpoints; give out= to a single experiment")
         plan = planning.for_overrides(overrides)
-        code = execution.run(plan, overrides)
-        if not code and config.out is not None:
+        if execution.run(plan, [overrides], execution.settings_of(settings.launcher)):
+            sys.exit(1)
+        if config.out is not None:
             print(f"a copy to publish: {execution.publish(plan, config.out)}", file=sys.stderr)
     except ValueError as error:
         sys.exit(f"moepress: {error}")
-    if code:
-        sys.exit(code)
     if any(override.startswith("study=") for override in overrides):
         print((Path(plan.report) / "summary.md").read_text(encoding="utf-8"))
     elif settings.mode == RunMode.RUN:
@@ -46,15 +59,33 @@ def print_row(report: Path) -> None:
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["plan"]:
-        from moepress import forecast
+    asked_for_traces = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra lets errors through to here, instead of printing them with their traces
+    arguments = sys.argv[1:]
+    try:
+        run(arguments)
+    except MemberFailed:
+        sys.exit(1)  # the sweep has told of it
+    except (ValueError, HydraException, OmegaConfBaseException) as error:
+        if asked_for_traces == "1":
+            raise
+        if isinstance(error, HydraException | OmegaConfBaseException):
+            error = readable_error(error, [a for a in arguments if not a.startswith("-")])
+        sys.exit(f"moepress: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # `moepress results | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    finally:
+        os.environ["HYDRA_FULL_ERROR"] = asked_for_traces or "0"
 
-        return forecast.main(sys.argv[2:])
-    if not any(argument.startswith("-") for argument in sys.argv[1:]):
-        try:  # before Hydra composes, whose own message says less
-            resolve([argument for argument in sys.argv[1:] if not argument.startswith("study=")])
-        except ValueError as error:
-            sys.exit(f"moepress: {error}")
+
+def run(arguments: list[str]) -> None:
+    if arguments and arguments[0] in COMMANDS:
+        import_module(COMMANDS[arguments[0]]).main(arguments[1:])
+        return
+    if not any(argument.startswith("-") for argument in arguments):
+        resolve([a for a in arguments if not a.startswith("study=")])  # before Hydra composes, whose own message says less
     app()
 
 

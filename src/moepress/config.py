@@ -10,13 +10,17 @@ import platform
 import re
 import shutil
 import subprocess
-from functools import cache
+from copy import deepcopy
+from functools import cache, lru_cache
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from moepress import pruning, schema
@@ -40,16 +44,60 @@ def resolve(overrides: list[str] | tuple[str, ...] = ()) -> dict:
 
 def values(overrides: list[str] | tuple[str, ...] = ()) -> dict:
     """The same before the model and the text are looked at: values checked by themselves."""
+    try:
+        config = OmegaConf.to_container(composed(overrides), resolve=True, throw_on_missing=False)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(readable_error(error, overrides)) from error
+    return validate(config)
+
+
+def readable_error(error: Exception, overrides: list[str] | tuple[str, ...]) -> str:
+    """Hydra's or OmegaConf's error in a line, with the keys that exist."""
+    return f"{_first_lines(error)}{_known_keys(overrides)}"
+
+
+def composed(overrides: list[str] | tuple[str, ...]) -> DictConfig:
+    """What Hydra composes of these overrides, unresolved.
+
+    The members of a sweep differ in values more than in groups, and choosing groups is what takes Hydra long (.1 s). So a
+    choice of groups is composed once, and values are set in a copy by Hydra's own function.
+    """
+    parsed = [_parsed(override) for override in overrides]
+    if any(one.type != OverrideType.CHANGE or one.is_sweep_override() for one in parsed):  # `+a=1`, `~a`: rare
+        return deepcopy(_composed(tuple(overrides), _newest_change()))
+    choices = tuple(override for override, one in zip(overrides, parsed, strict=True) if _is_choice(one))
+    config = deepcopy(_composed(choices, _newest_change()))
+    ConfigLoaderImpl._apply_overrides_to_config([one for one in parsed if not _is_choice(one)], config)
+    return config
+
+
+def _is_choice(override: Override) -> bool:
+    """Whether it is one of a group's files, or Hydra's own."""
+    key = override.key_or_group
+    is_group = "/" in key or key in ("experiment", "study") or (ROOT / "conf" / key).is_dir()
+    return is_group or override.package is not None or override.is_hydra_override()
+
+
+@lru_cache(maxsize=512)
+def _composed(overrides: tuple[str, ...], _: tuple[int, int]) -> DictConfig:
+    """Composed by Hydra from scratch. The second argument only tells the cache that files have changed."""
     outer, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None  # set where a Hydra app is running
     try:
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            composed = compose("config", overrides=list(overrides))
-        config = OmegaConf.to_container(composed, resolve=True, throw_on_missing=False)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ValueError(f"{_first_lines(error)}{_known_keys(overrides)}") from error
+            return compose("config", overrides=list(overrides))
     finally:
         GlobalHydra.instance().hydra = outer
-    return validate(config)
+
+
+@lru_cache(maxsize=4096)
+def _parsed(override: str) -> Override:
+    return OverridesParser.create().parse_override(override)
+
+
+def _newest_change() -> tuple[int, int]:
+    """Changes with every file of conf/: a notebook may go on while someone edits them."""
+    times = [entry.stat().st_mtime_ns for folder, _, _ in os.walk(ROOT / "conf") for entry in os.scandir(folder)]
+    return max(times), len(times)
 
 
 def validate(config: dict) -> dict:
@@ -74,6 +122,10 @@ def validate(config: dict) -> dict:
     schema.check(bool(ok), "device", config["device"], "auto, cpu, cuda or cuda:N")
 
     schema.check(config["out"] is None or isinstance(config["out"], str), "out", config["out"], "a folder, or null")
+    objective = config["objective"]
+    columns = [objective] if isinstance(objective, str) else objective
+    ok = columns is None or (isinstance(columns, list) and columns and all(isinstance(name, str) for name in columns))
+    schema.check(ok, "objective", objective, "a column of runs.csv, a list of them, or null")
     suites.chosen(config["evaluation"])
     settings.check(config["corpus"])
     return config
@@ -82,13 +134,11 @@ def validate(config: dict) -> dict:
 def with_files(config: dict) -> dict:
     """The configuration with what the files say that it names: their fingerprints, and whether the model takes the values."""
     if config["corpus"]["kind"] != "packages":
-        from moepress.data import corpus  # imports pandas, which no other configuration needs
-
-        config["corpus"]["fingerprint"] = corpus.fingerprint(config["corpus"])
+        source = config["corpus"]["path"] if config["corpus"]["kind"] == "local" else config["corpus"]["id"]
+        config["corpus"]["fingerprint"] = _text(config["corpus"]["kind"], source, _stamp(source))
     model = None
     if config["model"]["kind"] == "local":
-        model = outline.read(Path(config["model"]["path"]), "model.path")
-        config["model"]["fingerprint"] = families.fingerprint(Path(config["model"]["path"]))
+        model, config["model"]["fingerprint"] = _model(config["model"]["path"], _stamp(config["model"]["path"]))
         if config["model"]["name"] == "local":
             config["model"]["name"] = Path(config["model"]["path"]).resolve().name
     elif config["model"]["kind"] == "tiny":
@@ -107,6 +157,32 @@ def with_files(config: dict) -> dict:
     return config
 
 
+@lru_cache(maxsize=16)
+def _model(path: str, _: tuple) -> tuple[outline.Outline, str]:
+    """What a model's headers tell, and its fingerprint. The second argument only tells the cache that files have changed."""
+    return outline.read(Path(path), "model.path"), families.fingerprint(Path(path))
+
+
+@lru_cache(maxsize=16)
+def _text(kind: str, source: str, _: tuple) -> str | None:
+    """The fingerprint of a corpus's files."""
+    from moepress.data import corpus  # imports pandas, which no other configuration needs
+
+    return corpus.fingerprint({"kind": kind, "path": source, "id": source})
+
+
+def _stamp(source: str | None) -> tuple:
+    """Names, sizes and times of the files of a folder, or of a file; () where there is none."""
+    place = Path(source or "")
+    files = sorted(place.rglob("*")) if source and place.is_dir() else [place] if source and place.is_file() else []
+    found = ((str(path), path.stat()) for path in files if path.is_file())
+    return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in found)
+
+
+_TYPED: dict[tuple, dict] = {}
+"""What has been checked already: members of a sweep share most of their groups."""
+
+
 def _typed(group: str, classes, values: dict) -> dict:
     if isinstance(classes, dict):
         variant = "kind" if "kind" in values else "method"
@@ -114,8 +190,11 @@ def _typed(group: str, classes, values: dict) -> dict:
         schema.check(values.get(variant) in classes, f"{group}.{variant}", values.get(variant), f"one of {known}")
         classes = classes[values[variant]]
     try:
-        typed = OmegaConf.merge(OmegaConf.structured(classes), values)
-        return dataclasses.asdict(OmegaConf.to_object(typed))
+        found = (group, classes, repr(values))
+        if found not in _TYPED:
+            typed = OmegaConf.merge(OmegaConf.structured(classes), values)
+            _TYPED[found] = dataclasses.asdict(OmegaConf.to_object(typed))
+        return deepcopy(_TYPED[found])
     except OmegaConfBaseException as error:
         key = f"{group}.{error.full_key}" if error.full_key else group
         raise ValueError(f"{key}: {_first_lines(error)}") from error
@@ -141,9 +220,13 @@ def _known_keys(overrides) -> str:
         name = re.split(r"[=@]", override.lstrip("+~"))[0]
         group, _, key = name.partition(".")
         options = sorted(path.stem for path in (ROOT / "conf" / group).glob("*.yaml"))
+        if not key and group in ("seed", "device", "cores", "out", "objective"):
+            continue
         if not key and not options:
-            groups = sorted(path.name for path in (ROOT / "conf").iterdir() if path.is_dir())
-            return f"; {group!r} is none of seed, device, cores, out, paths.results, paths.cache or {', '.join(groups)}"
+            groups = sorted(path.name for path in (ROOT / "conf").iterdir() if path.is_dir() and path.name != "hydra")
+            return (
+                f"; {group!r} is none of seed, device, cores, out, objective, paths.results, paths.cache or {', '.join(groups)}"
+            )
         if not key and override.partition("=")[2] not in options:
             return f"; {group} is one of {', '.join(options)}"
         if key:

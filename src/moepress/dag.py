@@ -205,7 +205,7 @@ class Experiment:
     def beside_label(self) -> list[str]:
         """The overrides that the label does not tell."""
         told = ("quantization", "allocation", "allocation.bits", "allocation.budget")
-        of_all = ("paths.", "tracking", "device", "cores", "out", "model", "corpus", "experiment", "pruning")
+        of_all = ("paths.", "tracking", "device", "cores", "out", "objective", "model", "corpus", "experiment", "pruning")
         return [o for o in self.overrides if o.split("=")[0] not in told and not o.startswith(of_all)]
 
 
@@ -239,18 +239,30 @@ def load_study(name: str) -> dict:
 def study_experiments(study: dict, overrides: list[str] | tuple[str, ...] = ()) -> list[Experiment]:
     """Every experiment of a study: its own overrides over the study's base, the caller's over both; under each of the study's
     seeds, but once where its artefacts are the same under all.
-    The 16-bit model, which every table is measured against, is put first where the study does not name it."""
+    The 16-bit models are added as `compared` has it."""
     found: list[Experiment] = []
     for line in study["experiments"]:
         own = [*study["base"], *shlex.split(line)]
         drawn = [experiment([*own, f"seed={seed}", *overrides]) for seed in study.get("seeds", [])]
         different = {member.artefacts["evaluation"].key: member for member in drawn}
         found += different.values() if len(different) > 1 else [experiment([*own, *overrides])]
+    return compared(found)
+
+
+def compared(experiments: list[Experiment]) -> list[Experiment]:
+    """The experiments of one table: each once, however often it was asked for, and first of all the 16-bit models that they
+    are measured against, where they are not among them."""
+    once: dict[tuple, Experiment] = {}
+    for member in experiments:
+        once.setdefault(tuple(item.key for item in member.artefacts.values()), member)
+    found = list(once.values())
+    known = {member.artefacts["evaluation"].key for member in found}
     for member in list(found):
-        base = reference(member.config)
-        if not any(artefact("evaluation", base).key == e.artefacts["evaluation"].key for e in found):
+        key = artefact("evaluation", reference(member.config)).key
+        if key not in known:
             own = [o for o in member.overrides if not o.startswith(("quantization", "allocation", "pruning"))]
-            found.insert(0, experiment([*own, "quantization=none"]))
+            found.insert(0, experiment([*own, "quantization=none", "pruning=none"]))
+            known.add(key)
     return found
 
 

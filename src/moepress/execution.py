@@ -4,37 +4,84 @@ import csv
 import json
 import os
 import shlex
-import subprocess
 import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
-from moepress.artefacts import read_json
-from moepress.config import ROOT, values
+from omegaconf import OmegaConf
+
+from moepress import locks
+from moepress.artefacts import read_json, write_if_changed
+from moepress.config import ROOT
 from moepress.plan import Plan
 
 
-def run(plan: Plan, overrides: list[str]) -> int:
-    """Hand the plan to Snakemake, which runs what is not computed yet; its exit code."""
-    if all(Path(target).exists() for target in plan.targets):
+@dataclass(frozen=True)
+class Settings:
+    """How Snakemake runs: conf/hydra/launcher/snakemake.yaml. arguments: further ones of its command line."""
+
+    executor: str | None = None
+    cores: int | None = None
+    jobs: int | None = None
+    profile: str | None = None
+    arguments: tuple[str, ...] = ()
+
+    @property
+    def is_local(self) -> bool:
+        return self.executor in (None, "local") and self.profile is None
+
+    def options(self, cores: int | None) -> list[str]:
+        """Of the command line. cores: what the configuration asks for."""
+        cores = self.cores or cores or (os.cpu_count() if self.is_local else None)
+        given = {"cores": cores, "executor": self.executor, "jobs": self.jobs, "workflow-profile": self.profile}
+        named = [part for name, value in given.items() if value is not None for part in (f"--{name}", str(value))]
+        return [*named, "--keep-going", *map(str, self.arguments)]
+
+
+def settings_of(launcher) -> Settings:
+    """Those of Hydra's configuration node for the launcher; the defaults where another launcher than ours is chosen."""
+    if not str(launcher.get("_target_")).endswith("SnakemakeLauncher"):
+        return Settings()
+    return Settings(**{name: value for name, value in OmegaConf.to_container(launcher).items() if name != "_target_"})
+
+
+def is_done(plan: Plan) -> bool:
+    return all(Path(target).exists() for target in plan.targets)
+
+
+def run(plan: Plan, experiments: list[list[str]], settings: Settings | None = None) -> int:
+    """Hand the plan to Snakemake, which runs what is not computed yet; its exit code.
+
+    experiments: the overrides of each one, from which Snakemake makes the same plan. Raises KeyboardInterrupt where that
+    stopped it.
+    """
+    if is_done(plan):
         print("everything is computed already", file=sys.stderr)
         return 0
-    cores = values([o for o in overrides if not o.startswith("study=")])["cores"] or os.cpu_count()
-    own = [o for o in overrides if not o.startswith("out=")]  # of the command, not of the DAG
-    experiments = json.dumps([" ".join(map(shlex.quote, own))])
-    command = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--cores", str(cores)]
-    command += ["--config", f"experiments={experiments}", "--quiet", "host", "rules", "reason"]
-    snakemake = subprocess.Popen(command)
-    while True:
-        try:
-            return snakemake.wait()
-        except KeyboardInterrupt:  # Snakemake got it too: it ends its jobs and unlocks the folder before it goes
-            print("moepress: stopping; the same command goes on from what is whole", file=sys.stderr)
+    # A file, as a command line has no room for a large sweep. `out` is of the command, not of the DAG.
+    lines = [" ".join(shlex.quote(o) for o in overrides if not o.startswith("out=")) for overrides in experiments]
+    asked = Path(plan.results) / "tasks" / "asked" / f"{Path(plan.report).name}.json"
+    write_if_changed(asked, json.dumps({"experiments": lines}, indent=1, ensure_ascii=False) + "\n")
+    command = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--configfile", str(asked)]
+    command += [*(settings or Settings()).options(plan.cores), "--quiet", "host", "rules", "reason"]
+    is_stopped = False
+    with locks.snakemake(command) as snakemake:
+        while True:
+            try:
+                code = snakemake.wait()
+                break
+            except KeyboardInterrupt:  # Snakemake got it too: it ends its jobs and unlocks the folder before it goes
+                is_stopped = True
+                print("moepress: stopping; the same command goes on from what is whole", file=sys.stderr)
+    if is_stopped:
+        raise KeyboardInterrupt
+    return code
 
 
-def failure(plan: Plan) -> str:
-    """What a run that failed says: the newest log of a stage that is not there, and that log's last line."""
-    results = Path(plan.results)
-    missing = [results / "logs" / f"{folder}.log" for folder in plan.artefacts if not (results / folder).exists()]
+def failure(results: Path, folders: Iterable[str]) -> str:
+    """What a run that failed says: of artefacts that are not there, the newest log and its last line."""
+    missing = [results / "logs" / f"{folder}.log" for folder in folders if not (results / folder).exists()]
     logs = sorted((log for log in missing if log.is_file()), key=lambda log: log.stat().st_mtime)
     if not logs:
         return "Snakemake failed before any stage began; its log is the newest in .snakemake/log/"
@@ -44,17 +91,22 @@ def failure(plan: Plan) -> str:
 
 def last_run(plan: Plan) -> dict[str, Path]:
     """Stage -> folder of the experiment that was asked for: the last in the report."""
-    report = plan.artefacts[str(Path(plan.report).relative_to(plan.results))]
-    return {stage: Path(plan.results) / folder for stage, folder in report.config["runs"][-1]["artefacts"].items()}
+    return {stage: Path(plan.results) / folder for stage, folder in runs(plan)[-1]["artefacts"].items()}
+
+
+def runs(plan: Plan) -> list[dict]:
+    """What the report lists: an entry for each of its rows."""
+    return plan.artefacts[str(Path(plan.report).relative_to(plan.results))].config["runs"]
 
 
 def rows(report: Path) -> list[dict]:
     """The rows of a report's runs.csv, numbers as such and None for what is not known."""
     with (report / "runs.csv").open(newline="", encoding="utf-8") as file:
-        return [{name: _value(text) for name, text in row.items()} for row in csv.DictReader(file)]
+        return [{name: value(text) for name, text in row.items()} for row in csv.DictReader(file)]
 
 
-def _value(text: str):
+def value(text: str):
+    """A cell of a CSV file: a number where it is one, None where it is empty."""
     for kind in (int, float):
         try:
             return kind(text)

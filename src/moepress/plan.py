@@ -11,6 +11,7 @@ from moepress.config import uses_gpu
 from moepress.dag import (
     Artefact,
     Experiment,
+    compared,
     everything,
     experiment,
     is_reference,
@@ -28,7 +29,7 @@ LARGE_HIDDEN_SIZE = 512
 @dataclass(frozen=True)
 class Plan:
     """artefacts: folder -> Artefact of everything needed. report: the folder that joins it. targets: for `rule all`.
-    large: ids of the models whose stages take all cores."""
+    large: ids of the models whose stages take all cores. cores: asked for, None for all."""
 
     results: str
     artefacts: dict[str, Artefact]
@@ -37,6 +38,7 @@ class Plan:
     gpus: int
     project: str
     large: frozenset[str]
+    cores: int | None
 
     @property
     def shell_prefix(self) -> str:
@@ -102,7 +104,7 @@ def make(name: str, caption: str, experiments: list[Experiment]) -> Plan:
     gpus = int(uses_gpu(first["device"]))
     models = {folder: configs[folder]["model"] for folder, item in artefacts.items() if item.stage == "model"}
     large = frozenset(artefacts[folder].id for folder, model in models.items() if is_large(model))
-    return Plan(str(results), artefacts, targets[0], targets, gpus, tracking["project"], large)
+    return Plan(str(results), artefacts, targets[0], targets, gpus, tracking["project"], large, first["cores"])
 
 
 def is_large(model: dict) -> bool:
@@ -125,11 +127,22 @@ def for_overrides(overrides: list[str]) -> Plan:
     member = experiment(rest)
     if member.config["out"] is not None and member.config["quantization"]["method"] == "none":
         raise ValueError(f"out={member.config['out']}: quantization=none makes no checkpoint; there is nothing to copy")
-    own = [o for o in rest if o.split("=")[0].split(".")[0] not in ("quantization", "allocation", "pruning", "experiment")]
-    base = experiment([*own, "quantization=none"])
-    label = run_label(member.config)
-    members = [member] if is_reference(member.config) else [base, member]
-    return make(label, f"{label} beside the 16-bit model.", members)
+    return for_experiments([member])
+
+
+def for_experiments(members: list[Experiment]) -> Plan:
+    return make(*joined(members))
+
+
+def joined(members: list[Experiment]) -> tuple[str, str, list[Experiment]]:
+    """Name, caption and rows of one report over experiments: each once, beside their 16-bit models; a single one's is named
+    as it is."""
+    members = compared(members)
+    own = [member for member in members if not is_reference(member.config)] or members
+    if len(own) > 1:
+        return "experiments", f"{len(own)} experiments.", members
+    label = run_label(own[0].config)
+    return label, f"{label} beside the 16-bit model.", members
 
 
 def refuse_out(overrides: list[str], why: str) -> None:
@@ -158,6 +171,5 @@ def from_snakemake(config: dict) -> Plan:
     if "experiments" in config:
         if len(lines) == 1:
             return for_overrides([*shlex.split(lines[0]), *overrides])
-        members = study_experiments({"base": [], "experiments": lines}, overrides)
-        return make("experiments", f"{len(lines)} experiments.", members)
+        return for_experiments([experiment([*shlex.split(line), *overrides]) for line in lines])
     return for_study(config.get("study", "default"), overrides)

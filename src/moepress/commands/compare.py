@@ -1,0 +1,152 @@
+"""moepress compare A B: how two runs differ over the same text and items, and what differs in their configurations."""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from moepress.commands import lookup, results
+from moepress.forecast import aligned
+from moepress.report import paired, reading
+from moepress.report.reading import Run
+from moepress.report.table import tabulate
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        "moepress compare",
+        description="What A costs or gains against B, pair by pair, and what differs in their configurations.",
+        epilog="A and B: a run's name in a report (without its seed: all seeds together), the key of one of its artefacts, or "
+        "such a folder; of a report's folder its last run.",
+    )
+    parser.add_argument("a", metavar="A")
+    parser.add_argument("b", metavar="B")
+    parser.add_argument("--report", help="where to look, its folder, id, key or label (default: in all, the newest first)")
+    lookup.add_results(parser)
+    given = parser.parse_args(arguments)
+    places = [lookup.report(given.report, given.results)] if given.report else lookup.reports(given.results)
+    runs, others = both(given.a, given.b, places)
+    reading.check_same_text([*runs, *others])
+    reading.check_same_items([*runs, *others])
+    print(
+        "\n\n".join(
+            "\n".join(part) for part in (differences(runs, others), numbers(runs, others), settings(runs[0], others[0]))
+        )
+    )
+
+
+def both(a: str, b: str, places: list[lookup.Found]) -> tuple[list[Run], list[Run]]:
+    """The runs that two names mean: in one report if there is one that has both, else each in the newest that has it."""
+    if not places:
+        raise ValueError("no report there; run an experiment first, or give --results=DIR")
+    pairs = [(matching(a, place), matching(b, place)) for place in places]
+    for runs, others in pairs:
+        if runs and others:
+            return runs, others
+    found = [next((side for side in sides if side), None) for sides in zip(*pairs, strict=True)]
+    for name, side in zip((a, b), found, strict=True):
+        if side is None:
+            known = ", ".join(run["run"] for run in places[0].described["config"]["runs"])
+            raise ValueError(f"{name}: no report has a run of this name, key or folder; the newest has {known}")
+    return found[0], found[1]
+
+
+def matching(name: str, report: lookup.Found) -> list[Run]:
+    """The runs of a report that a name, a key or a folder means."""
+    runs = [
+        Run(run["run"], run["seed"], run["is_reference"], *(run[g] for g in paired.BASELINES), run["artefacts"], report.results)
+        for run in report.described["config"]["runs"]
+    ]
+    if exact := [run for run in runs if run.name == name]:
+        return exact
+    if seeds := [run for run in runs if " ".join(p for p in run.name.split(" ") if not p.startswith("seed=")) == name]:
+        return seeds
+    identity = Path(name).name
+    if identity in (report.path.name, report.key):
+        return runs[-1:]
+    stages = ("quantization", "evaluation", "latency")  # which tell runs apart; a model or a corpus is shared
+    own = [[run.artefacts[stage] for stage in stages if stage in run.artefacts] for run in runs]
+    return [
+        run
+        for run, folders in zip(runs, own, strict=True)
+        if any(identity in (Path(folder).name, folder[-12:]) for folder in folders)
+    ][:1]
+
+
+def differences(runs: list[Run], others: list[Run]) -> Iterator[str]:
+    """The paired differences, a line a metric."""
+    yield f"{title(runs)} against {title(others)}"
+    rows = [("", "difference", "95 % interval", "")]
+    for metric, one in paired.Pair(runs, others, paired.SIXTEEN).differences.items():
+        if not np.isnan(one.value):
+            rows.append((NAMES.get(metric, metric), f"{one.value:+.4f}", interval(one), verdict(metric, one)))
+    yield from (f"  {line}" for line in aligned(rows, left_last=True))
+
+
+NAMES = {"nll": "nats per token", "nll_ood": "the same, out of domain", "acc": "accuracy, all tasks"}
+
+
+def title(runs: list[Run]) -> str:
+    return runs[0].name if len(runs) == 1 else f"{runs[0].title} ({len(runs)} seeds)"
+
+
+def interval(one: paired.Difference) -> str:
+    low, high = one.interval
+    return "unknown: one block only" if np.isnan(low) else f"{low:+.4f} to {high:+.4f}"
+
+
+def verdict(metric: str, one: paired.Difference) -> str:
+    if one.value == one.stderr == 0:
+        return "the same"
+    if one.is_noise:
+        return "within noise"
+    is_better = one.value < 0 if metric.startswith("nll") else one.value > 0
+    ratio = f", perplexity {100 * np.expm1(one.value):+.2f} %" if metric.startswith("nll") else ""
+    return ("better" if is_better else "worse") + ratio
+
+
+def numbers(runs: list[Run], others: list[Run]) -> Iterator[str]:
+    """Their columns of the table, side by side; of several seeds the first."""
+    first = [runs[0], others[0]]
+    wanted = [name for name in results.COLUMNS if name not in ("run", "delta_nll")]
+    own, other = ({k: None if v != v else v for k, v in row.items()} for row in tabulate(first).to_dict("records"))
+    rows = [("", "A", "B")]
+    rows += [(results.COLUMNS[n], results.cell(n, own), results.cell(n, other)) for n in wanted if n in own]
+    yield from (f"  {line}" for line in aligned([row for row in rows if row[1:] != ("", "")]))
+
+
+def settings(run: Run, other: Run) -> Iterator[str]:
+    """What differs in the configurations of all that they were made from."""
+    own, theirs = configuration(run), configuration(other)
+    rows = [
+        (key, shown(own.get(key)), shown(theirs.get(key)))
+        for key in sorted(own.keys() | theirs.keys())
+        if own.get(key) != theirs.get(key)
+    ]
+    yield "what differs" if rows else "nothing differs in their configurations"
+    yield from (f"  {line}" for line in aligned([("", "A", "B"), *rows]) if rows)
+
+
+def configuration(run: Run) -> dict:
+    """`group.key` -> value, over the run's artefacts and all that they were made from."""
+    found: dict = {}
+    for folder in run.artefacts.values():
+        for item in lookup.Found(run.results, folder).upstream().values():
+            is_own = folder != run.artefacts["evaluation"] or item.folder == folder  # not the 16-bit evaluation's
+            if item.exists and is_own:
+                found |= dict(leaves(item.described["config"], item.stage))
+    return found
+
+
+def leaves(value, stage: str, path: str = "") -> Iterator[tuple[str, object]]:
+    """Paths to values; a stage's own group stands for itself, what it reads of others under the stage's name."""
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from leaves(inner, stage, f"{path}.{key}" if path else str(key))
+    else:
+        yield path if path.split(".")[0] == stage else f"{stage}: {path}", value
+
+
+def shown(value) -> str:
+    return "-" if value is None else str(value)

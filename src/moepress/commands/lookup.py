@@ -1,0 +1,118 @@
+"""Artefacts and reports by the names that people give them: a folder, its id `<label>-<key>`, or the beginning of its key."""
+
+import argparse
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import yaml
+
+from moepress.artefacts import read_json
+from moepress.dag import STAGES
+
+FOLDERS = (*STAGES, "report")
+ID = re.compile(r"(?P<label>.+)-(?P<key>[0-9a-f]{12})")
+
+
+@dataclass(frozen=True)
+class Found:
+    """A whole artefact among the results."""
+
+    results: Path
+    folder: str
+
+    @property
+    def path(self) -> Path:
+        return self.results / self.folder
+
+    @property
+    def stage(self) -> str:
+        return self.folder.split("/")[0]
+
+    @property
+    def key(self) -> str:
+        return self.folder[-12:]
+
+    @cached_property
+    def described(self) -> dict:
+        """config.yaml: stage, key, config, inputs."""
+        return yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
+
+    @cached_property
+    def provenance(self) -> dict:
+        return read_json(self.path / "provenance.json")
+
+    @property
+    def inputs(self) -> dict[str, "Found"]:
+        """By role; those that were deleted too."""
+        return {role: Found(self.results, folder) for role, folder in self.described["inputs"].items()}
+
+    @property
+    def exists(self) -> bool:
+        return (self.path / "provenance.json").is_file()
+
+    @property
+    def num_bytes(self) -> int:
+        return size_of(self.path)
+
+    def upstream(self) -> dict[str, "Found"]:
+        """Folder -> artefact, for this one and all that it was made from."""
+        found = {self.folder: self}
+        if self.exists:
+            for item in self.inputs.values():
+                found |= item.upstream()
+        return found
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of its files, links not followed."""
+    return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_symlink() or path.is_file())
+
+
+def add_results(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="paths.results (default: results)")
+
+
+def artefacts(results: Path) -> list[Found]:
+    """All whole artefacts."""
+    if not results.is_dir():
+        raise ValueError(f"{results}: no such folder; run an experiment first, or give --results=DIR")
+    paths = [path for stage in FOLDERS for path in sorted((results / stage).glob("*")) if ID.fullmatch(path.name)]
+    return [found for path in paths if (found := Found(results, f"{path.parent.name}/{path.name}")).exists]
+
+
+def artefact(name: str, results: Path) -> Found:
+    """The artefact of that folder, id or beginning of a key. Raises ValueError where there is none, or several."""
+    path = Path(name)
+    if path.is_dir() and ID.fullmatch(path.resolve().name):
+        path = path.resolve()
+        found = Found(path.parent.parent, f"{path.parent.name}/{path.name}")
+        if not found.exists:
+            raise ValueError(f"{name}: no whole artefact; provenance.json is not there")
+        return found
+    matching = [f for f in artefacts(results) if name in (f.folder, f.path.name) or (len(name) > 3 and f.key.startswith(name))]
+    if not matching:
+        raise ValueError(f"{name}: no artefact of {results} has this folder, id or key; `ls {results}/*` shows them")
+    if len(matching) > 1:
+        raise ValueError(f"{name}: several artefacts begin so: {', '.join(found.folder for found in matching)}")
+    return matching[0]
+
+
+def reports(results: Path) -> list[Found]:
+    """The newest first."""
+    found = [item for item in artefacts(results) if item.stage == "report"]
+    return sorted(found, key=lambda item: (item.provenance["start"], item.path.stat().st_mtime), reverse=True)
+
+
+def report(name: str | None, results: Path) -> Found:
+    """The report of that folder, id, key or label; the newest of the label, or of all where no name is given."""
+    if name is not None and not any(item.path.name.rpartition("-")[0] == name for item in reports(results)):
+        found = artefact(name, results)
+        if found.stage != "report":
+            raise ValueError(f"{name}: an artefact of {found.stage}, no report")
+        return found
+    matching = [item for item in reports(results) if name in (None, item.path.name.rpartition("-")[0])]
+    if not matching:
+        raise ValueError(f"{results}: no report there; run an experiment first, or give --results=DIR")
+    return matching[0]

@@ -1,0 +1,238 @@
+"""Sweeps: one DAG, each shared stage once, an objective or a failure for each member. Stages run in this process; the real
+Snakemake runs a sweep in test_workflow.py."""
+
+import itertools
+import shlex
+import sys
+import types
+from pathlib import Path
+
+import pytest
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobStatus
+
+import hydra_plugins
+from conftest import small_experiment
+from moepress import artefacts, cli, config, dag, execution, plan, sweeps
+
+SHARED = {"model", "corpus", "calibration", "statistics"}
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def small(model_folder, text_folder):
+    return [*small_experiment(model_folder, text_folder), "device=cpu"]
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """Stages of the artefacts that were computed, by a stand-in for Snakemake that works in this process and goes on
+    where a job fails."""
+    done: list[str] = []
+
+    def run(planned, experiments, settings=None):
+        lines = [" ".join(map(shlex.quote, overrides)) for overrides in experiments]
+        assert plan.from_snakemake({"experiments": lines}).targets == planned.targets, "Snakemake makes the same plan of it"
+        results, failed = Path(planned.results), set()
+        for folder, item in planned.artefacts.items():
+            if (results / folder).exists():
+                continue
+            if any(found.folder in failed for found in item.inputs.values()):
+                failed.add(folder)
+                continue
+            try:
+                artefacts.run_stage(artefacts.task_path(results, folder), results / folder)
+                done.append(item.stage)
+            except ValueError as error:
+                failed.add(folder)
+                log = results / "logs" / f"{folder}.log"
+                log.parent.mkdir(parents=True, exist_ok=True)
+                log.write_text(f"{folder}: started\nmoepress: {error}\n")
+        return int(bool(failed))
+
+    monkeypatch.setattr(execution, "run", run)
+    return done
+
+
+def command(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["moepress", *arguments])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    cli.main()
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["quantization=gptq", "allocation=uniform", "allocation.bits=3", "seed=4"],
+        ["seed=4", "pruning.alpha=0.5", "pruning=pesf", "allocation.widths=[1,2]", "device=cpu"],
+        ["corpus=local", "corpus.path=/a b/c", "corpus.fractions={train: 0.6, calibration: 0.2, test: 0.2}"],
+        ["+model.extra=3", "~tracking.project", "cores=2"],
+        ["hydra.launcher.cores=3", "objective=[ppl_mean,bits_effective]", "out=null"],
+        ["paths.results=there", "model.name='a name'"],
+    ],
+)
+def test_composing_from_cached_groups_is_what_hydra_composes(overrides):
+    for _ in range(2):  # the second from the cache
+        assert config.composed(overrides) == config._composed.__wrapped__(tuple(overrides), ())
+
+
+@pytest.mark.parametrize(
+    "overrides", [["allocation.bitz=3"], ["seed=1,2"], ["quantization=nothing"], ["x=1"], ["experiment=no"]]
+)
+def test_what_hydra_refuses_is_refused_alike(overrides):
+    found = []
+    for compose in (config.composed, lambda o: config._composed.__wrapped__(tuple(o), ())):
+        with pytest.raises(Exception) as error:
+            compose(overrides)
+        found.append((error.type, str(error.value)))
+    assert found[0] == found[1]
+
+
+def test_a_changed_file_of_a_corpus_is_seen(small, text_folder, tmp_path):
+    (tmp_path / "a.txt").write_text("one")
+    own = [*small, f"corpus.path={tmp_path}"]
+    before = config.resolve(own)["corpus"]["fingerprint"]
+    assert config.resolve(own)["corpus"]["fingerprint"] == before
+    (tmp_path / "a.txt").write_text("another")
+    assert config.resolve(own)["corpus"]["fingerprint"] != before
+
+
+def test_18_members_have_one_calibration_and_one_statistics(small):
+    grid = itertools.product(("gptq", "qesc"), (2, 2.5, 3), (0.3, 0.5, 0.7))
+    own = ["pruning=pesf"]
+    members = [
+        dag.experiment([*small, *own, f"quantization={q}", f"allocation.bits={b}", f"pruning.alpha={a}"]) for q, b, a in grid
+    ]
+    found = dag.everything([dag.report_artefact(*plan.joined(members))]).values()
+    counts = {stage: sum(item.stage == stage for item in found) for stage in dag.STAGES}
+    assert all(counts[stage] == 1 for stage in SHARED)
+    assert counts["quantization"] == 6 and counts["evaluation"] == 19, "and one of the 16-bit model"
+
+
+def test_three_doors_have_the_same_keys(small, place, monkeypatch):
+    lines = [f"quantization={q} allocation=uniform allocation.bits={b}" for q in ("rtn", "gptq") for b in (2, 3)]
+    asked = []
+    monkeypatch.setattr(execution, "run", lambda planned, *_: asked.append(planned))
+    sweeps.Sweep(execution.Settings()).launch([[*small, *line.split()] for line in lines])
+    own = " ".join(map(shlex.quote, small))
+    by_snakemake = plan.from_snakemake({"experiments": [f"{own} {line}" for line in lines]})
+    by_overrides = plan.from_snakemake({"experiments": lines, "overrides": own})
+    study = {"name": "mine", "caption": "", "base": [], "experiments": lines}
+    monkeypatch.setattr(plan, "load_study", lambda name: study)
+    by_study = plan.for_overrides(["study=mine", *small])
+
+    def keys(planned):
+        return {folder for folder in planned.artefacts if not folder.startswith("report/")}
+
+    assert asked[0].targets == by_snakemake.targets and asked[0].artefacts.keys() == by_snakemake.artefacts.keys()
+    assert keys(asked[0]) == keys(by_snakemake) == keys(by_overrides) == keys(by_study)
+
+
+def test_an_experiment_that_is_asked_for_twice_is_one_row(small):
+    rtn = [dag.experiment([*small, "quantization=rtn", "allocation=uniform", f"seed={seed}"]) for seed in (0, 1)]
+    assert [member.config["quantization"]["method"] for member in dag.compared(rtn)] == ["none", "rtn"]
+
+
+def test_a_sweep_its_failures_and_one_that_overlaps(small, place, ran, monkeypatch, capsys):
+    sweep = ["quantization=gptq", "allocation=uniform", "allocation.bits=2,3", "calibration.num_sequences=8,10000"]
+    with pytest.raises(SystemExit) as ended:
+        command(monkeypatch, "--multirun", *small, *sweep)
+    said = capsys.readouterr()
+    assert ended.value.code == 1 and "Traceback" not in said.err
+    assert "2 of 4 members failed" in said.err
+    failed = [line for line in said.err.splitlines() if "needs 5000 windows" in line and "the log: " in line]
+    assert [line.split(": ")[1] for line in failed] == [
+        f"calibration.num_sequences=10000 allocation.bits={bits}" for bits in (2, 3)
+    ], "a line for each: what it has of its own, the reason and the log"
+    report = Path(said.out.splitlines()[-1])
+    assert [row["run"] for row in execution.rows(report)] == [
+        "16bit",
+        "gptq-2 calibration.num_sequences=8",
+        "gptq-3 calibration.num_sequences=8",
+    ] or [row["run"] for row in execution.rows(report)] == ["16bit", "gptq-2", "gptq-3"]
+    assert ran.count("calibration") == ran.count("model") == ran.count("report") == 1
+    assert "perplexity" in said.out and "gptq-3" in said.out, "the table is in the terminal"
+
+    ran.clear()
+    overlapping = ["quantization=rtn,gptq", "allocation=uniform", "allocation.bits=3", "calibration.num_sequences=8"]
+    command(monkeypatch, "--multirun", *small, *overlapping)
+    assert sorted(ran) == ["evaluation", "latency", "quantization", "report"], "the difference: RTN"
+
+
+def test_a_member_with_a_wrong_value_does_not_stop_the_others(small, place, ran):
+    answers = sweeps.Sweep(execution.Settings()).launch(
+        [[*small, "quantization=rtn", "allocation=uniform", f"allocation.bits={bits}"] for bits in (9, 3)]
+    )
+    assert [answer.status for answer in answers] == [JobStatus.FAILED, JobStatus.COMPLETED]
+    with pytest.raises(sweeps.MemberFailed, match=r"allocation\.bits=9: .*allocation"):
+        _ = answers[0].return_value
+    assert answers[1].return_value > 1 and answers[1].cfg.allocation.bits == 3
+
+
+GRID = Plugins.instance().class_name_to_class["hydra_plugins.moepress_launcher.GridSweeper"]
+
+
+class Asking(GRID):
+    """Asks for two widths, and then for the better one again beside a third."""
+
+    def sweep(self, arguments):
+        own = [argument for argument in arguments if not argument.startswith("allocation.bits=")]
+        first = self.launcher.launch([[*own, f"allocation.bits={bits}"] for bits in (2, 3)], initial_job_idx=0)
+        best = min(first, key=lambda answer: answer.return_value)
+        second = self.launcher.launch([list(best.overrides), [*own, "allocation.bits=4"]], initial_job_idx=2)
+        type(self).answers = [*first, *second]
+
+
+Asking.__module__ = "hydra_plugins.moepress_asking"  # the only place that Hydra takes plugins from
+
+
+def test_a_sweeper_that_asks_again(small, place, ran, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, Asking.__module__, types.SimpleNamespace(Asking=Asking))
+    monkeypatch.setattr(hydra_plugins, "moepress_asking", sys.modules[Asking.__module__], raising=False)
+    Plugins.instance().register(Asking)
+    asking = ["hydra.sweeper._target_=hydra_plugins.moepress_asking.Asking", "quantization=rtn", "allocation=uniform"]
+    command(monkeypatch, "--multirun", *small, *asking, "objective=delta_nll")
+    report = Path(capsys.readouterr().out.splitlines()[-1])
+    rows = {row["run"]: row for row in execution.rows(report)}
+    values = [answer.return_value for answer in Asking.answers]
+    assert set(rows) == {"16bit", "rtn-2", "rtn-3", "rtn-4"}, "the last report has all that were asked for, each once"
+    assert values[:2] == [rows["rtn-2"]["delta_nll"], rows["rtn-3"]["delta_nll"]] and values[2] == min(values[:2])
+    assert values[3] == rows["rtn-4"]["delta_nll"]
+    assert ran.count("quantization") == 3 and ran.count("model") == 1
+
+    member = dag.experiment(
+        [*small, "quantization=rtn", "allocation=uniform", "allocation.bits=2", "objective=[ppl_mean,nothing]"]
+    )
+    done = plan.for_experiments([dag.experiment(Asking.answers[n].overrides) for n in (0, 1, 3)])
+    with pytest.raises(ValueError, match=r"objective=nothing: runs\.csv has no such column; there is .*ppl_mean"):
+        sweeps.objective(done, member)
+    member.config["objective"] = ["ppl_mean", "bits_nominal"]
+    assert sweeps.objective(done, member) == (rows["rtn-2"]["ppl_mean"], 2.0)
+    member.config["objective"] = None
+    assert sweeps.objective(done, member) is None
+
+
+def test_what_no_member_can_be_is_refused_before_anything(small, place, monkeypatch, capsys):
+    for argument in ("study=default", "out=there"):
+        with pytest.raises(SystemExit) as ended:
+            command(monkeypatch, "--multirun", *small, argument, "seed=0,1")
+        assert f"moepress: {argument}: a s" in str(ended.value)
+    with pytest.raises(ValueError, match=r"objective=3: expected a column of runs\.csv|objective=3"):
+        config.resolve(["objective=3"])
+
+
+def test_the_launchers_settings_become_snakemakes_options():
+    options = execution.Settings().options(None)
+    assert options[0] == "--cores" and "--executor" not in options and "--keep-going" in options
+    cluster = execution.Settings(executor="slurm", jobs=16, profile="p", arguments=("--resources", "gpu=4"))
+    assert cluster.options(None) == [
+        *("--executor", "slurm", "--jobs", "16", "--workflow-profile", "p", "--keep-going", "--resources", "gpu=4")
+    ]
+    assert execution.Settings(cores=3).options(2)[:2] == ["--cores", "3"]
+    assert execution.Settings().options(2)[:2] == ["--cores", "2"]
