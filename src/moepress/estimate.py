@@ -28,6 +28,8 @@ TRIAL_FLOPS = 250
 """What one trial of the grid search costs for one weight: some ten passes over memory, in a matrix product's operations."""
 UNPACK_FLOPS = 400
 """What it costs to unpack one weight, likewise."""
+REFINE_UPDATES = 14
+"""What one round of refinement costs, in GPTQ's own updates: seven products of the error with the curvature, each of two."""
 UNKNOWN_BLOCKS = 256
 """Of each domain, where evaluation.num_blocks asks for all: before the text is read nobody knows."""
 STEP_SECONDS = 4e-4
@@ -86,6 +88,7 @@ def disk(model: Outline, config: dict, folder_bytes: int | None) -> dict[str, in
         streams = 3  # a layer's input, its output and its block's input; see models/streams.py
     if config["quantization"]["method"] in ("gptq", "qesc"):
         streams = 6  # the same of the quantized model
+        streams += config["quantization"]["tune_steps"] > 0  # and what a layer is tuned towards
     each = 4 * calibration["num_sequences"] * calibration["seq_len"] * model.shape.hidden_size
     found = {"hidden states, while it runs": streams * each}
     if folder_bytes is not None:
@@ -119,7 +122,8 @@ def forward_flops(model: Outline, tokens: int, length: int) -> float:
 
 
 def trials(settings: dict) -> int:
-    return 3 * settings["clip_steps"] + 2 * settings["fit_rounds"]
+    """Of the grid search; a search of both ends together is a third of one that takes each by itself too."""
+    return (3 if settings["clip_ends"] == "apart" else 1) * settings["clip_steps"] + 2 * settings["fit_rounds"]
 
 
 def experts_work(model: Outline, tokens: int, settings: dict, method: str) -> tuple[float, float, float]:
@@ -133,6 +137,7 @@ def experts_work(model: Outline, tokens: int, settings: dict, method: str) -> tu
     gate_up = 2 * (tokens + routed) * H**2 + 4 / 3 * E * H**3
     down = (routed + E * min(tokens, I)) * (4 * I * H + 2 * I**2) + 4 / 3 * E * I**3
     updates = E * (2 * I * H**2 + H * I**2)
+    updates *= 1 + REFINE_UPDATES * settings["refine_rounds"]
     return gate_up, search + down + updates, -(-E // experts_at_once(H, I, E)) * (H + I)
 
 
@@ -163,7 +168,12 @@ def quantization_work(model: Outline, calibration: dict, settings: dict) -> tupl
                 again = 1 if kind == "attention" else 4
                 flops += again * 2 * tokens * entry.numel + 2 * tokens * columns**2 + 4 / 3 * columns**3 + rows * columns**2
                 steps += columns
-    return flops + 2 * forward_flops(model, tokens, calibration.get("seq_len", 0)), steps
+    flops += 2 * forward_flops(model, tokens, calibration.get("seq_len", 0))
+    if method != "rtn" and settings["tune_steps"]:  # forward, and back with an expert's forward anew; twice it is unpacked
+        seen = settings["tune_steps"] * max(settings["tune_tokens"], calibration["seq_len"])
+        flops += forward_flops(model, tokens, calibration["seq_len"]) + 4 * forward_flops(model, seen, calibration["seq_len"])
+        flops += settings["tune_steps"] * 2 * UNPACK_FLOPS * model.routed_weights
+    return flops, steps
 
 
 def measurement_work(model: Outline, config: dict, is_packed: bool) -> tuple[float, float]:

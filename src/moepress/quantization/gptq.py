@@ -19,10 +19,13 @@ class Curvature:
         self.sum_EII = torch.zeros(num_matrices, width, width, device=device)
         self.count_E = torch.zeros(num_matrices, device=device)
 
-    def add(self, matrix: int, x_TI: torch.Tensor, share_T: torch.Tensor | None = None) -> None:
-        """Inputs of one matrix; share: how much each token counts, 1 on average."""
+    def add(
+        self, matrix: int, x_TI: torch.Tensor, share_T: torch.Tensor | None = None, left_TI: torch.Tensor | None = None
+    ) -> None:
+        """Inputs of one matrix; share: how much each token counts, 1 on average; left: for `sum left x^T` instead."""
         x = x_TI.float()
-        self.sum_EII[matrix].addmm_(x.T, x if share_T is None else x * share_T[:, None])
+        left = x if left_TI is None else left_TI.float()
+        self.sum_EII[matrix].addmm_(left.T, x if share_T is None else x * share_T[:, None])
         self.count_E[matrix] += x.shape[0]
 
     def mean(self) -> torch.Tensor:
@@ -37,6 +40,16 @@ def shrunk(routed: Curvature, prior: Curvature) -> torch.Tensor:
     share = width / prior.count_E.clamp(min=1)
     routed.sum_EII.addcmul_(prior.sum_EII, share[:, None, None])
     return routed.sum_EII.div_((routed.count_E + width)[:, None, None])
+
+
+def asymmetric(w_EOI: torch.Tensor, drift_EII: torch.Tensor, h_EII: torch.Tensor, damping: float, strength: float):
+    """The weights to approximate so that the output on the quantized stream's input `x_hat` is the original's on `x`.
+
+    `min_Q |W x - Q x_hat|^2` is `min_Q tr((W* - Q) H (W* - Q)^T)` with `W* = W + W D H^-1`, `D = mean (x - x_hat) x_hat^T`
+    (drift) and `H = mean x_hat x_hat^T` (GPTAQ, arXiv 2504.02692). strength: of the change, 0 to 1. All `[E, ., I]`.
+    """
+    u = inverse_factor(h_EII, damping)
+    return w_EOI + strength * (w_EOI @ drift_EII) @ u.transpose(1, 2) @ u
 
 
 def inverse_factor(h_EII: torch.Tensor, damping: float) -> torch.Tensor:
@@ -108,7 +121,7 @@ def gptq(
         assert factor_EII is None, "the factor depends on the order"
         for group in range(I // group_size):
             search(group)
-        order_EI = importance.argsort(1, descending=True, stable=True)
+        order_EI = importance.argsort(dim=1, descending=True, stable=True)
         rows_EI = torch.arange(E, device=w.device)[:, None]
         w = w[rows_EI, order_EI]
         h_EII = h_EII[rows_EI[..., None], order_EI[:, :, None], order_EI[:, None, :]]
@@ -139,6 +152,6 @@ def gptq(
         codes[:, :, start:end] = rounded.transpose(1, 2)
         w[:, end:].baddbmm_(u[:, start:end, end:].transpose(1, 2), errors, alpha=-1)
     if order_EI is not None:
-        codes = codes.gather(2, order_EI.argsort(1)[:, None].expand(E, O, I))
+        codes = codes.gather(2, order_EI.argsort(dim=1)[:, None].expand(E, O, I))
     scales, zeros = (part.transpose(1, 2).contiguous() for part in (scales, zeros))
     return Quantized(codes, scales.half(), zeros.to(torch.int16), list(bits))

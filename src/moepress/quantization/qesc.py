@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from moepress.inference.packed import PackedExperts
+from moepress.inference.packed import PackedExperts, PackedLinear
 from moepress.models.families import layer_prefix
 from moepress.models.limits import TOKENS_AT_ONCE
 from moepress.models.streaming import DTYPES, ModelStream, Routing
@@ -25,6 +25,7 @@ from moepress.models.streams import Streams
 from moepress.quantization.experts import ExpertInputs, Recipe, quantize_experts
 from moepress.quantization.gptq import Curvature
 from moepress.quantization.router import RouterFit, num_candidates, shift
+from moepress.quantization.tuning import Tuned, tune
 
 STREAMS = ("x", "x_hat")
 
@@ -39,7 +40,7 @@ class LayerResult:
     diagnostics: dict
 
 
-@torch.inference_mode()
+@torch.no_grad()  # and not inference mode: tuning needs gradients of what is made here
 def quantize_model(
     stream: ModelStream,
     tokens_NS: torch.Tensor | None,
@@ -80,6 +81,7 @@ class LayerQuantizer:
         self.tensors: dict[str, torch.Tensor] = {}
         self.modules: dict[str, int | list[int]] = {}
         self.diagnostics: dict = {"layer": index}
+        self.originals: dict[str, Callable] = {}  # the 16-bit matrices of packed modules, for tuning
 
     def run(self, bits: list[int] | None) -> LayerResult:
         """bits: of each expert; None for a dense layer."""
@@ -91,6 +93,7 @@ class LayerQuantizer:
             original = stream.route(layer, m) if bits else None
             stream.add_block(layer, x_next, m)
             x_hat, x_hat_next, m_hat = streams["x_hat"], streams.next("x_hat"), streams.scratch("m_hat")
+            target = self.tuning_target(x_hat, x_next, m_hat) if self.recipe.tune_steps else None
 
         self.quantize_linears("attention", lambda: stream.attend(self.index, layer, x_hat, x_hat_next, m_hat))
         if streams:
@@ -99,7 +102,11 @@ class LayerQuantizer:
                 routing = self.calibrate_router(m, m_hat, original)
         self.quantize_linears("shared", lambda: self.see_block(m_hat, bits))
         if bits:
-            self.quantize_experts(bits, m_hat.flatten(0, 1) if streams else None, routing)
+            seen = (m_hat.flatten(0, 1), m.flatten(0, 1)) if streams else (None, None)
+            self.quantize_experts(bits, *seen, routing)
+        if streams and self.recipe.tune_steps:
+            self.tune(x_hat, target)
+            stream.attend(self.index, layer, x_hat, x_hat_next, m_hat)
         self.keep_rest()
         if streams:
             stream.add_block(layer, x_hat_next, m_hat)
@@ -122,7 +129,14 @@ class LayerQuantizer:
             quantized = self.recipe.quantize(linear.weight[None], curvatures.get(name), [bits])
             self.tensors |= {f"{self.prefix}{name}.{part}": tensor for part, tensor in quantized.pack().items()}
             self.modules[self.prefix + name] = bits
-            linear.weight.copy_(quantized.dequantize(self.stream.dtype)[0])
+            if self.recipe.tune_steps:
+                packed = PackedLinear(linear, bits, self.recipe.group_size)
+                for part, tensor in quantized.pack().items():
+                    packed.get_buffer(part).copy_(tensor)
+                self.layer.set_submodule(name, packed)
+                self.originals[name] = lambda _, weight=linear.weight: weight
+            else:
+                linear.weight.copy_(quantized.dequantize(self.stream.dtype)[0])
 
     def calibrate_router(self, m: torch.Tensor, m_hat: torch.Tensor, original: Routing) -> Routing:
         """Re-fit the router where the recipe says so; the routing that the experts get."""
@@ -149,16 +163,20 @@ class LayerQuantizer:
         self.tensors[self.prefix + name] = fitted
         weight.copy_(fitted.to(stream.dtype))
 
-    def quantize_experts(self, bits: list[int], m_hat_TH: torch.Tensor | None, routing: Routing | None) -> None:
-        """Pack the experts and put them in the layer as inference will have them."""
+    def quantize_experts(self, bits: list[int], m_hat_TH, m_TH, routing: Routing | None) -> None:
+        """Pack the experts and put them in the layer as inference will have them. m_hat, m: the block's input in the quantized
+        and in the original stream, `[T, H]`; None, as the routing, where no text is read."""
         name = self.stream.family.experts
         experts = self.layer.get_submodule(name)
-        inputs = ExpertInputs(experts, m_hat_TH, routing, self.coverage, self.stream.device) if routing else None
+        inputs = ExpertInputs(experts, m_hat_TH, routing, self.coverage, self.stream.device, m_TH) if routing else None
         packed, errors = quantize_experts(self.recipe, experts, bits, inputs)
         module = PackedExperts(experts, bits, self.recipe.group_size, self.stream.device)
         for part, tensor in packed.items():
             module.get_buffer(part).copy_(tensor)
         self.layer.set_submodule(name, module)
+        if self.recipe.tune_code_rate:
+            self.originals[f"{name}.gate_up"] = lambda e: experts.gate_up_matrix(e, torch.float32)
+            self.originals[f"{name}.down"] = lambda e: experts.down_matrix(e, torch.float32)
         self.tensors |= {f"{self.prefix}{name}.{part}": tensor for part, tensor in packed.items()}
         self.modules[self.prefix + name] = list(bits)
         self.diagnostics["bits"] = list(bits)
@@ -166,6 +184,28 @@ class LayerQuantizer:
             self.diagnostics["tokens"] = inputs.num_tokens
             self.diagnostics["starved"] = [e for e, n in enumerate(inputs.num_tokens) if n < experts.hidden_size]
             self.diagnostics["expert_errors"] = errors
+
+    def tuning_target(self, x_hat: torch.Tensor, x_next: torch.Tensor, m_hat: torch.Tensor) -> torch.Tensor:
+        """What the 16-bit layer makes of the quantized stream, drawn towards the original stream's by `tune_asymmetry`."""
+        target = self.streams.scratch("target")
+        self.stream.attend(self.index, self.layer, x_hat, target, m_hat)
+        self.stream.add_block(self.layer, target, m_hat)
+        if self.recipe.tune_asymmetry:
+            target.lerp_(x_next, self.recipe.tune_asymmetry)
+        return target
+
+    def tune(self, x_hat: torch.Tensor, target: torch.Tensor) -> None:
+        """Tune the layer's scales, and its norms and router where the recipe says so, with its codes fixed."""
+        stream, recipe, names = self.stream, self.recipe, self.stream.layer_names(self.index)
+        router = f"{stream.family.router_path}.{stream.family.router_weight}"
+        rest = {n: p for n, p in self.layer.named_parameters() if n in names and (p.dim() == 1 or n == router)}
+        tuned = Tuned(self.layer, rest if recipe.tune_rest else {})
+        steps = (recipe.tune_steps, recipe.tune_tokens, recipe.tune_rate, recipe.tune_code_rate)
+        errors = tune(stream, self.index, self.layer, x_hat, target, tuned, *steps, self.originals)
+        dtypes = {name: DTYPES[stream.entries[names[name]].dtype] for name in tuned.rest}
+        self.tensors |= {self.prefix + name: tensor.cpu() for name, tensor in tuned.finish(dtypes).items()}
+        tenth = -(-len(errors) // 10)
+        self.diagnostics["tuning_error"] = [sum(part) / tenth for part in (errors[:tenth], errors[-tenth:])]
 
     def keep_rest(self) -> None:
         """What is not quantized keeps its bytes: the only tensors that are read a second time."""

@@ -19,7 +19,9 @@ BLOCK = 128
 """Columns between two updates of the whole gradient."""
 
 
-def refine(w_EOI: torch.Tensor, h_EII: torch.Tensor, start: Quantized, damping: float, rounds: int, zero_steps: int) -> Quantized:
+def refine(
+    w_EOI: torch.Tensor, h_EII: torch.Tensor, start: Quantized, damping: float, rounds: int, zero_steps: int
+) -> Quantized:
     """`start` improved in `rounds` rounds. w: what is approximated, `[E, O, I]`; h: the curvature that `start` was found with,
     damped as there; zero_steps: of a code's step, as `grid.Search` has it."""
     if not rounds:

@@ -158,7 +158,7 @@ def is_step(run: Run, other: Run, step: str) -> bool:
     own, base = getattr(run, step), getattr(other, step)
     wanted = BASELINES[step].get(own["method"]) if step == "quantization" else BASELINES[step]
     same_rest = all(getattr(run, group) == getattr(other, group) for group in BASELINES if group != step)
-    common = (set(own) & set(base)) - {"method"}
+    common = (set(own) & set(base)) - {"method", "name"}
     return own["method"] != base["method"] == wanted and same_rest and all(own[key] == base[key] for key in common)
 
 

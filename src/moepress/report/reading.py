@@ -16,7 +16,7 @@ from moepress.models import families
 
 def label(method: str) -> str:
     """A method as people write it."""
-    return "16 bit" if method == "none" else method.upper()
+    return "16 bit" if method == "none" else method.upper().replace("_", " ")
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Run:
         """What stays the same along one line of a figure: the methods, and overrides that the name lists, but not the
         size and the seed."""
         allocation = self.allocation["method"] if self.is_quantized else "uniform"
-        parts = [label(self.quantization["method"])]
+        parts = [label(self.quantization.get("name", self.quantization["method"]))]
         parts += [label(allocation)] if allocation != "uniform" else []
         parts += [self.pruning_label] if self.is_pruned else []
         return " ".join([" + ".join(parts), *self.extras])
