@@ -194,7 +194,6 @@ class GPTQ(RTN):
     tune_steps: int
     tune_tokens: int
     tune_rate: float
-    tune_code_rate: float
     tune_rest: bool
     tune_asymmetry: float
 
@@ -208,9 +207,8 @@ class GPTQ(RTN):
         check(0 <= self.refine_rounds <= 100, "quantization.refine_rounds", self.refine_rounds, "between 0 and 100")
         check(self.tune_steps >= 0, "quantization.tune_steps", self.tune_steps, "0 for no tuning, or more")
         check(self.tune_tokens >= 1, "quantization.tune_tokens", self.tune_tokens, "at least 1")
-        for name in ("tune_rate", "tune_code_rate"):
-            value = getattr(self, name)
-            check(0 <= value <= 0.1, f"quantization.{name}", value, "between 0 and 0.1 of a scale, or of a code, a step")
+        expected = "above 0 and at most 0.1 of a scale, a step"
+        check(0 < self.tune_rate <= 0.1, "quantization.tune_rate", self.tune_rate, expected)
 
 
 @dataclass

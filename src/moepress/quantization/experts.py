@@ -51,7 +51,6 @@ class Recipe:
     tune_steps: int = 0
     tune_tokens: int = 0
     tune_rate: float = 0.0
-    tune_code_rate: float = 0.0
     tune_rest: bool = False
     tune_asymmetry: float = 0.0
 

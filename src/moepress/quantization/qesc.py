@@ -81,7 +81,6 @@ class LayerQuantizer:
         self.tensors: dict[str, torch.Tensor] = {}
         self.modules: dict[str, int | list[int]] = {}
         self.diagnostics: dict = {"layer": index}
-        self.originals: dict[str, Callable] = {}  # the 16-bit matrices of packed modules, for tuning
 
     def run(self, bits: list[int] | None) -> LayerResult:
         """bits: of each expert; None for a dense layer."""
@@ -134,7 +133,6 @@ class LayerQuantizer:
                 for part, tensor in quantized.pack().items():
                     packed.get_buffer(part).copy_(tensor)
                 self.layer.set_submodule(name, packed)
-                self.originals[name] = lambda _, weight=linear.weight: weight
             else:
                 linear.weight.copy_(quantized.dequantize(self.stream.dtype)[0])
 
@@ -174,9 +172,6 @@ class LayerQuantizer:
         for part, tensor in packed.items():
             module.get_buffer(part).copy_(tensor)
         self.layer.set_submodule(name, module)
-        if self.recipe.tune_code_rate:
-            self.originals[f"{name}.gate_up"] = lambda e: experts.gate_up_matrix(e, torch.float32)
-            self.originals[f"{name}.down"] = lambda e: experts.down_matrix(e, torch.float32)
         self.tensors |= {f"{self.prefix}{name}.{part}": tensor for part, tensor in packed.items()}
         self.modules[self.prefix + name] = list(bits)
         self.diagnostics["bits"] = list(bits)
@@ -200,8 +195,8 @@ class LayerQuantizer:
         router = f"{stream.family.router_path}.{stream.family.router_weight}"
         rest = {n: p for n, p in self.layer.named_parameters() if n in names and (p.dim() == 1 or n == router)}
         tuned = Tuned(self.layer, rest if recipe.tune_rest else {})
-        steps = (recipe.tune_steps, recipe.tune_tokens, recipe.tune_rate, recipe.tune_code_rate)
-        errors = tune(stream, self.index, self.layer, x_hat, target, tuned, *steps, self.originals)
+        steps = (recipe.tune_steps, recipe.tune_tokens, recipe.tune_rate)
+        errors = tune(stream, self.index, self.layer, x_hat, target, tuned, *steps)
         dtypes = {name: DTYPES[stream.entries[names[name]].dtype] for name in tuned.rest}
         self.tensors |= {self.prefix + name: tensor.cpu() for name, tensor in tuned.finish(dtypes).items()}
         tenth = -(-len(errors) // 10)
