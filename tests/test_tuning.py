@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
+from moepress.inference.checkpoint import load
 from moepress.inference.packed import PackedLinear, PackedMatrices
 from moepress.models.streaming import ModelStream
-from moepress.quantization import grid
+from moepress.models.streams import Streams
+from moepress.quantization import distilling, grid, writer
 from moepress.quantization.experts import Recipe
 from moepress.quantization.qesc import quantize_model
 from moepress.quantization.tuning import Tuned, token_weights
@@ -82,3 +85,35 @@ def test_only_scales_are_held_beside_the_packed_weights():
     tuned = Tuned(packed, {})
     assert isinstance(packed, PackedMatrices) and packed.codes.dtype == torch.uint8
     assert sum(t.numel() for part in (tuned.scales, tuned.factors) for t in part.values()) == 2 * packed.scales.numel()
+
+
+def test_distilling_brings_the_packed_model_nearer_and_can_be_repeated(model_folder, tmp_path):
+    """What is kept and put into the shards is what was tuned; codes stay; a second writing gives the same bytes."""
+    stream, out = ModelStream(model_folder), tmp_path / "packed"
+    out.mkdir()
+    recipe, modules = Recipe("gptq", **COMMON), {}
+    for result in quantize_model(stream, TOKENS, BITS, recipe, out / "streams"):
+        writer.write_shard(out, result.index, stream.shape.num_layers, result.tensors)
+        modules |= result.modules
+    writer.finish(out, stream, recipe.group_size, modules)
+    x = Streams(out / "streams", ("x",), (*TOKENS.shape, stream.shape.hidden_size))["x"]
+
+    def divergence():
+        with torch.inference_mode():
+            log_p = load(model_folder, "cpu")[0](TOKENS).logits.log_softmax(-1)
+            return (log_p.exp() * (log_p - load(out, "cpu")[0](TOKENS).logits.log_softmax(-1))).sum(-1).mean().item()
+
+    before, codes = divergence(), load_file(out / "model-00001-of-00003.safetensors")
+    tuned, losses = distilling.distill(out, stream, x, TOKENS, 12, 96, 0.01)
+    assert any(name.endswith("gate.weight") for name in tuned) and "model.norm.weight" in tuned
+    assert abs(losses[0] / before - 1) < 0.5, "the streamed 16-bit model says what the loaded one says"
+    distilling.keep(tmp_path / "tuned.safetensors", tuned, losses)
+    kept = load_file(tmp_path / "tuned.safetensors")
+    kept.pop("losses")
+    distilling.replace(out, kept)
+    assert divergence() < 0.9 * before  # load checks every hash, too
+    after = load_file(out / "model-00001-of-00003.safetensors")
+    assert all(torch.equal(t, after[n]) for n, t in codes.items() if n.endswith((".codes", ".zeros")))
+    assert {n: (t.dtype, t.shape) for n, t in codes.items()} == {n: (t.dtype, t.shape) for n, t in after.items()}
+    distilling.replace(out, kept)
+    assert all(torch.equal(t, after[n]) for n, t in load_file(out / "model-00001-of-00003.safetensors").items())

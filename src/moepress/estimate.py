@@ -60,6 +60,8 @@ def memory(model: Outline, config: dict, packed_bytes: int | None, device: str, 
     found = {"statistics": layer + experts} if has_statistics(config) else {}
     if quantized:
         found["quantization"] = layer + max(experts, linears)
+        if config["quantization"].get("distill_steps"):  # the packed model, a layer of it unpacked, some logits
+            found["quantization"] = max(found["quantization"], layer + packed_bytes + 4 * E * model.expert_weights)
     logits = 3 * 4 * config["evaluation"]["batch_size"] * config["evaluation"]["seq_len"] * shape.vocab_size
     original = unpacked_bytes(model, device)
     is_whole = library + 1.1 * original < has  # as inference/checkpoint.py's `fits`
@@ -173,6 +175,10 @@ def quantization_work(model: Outline, calibration: dict, settings: dict) -> tupl
         seen = settings["tune_steps"] * max(settings["tune_tokens"], calibration["seq_len"])
         flops += forward_flops(model, tokens, calibration["seq_len"]) + 4 * forward_flops(model, seen, calibration["seq_len"])
         flops += settings["tune_steps"] * 2 * UNPACK_FLOPS * model.routed_weights
+    if method != "rtn" and settings["distill_steps"]:
+        seen = settings["distill_steps"] * max(settings["tune_tokens"], calibration["seq_len"])
+        flops += 4 * forward_flops(model, seen, calibration["seq_len"])
+        flops += settings["distill_steps"] * 2 * UNPACK_FLOPS * model.routed_weights
     return flops, steps
 
 

@@ -196,6 +196,7 @@ class GPTQ(RTN):
     tune_rate: float
     tune_rest: bool
     tune_asymmetry: float
+    distill_steps: int
 
     def __post_init__(self):
         super().__post_init__()
@@ -205,7 +206,8 @@ class GPTQ(RTN):
         for name in ("asymmetry", "tune_asymmetry"):
             check(0 <= getattr(self, name) <= 1, f"quantization.{name}", getattr(self, name), "between 0 and 1")
         check(0 <= self.refine_rounds <= 100, "quantization.refine_rounds", self.refine_rounds, "between 0 and 100")
-        check(self.tune_steps >= 0, "quantization.tune_steps", self.tune_steps, "0 for no tuning, or more")
+        for name in ("tune_steps", "distill_steps"):
+            check(getattr(self, name) >= 0, f"quantization.{name}", getattr(self, name), "0 for none, or more")
         check(self.tune_tokens >= 1, "quantization.tune_tokens", self.tune_tokens, "at least 1")
         expected = "above 0 and at most 0.1 of a scale, a step"
         check(0 < self.tune_rate <= 0.1, "quantization.tune_rate", self.tune_rate, expected)

@@ -53,6 +53,7 @@ class Recipe:
     tune_rate: float = 0.0
     tune_rest: bool = False
     tune_asymmetry: float = 0.0
+    distill_steps: int = 0
 
     @property
     def search(self) -> grid.Search:

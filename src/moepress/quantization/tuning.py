@@ -14,6 +14,7 @@ Legend: N sequences, S positions, H hidden size.
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -63,6 +64,32 @@ class Tuned:
         return tensors
 
 
+def descend(tuned: Tuned, num: int, batch: int, steps: int, rate: float, seed: int, loss: Callable) -> list[float]:
+    """Adam over `num` sequences, `batch` a step, on `loss(chosen)`; leaves the result in `tuned`, returns each step's loss.
+
+    rate: the first, see `Tuned.groups`; it falls to 0 as a cosine. The order follows from the seed alone, so a run that was
+    killed ends with the same bytes.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.Adam(tuned.groups(rate), betas=(0.9, 0.95))
+    rates = [group["lr"] for group in optimizer.param_groups]
+    left, losses = torch.empty(0, dtype=torch.long), []
+    for step in range(steps):
+        if len(left) < batch:
+            left = torch.cat([left, torch.randperm(num, generator=generator)])
+        chosen, left = left[:batch], left[batch:]
+        with torch.enable_grad():
+            tuned.apply()
+            found = loss(chosen)
+            found.backward()
+        for group, full in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = full * (1 + math.cos(math.pi * step / steps)) / 2
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(found.item())
+    return losses
+
+
 def tune(
     stream: ModelStream,
     index: int,
@@ -74,39 +101,20 @@ def tune(
     tokens: int,
     rate: float,
 ) -> list[float]:
-    """Run `steps` steps of about `tokens` tokens and leave the result in `tuned`; returns each step's relative error.
-
-    rate: Adam's first, see `Tuned.groups`; it falls to 0 as a cosine.
-    The sequences' order depends on the layer's index alone, so a run that was killed ends with the same bytes.
-    """
+    """Tune a layer in `steps` steps of about `tokens` tokens, in place; returns each step's relative error."""
     N, S = x_hat_NSH.shape[:2]
-    batch = min(N, max(1, tokens // S))
     weights_NS = token_weights(target_NSH)
-    generator = torch.Generator().manual_seed(index)
-    optimizer = torch.optim.Adam(tuned.groups(rate), betas=(0.9, 0.95))
-    rates = [group["lr"] for group in optimizer.param_groups]
-    left, errors = torch.empty(0, dtype=torch.long), []
+
+    def loss(chosen):
+        y_hat = stream.call(index, layer, x_hat_NSH[chosen].to(stream.device))
+        y, weight = target_NSH[chosen].to(stream.device), weights_NS[chosen].to(stream.device)
+        return (weight * (y_hat - y).square().sum(-1)).sum() / (weight * y.square().sum(-1)).sum()
+
     experts = [module for module in layer.modules() if isinstance(module, PackedExperts)]
     for module in experts:  # what an expert's forward keeps for its backward would be all its weights
         module.output = partial(checkpoint, module.output, use_reentrant=False)
     try:
-        for step in range(steps):
-            if len(left) < batch:
-                left = torch.cat([left, torch.randperm(N, generator=generator)])
-            chosen, left = left[:batch], left[batch:]
-            falling = (1 + math.cos(math.pi * step / steps)) / 2
-            with torch.enable_grad():
-                tuned.apply()
-                y_hat = stream.call(index, layer, x_hat_NSH[chosen].to(stream.device))
-                y, weight = target_NSH[chosen].to(stream.device), weights_NS[chosen].to(stream.device)
-                loss = (weight * (y_hat - y).square().sum(-1)).sum() / (weight * y.square().sum(-1)).sum()
-                loss.backward()
-            for group, full in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = full * falling
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            errors.append(loss.item())
+        return descend(tuned, N, min(N, max(1, tokens // S)), steps, rate, index, loss)
     finally:
         for module in experts:
             del module.output
-    return errors
