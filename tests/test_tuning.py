@@ -5,6 +5,9 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from conftest import small_experiment
+from moepress import artefacts, plan
+from moepress.inference import saving
 from moepress.inference.checkpoint import load
 from moepress.inference.packed import PackedLinear, PackedMatrices
 from moepress.models.streaming import ModelStream
@@ -117,3 +120,39 @@ def test_distilling_brings_the_packed_model_nearer_and_can_be_repeated(model_fol
     assert {n: (t.dtype, t.shape) for n, t in codes.items()} == {n: (t.dtype, t.shape) for n, t in after.items()}
     distilling.replace(out, kept)
     assert all(torch.equal(t, after[n]) for n, t in load_file(out / "model-00001-of-00003.safetensors").items())
+
+
+def test_killed_while_the_shards_are_rewritten(tmp_path, model_folder, text_folder, monkeypatch):
+    """The stage goes on from what was tuned and ends with the bytes of a run that nobody stopped."""
+    overrides = [*small_experiment(model_folder, text_folder), "device=cpu", "experiment=best", "allocation=uniform"]
+    overrides += ["allocation.bits=2", "quantization.tune_steps=2", "quantization.distill_steps=3"]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    for place in (whole, stopped):
+        planned = plan.for_overrides([*overrides, f"paths.results={place}"])
+        for folder in planned.artefacts:
+            if folder.startswith(("corpus", "model", "calibration", "allocation")):
+                artefacts.run_stage(artefacts.task_path(place, folder), place / folder)
+    (folder,) = (folder for folder in planned.artefacts if folder.startswith("quantization"))
+    artefacts.run_stage(artefacts.task_path(whole, folder), whole / folder)
+
+    written = []
+
+    def killed(out, name, tensors):
+        if written:
+            raise KeyboardInterrupt
+        written.append(name)
+        saving.write_shard(out, name, tensors)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(distilling, "write_shard", killed)
+        artefacts.run_stage(artefacts.task_path(stopped, folder), stopped / folder)
+    monkeypatch.setattr(distilling, "distill", None)  # it is not done again
+    artefacts.run_stage(artefacts.task_path(stopped, folder), stopped / folder)
+    names = [
+        *(path.name for path in (whole / folder).glob("*.safetensors")),
+        "diagnostics.json",
+        "model.safetensors.index.json",
+    ]
+    assert len(names) == 5 and not (stopped / folder / "streams").exists()
+    assert all((whole / folder / name).read_bytes() == (stopped / folder / name).read_bytes() for name in names)
+    load(stopped / folder, "cpu")
