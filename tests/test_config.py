@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from moepress import config, dag
+from moepress.config import ROOT
 from moepress.schema import parse_bytes
 
 
@@ -34,6 +35,14 @@ def test_values_are_plain_and_resolved():
         (["allocation.bits=0.5"], r"allocation\.bits=0\.5.*between 1 and 4"),
         (["allocation=uniform", "allocation.bits=2.5"], r"allocation\.bits=2\.5.*allocation=pmq"),
         (["allocation.widths=[2,5]"], r"allocation\.widths=\[2, 5\].*\[1, 2, 3, 4, 8\]"),
+        (["allocation.widths=[2,2]"], r"allocation\.widths=\[2, 2\]: a list of widths"),
+        (["allocation=half", "allocation.bits=9"], r"allocation\.bits=9.*between 1 and 8"),
+        (["allocation=hessian", "allocation.keep=[8]"], r"allocation\.keep=\[8\]: a part of widths"),
+        (["allocation=random", "allocation.seed=-1"], r"allocation\.seed=-1"),
+        (["allocation=global", "allocation.gap=1"], r"allocation\.gap=1.*below 1"),
+        (["allocation.errors=none"], r"allocation\.errors='none': one of quantizer, minmax, nominal"),
+        (["gradients.num_sequences=0"], r"gradients\.num_sequences=0: at least 1"),
+        (["statistics.quantizer=awq"], r"statistics\.quantizer='awq': one of auto, rtn, gptq, minmax"),
         (["allocation.budget=lots"], r"allocation\.budget='lots'.*12GiB"),
         (["allocation.bits=1"], r"allocation\.bits=1: .*keep=\[2, 3\]; averages from 1\.375 to 3\.625 can be met"),
         (["quantization.group_size=100"], r"quantization\.group_size=100: a multiple of 8"),
@@ -41,6 +50,11 @@ def test_values_are_plain_and_resolved():
         (["quantization.damping=-1"], r"quantization\.damping=-1"),
         (["quantization.block_size=0"], r"quantization\.block_size=0: at least 1"),
         (["pruning=pesf", "pruning.alpha=-1"], r"pruning\.alpha=-1"),
+        (["pruning=odp", "pruning.quantile=2"], r"pruning\.quantile=2"),
+        (["pruning=odp", "pruning.protect=2"], r"pruning\.protect=2.*0\.02"),
+        (["pruning=ees", "pruning.threshold=-1"], r"pruning\.threshold=-1.*ratio between 0 and 1"),
+        (["pruning=static", "pruning.criterion=loss"], r"pruning\.criterion='loss': one of reap, frequency"),
+        (["pruning=static", "pruning.ratio=0.9"], r"pruning\.ratio=0\.9: .*at most 0\.75"),
         (["calibration.seq_len=1"], r"calibration\.seq_len=1: at least 8"),
         (["calibration.num_sequences=0"], r"calibration\.num_sequences=0: at least 1"),
         (["model=local"], r"model\.path is not set: give it as model\.path="),
@@ -93,6 +107,24 @@ def test_keys_follow_what_a_stage_reads():
     assert key("evaluation", "quantization=none", "allocation.bits=3") == key("evaluation", "quantization=none")
 
 
+def test_only_the_rules_that_read_something_wait_for_it():
+    def stages(*overrides):
+        found = dag.everything([dag.artefact("quantization", config.resolve(overrides))])
+        return {folder.split("/")[0] for folder in found}
+
+    for method in ("uniform", "half", "random"):
+        assert not {"statistics", "gradients"} & stages(f"allocation={method}")
+    for method in ("pmq", "pmq_code", "frequency", "weight", "hessian", "bsp"):
+        assert "statistics" in stages(f"allocation={method}") and "gradients" not in stages(f"allocation={method}")
+    assert {"statistics", "gradients"} <= stages("allocation=global")
+    shared = {
+        key("statistics", f"allocation={method}") for method in ("pmq", "frequency", "weight", "hessian", "bsp", "random")
+    }
+    assert shared == {key("statistics")} and key("statistics", "gradients.num_sequences=1") == key("statistics")
+    assert config.resolve(["allocation=pmq_code"])["statistics"]["quantizer"] == "minmax"
+    assert config.resolve(["allocation=pmq_code", "statistics.quantizer=rtn"])["statistics"]["quantizer"] == "rtn"
+
+
 def test_keys_are_the_same_in_another_process():
     code = "from moepress import config, dag; print(dag.artefact('latency', config.resolve([])).key)"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
@@ -127,11 +159,30 @@ def test_the_default_study():
         dag.load_study("nothing")
 
 
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "conf" / "study").glob("*.yaml")))
+def test_each_study_is_one_table_of_distinct_runs(name):
+    study = dag.load_study(name)
+    members = dag.study_experiments(study)
+    names = dag.run_names(members)
+    assert study["name"] == name and study["caption"].endswith(".") and any(dag.is_reference(m.config) for m in members)
+    assert len(set(names)) == len(names) and len({m.artefacts["evaluation"].key for m in members}) == len(members)
+
+
 def test_a_study_without_the_16_bit_model_gets_it():
     study = {"base": ["calibration.seq_len=64"], "experiments": ["quantization=gptq", "quantization=rtn seed=1"]}
     members = dag.study_experiments(study)
     assert [dag.is_reference(m.config) for m in members] == [True, False, False]
     assert dag.run_names(members) == ["16bit", "gptq-pmq-2.5", "rtn-pmq-2.5 seed=1"]
+
+
+def test_a_study_under_several_seeds():
+    """What draws nothing is there once; a caller's seed wins."""
+    lines = ["quantization=none", "quantization=rtn allocation=uniform", "quantization=gptq allocation=uniform"]
+    study = {"base": ["allocation.bits=2"], "seeds": [0, 1, 2], "experiments": lines}
+    members = dag.study_experiments(study)
+    assert dag.run_names(members) == ["16bit", "rtn-2", *(f"gptq-2 seed={seed}" for seed in (0, 1, 2))]
+    assert len({member.artefacts["quantization"].key for member in members[1:]}) == 4
+    assert len(dag.study_experiments(study, ["seed=5"])) == 3
 
 
 def test_no_stage_but_those_that_need_it_imports_torch():

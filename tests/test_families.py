@@ -30,7 +30,7 @@ QUANTIZATION = {
     "router_ridge": 0.01,
 }
 PMQ = {"method": "pmq", "bits": 2.5, "budget": None, "widths": [2, 3, 4], "keep": [2, 3], "weights": "renormalized"}
-PMQ |= {"frequency_exponent": 1.0, "weight_exponent": 1.0, "error_exponent": 2.0}
+PMQ |= {"frequency_exponent": 1.0, "weight_exponent": 1.0, "error_exponent": 2.0, "errors": "quantizer"}
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,8 @@ def test_the_chain(zoo, family, tmp_path):
     shape = stream.shape
     assert [layer["layer"] for layer in statistics] == list(shape.moe_layers)
     total = 2.5 * shape.num_experts * len(shape.moe_layers)
-    bits = [solution.bits for solution in allocation.pmq(statistics, PMQ, [2, 3, 4], [2, 3, 4], total)]
+    sizes, measured = {width: width for width in PMQ["widths"]}, {"widths": [2, 3, 4], "layers": statistics}
+    bits, _ = allocation.allocate(PMQ, len(shape.moe_layers), shape.num_experts, sizes, total, measured)
 
     out = tmp_path / "packed"
     out.mkdir()
@@ -132,11 +133,10 @@ def test_the_chain(zoo, family, tmp_path):
 
     for checkpoint in (model, original):
         plain = checkpoint(TOKENS).logits
-        hooks = attach(checkpoint, {"method": "pesf", "alpha": 0.9, "renormalize": True})
+        policy = attach(checkpoint, {"method": "pesf", "alpha": 0.9, "renormalize": True})
         pruned = checkpoint(TOKENS).logits
         assert pruned.isfinite().all() and not torch.allclose(pruned, plain)
-        for hook in hooks:
-            hook.remove()
+        policy.remove()
         assert torch.equal(checkpoint(TOKENS).logits, plain)
 
 

@@ -125,6 +125,25 @@ def test_gaussian_error_is_near_the_wide_search_figures(bits, relative):
     assert error < relative
 
 
+def test_minmax_against_the_formula():
+    """MC's own rounding, weight by weight; and its relative squared error on Gaussian weights, far above a searched grid's."""
+    w = torch.randn(4, 3, 64, generator=torch.Generator().manual_seed(10))
+    found = grid.minmax(w, [1, 2, 3, 4], 32).dequantize()
+    for e, o, start in itertools.product(range(4), range(3), (0, 32)):
+        group = w[e, o, start : start + 32]
+        if e == 0:
+            expected = group.sign() * group.abs().mean()
+        else:
+            low, high, top = group.min(), group.max(), 2 ** (e + 1) - 1
+            scale = ((high - low) / top).half().float()
+            zero = (-low / scale * 4).round() / 4
+            expected = ((group / scale + zero).round().clamp(0, top) - zero) * scale
+        assert torch.allclose(found[e, o, start : start + 32], expected, atol=2e-3)
+    w = torch.randn(4, 256, 512, generator=torch.Generator().manual_seed(8))
+    errors = (grid.minmax(w, [1, 2, 3, 4], 128).dequantize() - w).square().mean((1, 2))
+    assert errors[:3].tolist() == pytest.approx([0.363, 0.25, 0.047], rel=0.1)
+
+
 def test_constant_and_zero_groups():
     for value in (0.0, 1.0, -2.5):
         w = torch.full((1, 4, 32), value)

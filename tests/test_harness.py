@@ -197,7 +197,7 @@ def test_the_same_scores_as_lm_eval_itself(harness, model_folder, tmp_path):
     items, _ = quick.build(corpus_folder(tmp_path, texts), list(suites.QUICK), None)
     model, tokenizer = load(model_folder, "cpu")
     scored = harness.evaluate(harness.Bridge(model, tokenizer), dict.fromkeys(items), limit=5, items=items)
-    manager = lm_eval.tasks.TaskManager(include_path=quick.TASKS, include_defaults=False)
+    manager = lm_eval.tasks.TaskManager(include_path=suites.DEFINITIONS, include_defaults=False)
     quick.use(manager, items)
     lm = harness.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=3)
     found = lm_eval.simple_evaluate(lm, tasks=list(items), limit=5, task_manager=manager, bootstrap_iters=0)

@@ -3,7 +3,6 @@
 from types import SimpleNamespace
 
 import numpy as np
-import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,14 +11,9 @@ from moepress.report import paired
 from moepress.report.paired import Difference
 
 
-def series(values: dict[str, list[float]]) -> pd.Series:
-    pairs = [(stratum, place) for stratum, own in values.items() for place in range(len(own))]
-    return pd.Series(np.concatenate(list(values.values())), index=pd.MultiIndex.from_tuples(pairs))
-
-
 def compared(sides: list[list[dict[str, list[float]]]]) -> Difference:
     """`difference` of two lists of measured values, one for each seed."""
-    runs = [[series(values) for values in side] for side in sides]
+    runs = [[{name: np.asarray(own) for name, own in values.items()} for values in side] for side in sides]
     return paired.difference(*runs, measured=lambda run: run)
 
 
@@ -69,7 +63,7 @@ def test_what_is_not_known_is_not_called_a_difference():
     same = compared([[{"a": [1.0, 2.0]}]] * 2)
     assert same[:2] == (0, 0) and same.interval == (0, 0) and same.is_noise
     assert not compared([[{"a": [1.0, 2.0]}], [{"a": [0.5, 1.5]}]]).is_noise, "the same in every pair"
-    empty = paired.difference([None], [None], lambda _: series({"a": [1.0]})[:0])
+    empty = paired.difference([None], [None], lambda _: {})
     assert np.isnan(empty.value) and empty.is_noise
 
 
@@ -102,6 +96,15 @@ def test_each_method_meets_what_it_builds_on():
     expected = [(1, 0, "quantization"), (2, 1, "quantization"), (3, 2, "allocation"), (4, 2, "pruning")]
     assert steps(runs) == expected
     assert steps([run(RTN, UNIFORM), run(QESC, UNIFORM)]) == [], "the step between is missing"
+
+
+def test_between_two_widths_half_is_the_plain_allocation():
+    half = {"method": "half", "bits": 2.5, "widths": [1, 2, 3, 4, 8]}
+    pmq = {"method": "pmq", "bits": 2.5, "keep": [3], "widths": [1, 2, 3]}
+    assert steps([run(GPTQ, half), run(GPTQ, pmq)]) == [(1, 0, "allocation")]
+    same = {"bits": 2}
+    runs = [run(GPTQ, UNIFORM), run(GPTQ, half | same), run(GPTQ, pmq | same)]
+    assert steps(runs) == [(1, 0, "allocation"), (2, 0, "allocation"), (2, 1, "allocation")]
 
 
 def test_only_what_differs_in_one_thing_is_compared():

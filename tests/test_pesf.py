@@ -71,7 +71,7 @@ def test_in_a_model_padding_and_neighbours_do_not_matter(model_folder, experts):
     ids = torch.randint(1, 250, (2, 24), generator=g)
     with torch.inference_mode():
         plain = model(input_ids=ids).logits
-        hooks = attach(model, {"method": "pesf", "alpha": 0.9, "renormalize": True})
+        policy = attach(model, {"method": "pesf", "alpha": 0.9, "renormalize": True})
         kept = []
         watch = experts_of(model)[0].register_forward_pre_hook(lambda _, args: kept.append(args[1]))
         alone = model(input_ids=ids[:1, :17]).logits
@@ -79,8 +79,8 @@ def test_in_a_model_padding_and_neighbours_do_not_matter(model_folder, experts):
         mask[0, 17:] = 0
         padded = model(input_ids=ids, attention_mask=mask).logits[:1, :17]
         pruned = model(input_ids=ids).logits
-        for hook in (*hooks, watch):
-            hook.remove()
+        watch.remove()
+        policy.remove()
         again = model(input_ids=ids).logits
     assert torch.allclose(alone, padded, atol=1e-4)
     assert (kept[0] == 4).any() and pruned.isfinite().all() and not torch.allclose(pruned, plain, atol=1e-3)

@@ -13,7 +13,8 @@ from moepress import config, estimate, forecast
 from moepress.models import families, outline
 from moepress.models.files import Entry
 from moepress.quantization.budget import Prediction
-from moepress.schema import parse_bytes
+from moepress.quantization.size import mixed
+from moepress.schema import SCHEMA, parse_bytes
 from zoo import write_zoo_model
 
 SMALL = ["quantization.group_size=32", "device=cpu"]
@@ -116,10 +117,10 @@ def test_what_an_index_must_say(deepseek_v3, tmp_path):
 
 def test_a_carving_is_planned_before_its_dense_model_is_there(tmp_path):
     found = outline.from_carving(config.values(["model=carved"])["model"])
-    assert found.num_weights == pytest.approx(134.5e6 + 30 * 33 * 576, rel=1e-3), "the dense model's, routers and gates"
-    assert found.shape.num_experts == 32 and len(found.shape.moe_layers) == 30
+    assert found.num_weights == pytest.approx(134.5e6 + 20 * 65 * 576, rel=1e-3), "the dense model's, routers and gates"
+    assert found.shape.num_experts == 64 and found.shape.moe_layers == tuple(range(10, 30))
     text, _ = forecast.forecast(["model=carved", f"paths.cache={tmp_path}", f"paths.results={tmp_path}", "device=cpu"])
-    assert "30: 0 dense, 30 with 32 experts, 24 a token" in text and not list(tmp_path.iterdir())
+    assert "30: 10 dense, 20 with 64 experts, 40 a token" in text and not list(tmp_path.iterdir())
     longer = config.values(["model=carved", "model.recover.steps=100"])
     once, more = (estimate.model_seconds(found, c, 1e11) for c in (config.values(["model=carved"]), longer))
     assert 0 < once < more
@@ -227,10 +228,10 @@ def test_a_hub_model_needs_two_files_and_a_connection(deepseek_v3, tmp_path, mon
 @pytest.mark.parametrize("total", [16, 20, 27, 31, 64])
 def test_mixed_widths_fill_the_total(total):
     sizes = {1: 2, 2: 4, 4: 8}
-    found = forecast.mixed(sizes, total, 8)
+    found = mixed(sizes, total, 8)
     spent = sum(sizes[width] for width in found)
     assert len(found) == 8 and spent <= total and (total - spent < 4 or set(found) == {4})
-    narrow = forecast.mixed(sizes, total, 8, mixes=False)
+    narrow = mixed(sizes, total, 8, mixes=False)
     assert len(set(narrow)) == 1 and 8 * sizes[narrow[0]] <= total
 
 
@@ -249,6 +250,16 @@ def test_a_16_bit_model_beyond_the_memory_is_evaluated_a_layer_at_a_time(exact_v
     assert max(smaller.values()) < 512 << 30, "so that the run fits"
 
 
+@pytest.mark.parametrize("method", SCHEMA["allocation"])
+def test_every_allocation_is_planned(method, model_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    asked = ["model=local", f"model.path={model_folder}", f"allocation={method}", "allocation.budget=0.2MiB", *SMALL]
+    text, problems = forecast.forecast(asked)
+    assert not problems and f"{method} 0.2MiB (asked" in text
+    for line in ("  gradients ", "  hidden states of the gradients, while it runs "):
+        assert (line in text) == (method == "global")
+
+
 def test_more_work_takes_longer(model_folder):
     model = outline.read(model_folder, "model")
 
@@ -259,6 +270,7 @@ def test_more_work_takes_longer(model_folder):
     assert spent("calibration.num_sequences=640")["quantization"] > plain["quantization"]
     assert spent("statistics.widths=[2]")["statistics"] < plain["statistics"]
     assert "statistics" not in spent("quantization=rtn", "allocation=uniform", "allocation.bits=3")
+    assert spent("evaluation.tasks=none")["evaluation and latency"] < spent()["evaluation and latency"]
     assert set(spent("quantization=none")) == {"model", "evaluation and latency"}
     given = ["model=local", f"model.path={model_folder}", "quantization=rtn", "allocation=uniform"]
     rtn = estimate.disk(model, config.values([*SMALL, *given]), 10)
@@ -281,3 +293,14 @@ def test_finished_quantizations_correct_the_estimate(model_folder, tmp_path):
         found.append(estimate.correction_from(tmp_path, 1e9, "a machine"))
     assert found[1] == pytest.approx(2 * found[0])
     assert estimate.correction_from(tmp_path, 1e9, "another machine") is None
+
+
+def test_task_tokens_follow_tasks_limit_and_examples():
+    def tokens(*overrides):
+        return estimate.task_tokens(config.values(list(overrides))["evaluation"])
+
+    assert tokens("evaluation.tasks=none") == 0
+    assert tokens("evaluation.tasks=[piqa]") == 1838 * 67 and tokens("evaluation.tasks=[piqa]", "evaluation.limit=100") == 6700
+    assert tokens("evaluation.tasks=mmlu") == 6 * 14042 * 122
+    assert tokens("evaluation.tasks=[gsm8k]", "evaluation.source=hub") == 0, "not known before"
+    assert 0 < tokens("evaluation.tasks=quick", "evaluation.limit=50") < tokens() == tokens("evaluation.limit=1000")

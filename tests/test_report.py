@@ -18,7 +18,7 @@ from docutils.core import publish_parts
 from safetensors.numpy import save_file
 
 from moepress.artefacts import Task
-from moepress.report import compare, figures, heatmaps, lines, readable, reading, style, table
+from moepress.report import awareness, compare, figures, heatmaps, interactive, lines, paired, readable, reading, style, table
 from moepress.stages import report
 
 ROOT = Path(__file__).parents[1]
@@ -53,9 +53,10 @@ class Results:
         self.config("calibration/8x64-cccc", {"calibration": calibration})
         self.use = self.random.dirichlet(np.full(experts, 3.0), (len(domains), layers))
         frequency = (2 * self.use.mean(0)).tolist()
+        errors = [[4.0 + e, 2.0 + e, 1.0] for e in range(experts)]
         self.write(
             self.folder("statistics/tiny-dddd") / "statistics.json",
-            {"widths": [1, 2, 3], "layers": [{"frequency": f, "mutual_information": 0.1} for f in frequency]},
+            {"widths": [1, 2, 3], "layers": [{"frequency": f, "mutual_information": 0.1, "errors": errors} for f in frequency]},
         )
 
     def folder(self, name: str) -> Path:
@@ -102,6 +103,9 @@ class Results:
             artefacts |= {stage: f"{stage}/{checkpoint}" for stage in ("quantization", "allocation")}
             if method != "rtn":
                 artefacts["statistics"] = "statistics/tiny-dddd"
+        if method != "none" and not pruning and bits == "2":
+            artefacts["decomposition"] = f"decomposition/{name}-{key}"
+            self.decompose(artefacts["decomposition"], above)
         if pruning:
             artefacts["pruning"] = f"pruning/{name}-{key}"
             self.folder(artefacts["pruning"])
@@ -149,6 +153,18 @@ class Results:
         pd.concat(frames_of_items).to_parquet(folder / "samples.parquet")
         self.write(folder / "tasks.json", {"moepress": {"limit": 100, "scores": scores}})
         pd.concat(frames).to_parquet(folder / "blocks.parquet")
+
+    def decompose(self, name: str, above: float) -> None:
+        """A third of the harm is the selections', half of it the weights'."""
+        frames = [
+            pd.DataFrame({"domain": d, "block": range(self.blocks), "16bit": self.text[i]}) for i, d in enumerate(self.domains)
+        ]
+        frame = pd.concat(frames)
+        for part, share in (("shift_only", 1 / 3), ("weights_only", 1 / 2), ("both", 1)):
+            frame[part] = frame["16bit"] + share * above
+        frame.to_parquet(self.folder(name) / "blocks.parquet")
+        overlap = {"topk_overlap": [0.9] * self.layers, "same_selection": [0.8] * self.layers}
+        self.write(self.root / name / "decomposition.json", {"domains": dict.fromkeys(self.domains, overlap)})
 
     def time(self, name: str) -> None:
         def spread(median):
@@ -220,12 +236,16 @@ def test_columns_and_values(study):
         "predicted_loaded_bytes",
         "pruning",
         "activated_experts",
+        "remaining_experts",
+        "protected_tokens",
     ]
     for domain in DOMAINS:
         expected += [f"ppl_{domain}", f"ppl_{domain}_stderr", f"bpb_{domain}"]
     for name in ("ppl_mean", "ppl_ood", "delta_nll", "delta_nll_ood", "selection_shift"):
         expected += [name, f"{name}_stderr"]
         if name == "delta_nll_ood":
+            for part in ("shift_only", "weights_only"):
+                expected += [f"delta_nll_{part}", f"delta_nll_{part}_stderr"]
             for task in ("word_swap", "piqa", "mean"):
                 expected += [f"acc_{task}", f"acc_{task}_stderr"]
             expected += ["limit", "delta_acc", "delta_acc_stderr"]
@@ -276,6 +296,27 @@ def test_columns_and_values(study):
     pd.testing.assert_frame_equal(table.rows(runs, made.root), table.tabulate(reading.load(runs, made.root)))
 
 
+def test_the_parts_of_the_harm(study):
+    """What the fixture made of it, in the table and under the figure; nothing where it was not asked for."""
+    found = pd.read_csv(study[2] / "runs.csv").set_index("run")
+    gptq = found.loc["gptq-2"]
+    assert gptq["delta_nll_shift_only"] == pytest.approx(0.3 / 4 / 3)
+    assert gptq["delta_nll_weights_only"] == pytest.approx(0.3 / 4 / 2)
+    assert np.isnan(found.loc["16bit", "delta_nll_shift_only"]) and np.isnan(found.loc["gptq-3", "delta_nll_shift_only"])
+    drawn = pd.read_csv(study[2] / "figures/decomposition.csv")
+    both = drawn[(drawn["series"] == "GPTQ") & (drawn["part"] == "both")]
+    assert both["delta_nll"].tolist() == pytest.approx([0.3 / 4] * 2) and len(both) == 2, "in and out of domain"
+    assert set(drawn["topk_overlap"].dropna()) == {0.9}
+
+
+def test_sensitivity_of_experts(study):
+    drawn = pd.read_csv(study[2] / "figures/sensitivity.csv")
+    assert len(drawn) == 2 * 4 * 3
+    assert drawn.loc[drawn["bits"] == 2, "relative"].mean() == pytest.approx(1)
+    first = drawn[(drawn["layer"] == 1) & (drawn["expert"] == 2)].set_index("bits")["error"]
+    assert first.to_dict() == {1: 6.0, 2: 4.0, 3: 1.0}
+
+
 def test_every_figure_and_its_caption(study):
     out = study[2]
     names = sorted(path.stem for path in (out / "figures").glob("*.svg"))
@@ -299,10 +340,10 @@ def test_captions_for_snakemake(study):
 
 
 def test_page_is_self_contained(study):
-    page = (study[2] / "index.html").read_text()
+    page = without_bokeh((study[2] / "index.html").read_text())
     links = re.findall(r"(?:src|href)\s*=\s*([^>]{20})", page)
     assert len(links) == len(figures.FIGURES) and all(link.startswith('"data:image/svg+xml') for link in links)
-    assert "<script" not in page and "url(" not in page and "http" not in re.sub(r"base64,[^\"]*", "", page)
+    assert "url(" not in page and "http" not in re.sub(r"base64,[^\"]*", "", page)
     for text in ("CC BY-SA 4.0", "torch 2.13.0", "8 sequences of 64 tokens", "least used expert", "evaluation/16bit-"):
         assert text in page
     assert re.search(r"80\.0\s%\*", page) and re.search(r"70\.0\s%\s±\s4\.0\*", page), "limited scores are marked"
@@ -310,6 +351,16 @@ def test_page_is_self_contained(study):
     markdown = (study[2] / "summary.md").read_text()
     rows = [line for line in markdown.splitlines() if line.startswith("|")]
     assert len(rows) == len(STUDY) + 2 and len({row.count("|") for row in rows}) == 1
+
+
+def without_bokeh(page: str) -> str:
+    """The page without the library's scripts, and no other ones in it than the data and the line that draws it."""
+    for script in interactive.library():
+        assert page.count(script) == 1
+        page = page.replace(f"<script>{script}</script>", "")
+    kinds = re.findall(r"<script([^>]*)>([^<]{0,30})", page)
+    assert kinds == [(' type="application/json" id="live-data"', kinds[0][1]), ("", "Bokeh.embed.embed_items(...JSO")]
+    return page
 
 
 def test_same_bytes_twice(study):
@@ -383,7 +434,7 @@ def test_hostile_names_stay_text(results):
     runs = [results.run("16bit"), results.run("qesc-2", title=f"qesc-2 {evil}"), results.run("rtn-2")]
     out = results.report(runs, name=evil, caption=f"</p>{evil}")
     page = (out / "index.html").read_text()
-    assert "<script" not in page and page.count("&lt;script&gt;") > 3
+    assert "<script>alert" not in without_bokeh(page) and page.count("&lt;script&gt;") > 3
     assert list(pd.read_csv(out / "runs.csv")["run"])[1] == f"qesc-2 {evil}"
     for svg in (out / "figures").glob("*.svg"):
         ElementTree.parse(svg)
@@ -429,6 +480,29 @@ def test_scatter_between_seeds_is_noise(results):
     assert delta.value == pytest.approx(0.15) and delta.stderr > np.std([0.1, 0.2, 0.15], ddof=1) / np.sqrt(3)
 
 
+def test_a_row_is_the_mean_over_seeds(results):
+    runs = [results.run("16bit")]
+    above = {"rtn-2": [0.4], "gptq-2": [0.10, 0.20, 0.15], "gptq-2-pesf-0.3": [0.3, 0.35, 0.25]}
+    for name, values in above.items():
+        runs += [results.run(name, one, seed=s, title=f"{name} seed={s}", shift=0.1 + s / 10) for s, one in enumerate(values)]
+    out = results.report(runs)
+    page, table = (out / "index.html").read_text(), pd.read_csv(out / "runs.csv")
+    assert len(table) == 8 and page.count("<small>3 seeds</small>") == 2
+    found = reading.load(runs, results.root)
+    rows = {row.cells["method"]: row.cells for group in readable.groups(found, table) for row in group.rows}
+    gptq = rows["GPTQ", "3 seeds"]
+    assert float(gptq["perplexity"][0]) == pytest.approx(np.exp(np.log(table["ppl_mean"][2:5]).mean()), rel=1e-3)
+    assert gptq["perplexity"][1].startswith("+16") and gptq["changed selections"][0].startswith("20")
+    assert "3 seeds" not in str(rows["RTN", "rtn-2 seed=0"])
+    _, by_task = readable.task_table(found)
+    assert [row[0] for row in by_task] == ["16 bit", "RTN, 2 bits", "GPTQ, 2 bits", "GPTQ + PESF 0.3, 2 bits"]
+    assert by_task[2][1].startswith(f"{100 * (0.9 - 0.15):.1f}")
+    (sentence,) = [one for one in compare.summary(found) if one.startswith("PESF 0.3 on GPTQ")]
+    assert "+16" in sentence
+    pairs = {(pair.title, pair.against): pair for pair in paired.pairs(found)}
+    assert len(pairs["GPTQ, 2 bits", "RTN"].runs) == 3 and len(pairs["GPTQ, 2 bits", "RTN"].others) == 1
+
+
 def test_mutual_information():
     assert heatmaps.mutual_information(np.full((3, 4), 0.25)) == 0
     assert heatmaps.mutual_information(np.eye(4)) == pytest.approx(2)
@@ -467,3 +541,26 @@ def test_report_imports_no_torch():
 
     code = "import sys; import moepress.stages.report; assert not {'torch', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_how_alike_texts_use_experts():
+    use = np.random.default_rng(0).dirichlet(np.ones(4), (3, 2))
+    alike, cosine = awareness.overlap(use), awareness.cosine(use)
+    for a in range(3):
+        for b in range(3):
+            shared = [sum(min(use[a, layer, e], use[b, layer, e]) for e in range(4)) for layer in range(2)]
+            angle = [use[a, k] @ use[b, k] / np.linalg.norm(use[a, k]) / np.linalg.norm(use[b, k]) for k in range(2)]
+            assert alike[a, b] == pytest.approx(np.mean(shared)) and cosine[a, b] == pytest.approx(np.mean(angle))
+    assert awareness.overlap(np.eye(2)[:, None]).tolist() == [[1, 0], [0, 1]]
+
+
+def test_figures_of_task_awareness_show_domains_and_tasks(study):
+    made, _, out = study
+    similar = pd.read_csv(out / "figures/similarity.csv")
+    names = [*DOMAINS, "word_swap", "piqa"]
+    assert list(dict.fromkeys(similar["text"])) == names and len(similar) == len(names) ** 2
+    assert (similar.loc[similar["text"] == similar["other"], "overlap"] == 1).all()
+    left_out = pd.read_csv(out / "figures/left_out.csv")
+    row = left_out[(left_out["text"] == "word_swap") & (left_out["layer"] == 1) & (left_out["expert"] == 2)].iloc[0]
+    assert row["left_out"] == pytest.approx(1 - made.use[0, 1, 2]) and row["active_slots"] == 0.8
+    assert set(left_out["run"]) == {name for name in STUDY if "pesf" in name}

@@ -19,7 +19,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from moepress import schema
+from moepress import pruning, schema
 from moepress.data import settings
 from moepress.evaluation import suites
 from moepress.models import dense, families, outline
@@ -60,9 +60,9 @@ def validate(config: dict) -> dict:
     config = {name: value for name, value in config.items() if name not in ("experiment", "study")}
     schema.check(isinstance(config["seed"], int), "seed", config["seed"], "a whole number")
     if config["statistics"]["quantizer"] == "auto":
-        config["statistics"]["quantizer"] = "rtn" if config["quantization"]["method"] == "rtn" else "gptq"
+        config["statistics"]["quantizer"] = schema.quantizer_of_statistics(config["quantization"], config["allocation"])
     fits = config["statistics"]["quantizer"] != "gptq" or config["quantization"]["method"] not in ("none", "rtn")
-    is_read = config["allocation"]["method"] != "uniform" and config["quantization"]["method"] != "none"
+    is_read = schema.reads_statistics(config["allocation"]) and config["quantization"]["method"] != "none"
     expected = f"quantization={config['quantization']['method']} has no error feedback; leave it auto"
     schema.check(fits or not is_read, "statistics.quantizer", "gptq", expected)
     latency = config["latency"]
@@ -99,6 +99,8 @@ def with_files(config: dict) -> dict:
         config["model"]["fingerprint"] = dense.fingerprint(config["model"])
         if config["model"]["path"] and config["model"]["name"] == "carved":
             config["model"]["name"] = f"carved-{Path(config['model']['path']).resolve().name}"
+    if model and config["pruning"]["method"] == "static":
+        pruning.num_removed(config["pruning"]["ratio"], model.shape.num_experts, model.shape.top_k)
     if model and config["quantization"]["method"] != "none":
         families.check_group_size(model.shape, config["quantization"]["group_size"])
         plan_budget(config["allocation"], Prediction(model, config["quantization"]))

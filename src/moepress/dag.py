@@ -14,7 +14,9 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from moepress import pruning
 from moepress.config import ROOT, resolve
+from moepress.schema import reads_gradients, reads_statistics
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,12 @@ def _checkpoint(c):
 
 
 def _allocation_inputs(c):
-    return _model(c) if c["allocation"]["method"] == "uniform" else {**_model(c), "statistics": ("statistics", c)}
+    return {**_model(c), "statistics": ("statistics", c)} if reads_statistics(c["allocation"]) else _model(c)
+
+
+def _statistics_inputs(c):
+    found = {**_model(c), "calibration": ("calibration", c)}
+    return {**found, "gradients": ("gradients", c)} if reads_gradients(c["allocation"]) else found
 
 
 def _quantization_inputs(c):
@@ -79,9 +86,21 @@ def _quantization_inputs(c):
     return {**_model(c), **calibration, "allocation": ("allocation", c)}
 
 
+def _pruning_inputs(c):
+    """PESF has nothing to fit; the others are fitted on what is pruned."""
+    if c["pruning"]["method"] == "pesf":
+        return _model(c)
+    return {"checkpoint": _checkpoint(c)["checkpoint"], "calibration": ("calibration", c)}
+
+
 def _evaluation_inputs(c):
     found = {"corpus": ("corpus", c), **_checkpoint(c)}
     return found if is_reference(c) else {**found, "reference": ("evaluation", reference(c))}
+
+
+def _decomposition_inputs(c):
+    found = {"corpus": ("corpus", c), **_model(c), "checkpoint": ("quantization", c)}
+    return found | {"reference": ("evaluation", reference(c))}
 
 
 def _size_label(c):
@@ -96,9 +115,9 @@ def _checkpoint_label(c):
 
 
 def run_label(c: dict) -> str:
-    """The experiment in a few words: `qesc-pmq-2.5`, `16bit-pesf-0.3`."""
-    pruning = c["pruning"]
-    return _checkpoint_label(c) + (f"-{pruning['method']}-{pruning['alpha']:g}" if "alpha" in pruning else "")
+    """The experiment in a few words: `qesc-pmq-2.5`, `16bit-pesf-0.3`, `gptq-3-odp-median-2%`."""
+    pruned = pruning.label(c["pruning"]).lower().replace(" ", "-")
+    return f"{_checkpoint_label(c)}-{pruned}" if pruned else _checkpoint_label(c)
 
 
 def _corpus_label(c):
@@ -121,6 +140,8 @@ _EXPERT_QUANTIZER = (
     *("one_bit", "damping", "block_size", "act_order", "deferred_bits", "refine_rounds"),
 )
 
+_TEXT = ("seq_len", "num_blocks", "stride", "separator", "domains", "batch_size")
+
 _SIZES = ("group_size", "attention_bits", "shared_bits")
 
 STAGES: dict[str, Stage] = {
@@ -137,22 +158,34 @@ STAGES: dict[str, Stage] = {
         lambda c: {"corpus": ("corpus", c), **_model(c)},
         lambda c: f"{c['calibration']['num_sequences']}x{c['calibration']['seq_len']}",
     ),
-    "statistics": Stage(
-        2,
-        ("statistics", *(f"quantization.{name}" for name in _EXPERT_QUANTIZER)),
+    "gradients": Stage(
+        1,
+        ("gradients",),
         lambda c: {**_model(c), "calibration": ("calibration", c)},
+        lambda c: f"{c['model']['name']}-{c['gradients']['num_sequences']}",
+    ),
+    "statistics": Stage(
+        3,
+        ("statistics", *(f"quantization.{name}" for name in _EXPERT_QUANTIZER)),
+        _statistics_inputs,
         lambda c: f"{c['model']['name']}-{c['statistics']['quantizer']}",
     ),
-    "allocation": Stage(3, ("allocation", *(f"quantization.{name}" for name in _SIZES)), _allocation_inputs, _size_label),
+    "allocation": Stage(4, ("allocation", *(f"quantization.{name}" for name in _SIZES)), _allocation_inputs, _size_label),
     "quantization": Stage(3, ("quantization",), _quantization_inputs, _checkpoint_label),
-    "pruning": Stage(1, ("pruning",), _model, run_label),
+    "pruning": Stage(1, ("pruning",), _pruning_inputs, run_label),
     "evaluation": Stage(4, ("evaluation",), _evaluation_inputs, run_label),
+    "decomposition": Stage(1, tuple(f"evaluation.{name}" for name in _TEXT), _decomposition_inputs, _checkpoint_label),
     "latency": Stage(1, ("latency",), lambda c: {"corpus": ("corpus", c), **_checkpoint(c), **_model(c)}, run_label),
 }
 """The DAG: what each stage's key depends on. The report, which joins many experiments, is added by `report_artefact`."""
 
-NOT_IN_KEY = {"model": ("path", "name"), "corpus": ("path",), "quantization": ("name",)}
-"""Where something lies and how it is called is no part of what it is; its fingerprint is."""
+NOT_IN_KEY = {
+    "model": ("path", "name"),
+    "corpus": ("path",),
+    "quantization": ("name",),
+    "evaluation": ("decomposition",),
+}
+"""Where something lies and how it is called is no part of what it is; its fingerprint is. The decomposition is a stage."""
 
 
 def artefact(stage: str, config: dict) -> Artefact:
@@ -189,8 +222,8 @@ class Experiment:
     @property
     def beside_label(self) -> list[str]:
         """The overrides that the label does not tell."""
-        told = ("quantization", "allocation", "allocation.bits", "allocation.budget", "pruning", "pruning.alpha")
-        of_all = ("paths.", "tracking", "device", "cores", "out", "model", "corpus", "experiment")
+        told = ("quantization", "allocation", "allocation.bits", "allocation.budget")
+        of_all = ("paths.", "tracking", "device", "cores", "out", "model", "corpus", "experiment", "pruning")
         return [o for o in self.overrides if o.split("=")[0] not in told and not o.startswith(of_all)]
 
 
@@ -200,6 +233,8 @@ def experiment(overrides: list[str] | tuple[str, ...]) -> Experiment:
     stages = ["evaluation", "latency"]
     if config["quantization"]["method"] != "none":
         stages += ["quantization", "allocation"]
+        if config["evaluation"]["decomposition"] and config["pruning"]["method"] == "none":
+            stages += ["decomposition"]
     return Experiment(tuple(overrides), config, {stage: artefact(stage, config) for stage in stages})
 
 
@@ -211,7 +246,7 @@ def run_names(experiments: list[Experiment]) -> list[str]:
 
 
 def load_study(name: str) -> dict:
-    """`{name, caption, base, experiments}` of conf/study/NAME.yaml."""
+    """`{name, caption, seeds, base, experiments}` of conf/study/NAME.yaml."""
     path = ROOT / "conf" / "study" / f"{name}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(found.stem for found in path.parent.glob("*.yaml")))
@@ -220,9 +255,15 @@ def load_study(name: str) -> dict:
 
 
 def study_experiments(study: dict, overrides: list[str] | tuple[str, ...] = ()) -> list[Experiment]:
-    """Every experiment of a study: its own overrides over the study's base, the caller's over both.
+    """Every experiment of a study: its own overrides over the study's base, the caller's over both; under each of the study's
+    seeds, but once where its artefacts are the same under all.
     The 16-bit model, which every table is measured against, is put first where the study does not name it."""
-    found = [experiment([*study["base"], *shlex.split(line), *overrides]) for line in study["experiments"]]
+    found: list[Experiment] = []
+    for line in study["experiments"]:
+        own = [*study["base"], *shlex.split(line)]
+        drawn = [experiment([*own, f"seed={seed}", *overrides]) for seed in study.get("seeds", [])]
+        different = {member.artefacts["evaluation"].key: member for member in drawn}
+        found += different.values() if len(different) > 1 else [experiment([*own, *overrides])]
     for member in list(found):
         base = reference(member.config)
         if not any(artefact("evaluation", base).key == e.artefacts["evaluation"].key for e in found):

@@ -15,11 +15,13 @@ from pathlib import Path
 import psutil
 
 from moepress.artefacts import read_config, read_json
+from moepress.evaluation import benchmarks, suites
 from moepress.models import outline as outlines
 from moepress.models.families import FAMILIES, kind_of, locate
 from moepress.models.limits import TOKENS_AT_ONCE, curvature_bytes, experts_at_once
 from moepress.models.outline import Outline
 from moepress.quantization.budget import unpacked_bytes
+from moepress.schema import reads_gradients, reads_statistics
 
 LIBRARY_BYTES = 600 << 20
 """Of a stage that has torch and transformers in memory and no model yet."""
@@ -30,6 +32,9 @@ UNPACK_FLOPS = 400
 """What it costs to unpack one weight, likewise."""
 REFINE_UPDATES = 14
 """What one round of refinement costs, in GPTQ's own updates: seven products of the error with the curvature, each of two."""
+CHARACTERS_PER_TOKEN = 3.5
+TASK_LENGTH = 100
+"""Tokens of a task's request, about."""
 UNKNOWN_BLOCKS = 256
 """Of each domain, where evaluation.num_blocks asks for all: before the text is read nobody knows."""
 STEP_SECONDS = 4e-4
@@ -40,8 +45,16 @@ READ_BYTES_PER_SECOND = 5e8
 def has_statistics(config: dict) -> bool:
     """Whether the run has them: for the allocation, or for the report's figures."""
     return config["quantization"]["method"] != "none" and (
-        config["allocation"]["method"] != "uniform" or config["quantization"]["method"] != "rtn"
+        reads_statistics(config["allocation"]) or config["quantization"]["method"] != "rtn"
     )
+
+
+def has_gradients(config: dict) -> bool:
+    return config["quantization"]["method"] != "none" and reads_gradients(config["allocation"])
+
+
+def gradient_tokens(config: dict) -> int:
+    return min(config["gradients"]["num_sequences"], config["calibration"]["num_sequences"]) * config["calibration"]["seq_len"]
 
 
 def memory(model: Outline, config: dict, packed_bytes: int | None, device: str, has: int) -> dict[str, int]:
@@ -58,6 +71,9 @@ def memory(model: Outline, config: dict, packed_bytes: int | None, device: str, 
     experts = experts_at_once(H, I, E) * (curvature_bytes(max(H, I)) + 3 * 4 * 2 * I * H)  # and a weight's three copies
     linears = curvature_bytes(widest_linear(model))
     found = {"statistics": layer + experts} if has_statistics(config) else {}
+    if has_gradients(config):  # a layer's activations are kept for its backward
+        kept = 4 * min(T, TOKENS_AT_ONCE) * (24 * H + 8 * shape.top_k * I) + 4 * 3 * 4 * 2 * I * H
+        found["gradients"] = layer + max(kept, 3 * 4 * config["calibration"]["seq_len"] * shape.vocab_size)
     if quantized:
         found["quantization"] = layer + max(experts, linears)
         if config["quantization"].get("distill_steps"):  # the packed model, a layer of it unpacked, some logits
@@ -93,6 +109,10 @@ def disk(model: Outline, config: dict, folder_bytes: int | None) -> dict[str, in
         streams += config["quantization"]["tune_steps"] > 0  # and what a layer is tuned towards
     each = 4 * calibration["num_sequences"] * calibration["seq_len"] * model.shape.hidden_size
     found = {"hidden states, while it runs": streams * each}
+    if has_gradients(config):
+        each = gradient_tokens(config) * model.shape.hidden_size
+        found["gradients"] = 2 * len(model.shape.moe_layers) * each
+        found["hidden states of the gradients, while it runs"] = 4 * (model.shape.num_layers + 4) * each
     if folder_bytes is not None:
         found["packed folder"] = folder_bytes
     if config["model"]["kind"] in ("tiny", "carved"):
@@ -104,6 +124,9 @@ def seconds(model: Outline, config: dict, flops_per_second: float, correction: f
     """Stage -> seconds. correction: of statistics and quantization, see `correction_from`."""
     found = {"model": model_seconds(model, config, flops_per_second)}
     method, settings = config["quantization"]["method"], config["quantization"]
+    if has_gradients(config):  # forward, forward again, its experts once more, backward
+        work = 4 * forward_flops(model, gradient_tokens(config), config["calibration"]["seq_len"])
+        found["gradients"] = work / flops_per_second
     if has_statistics(config):
         flops, steps = statistics_work(model, config)
         found["statistics"] = correction * (flops / flops_per_second + STEP_SECONDS * steps)
@@ -133,6 +156,8 @@ def experts_work(model: Outline, tokens: int, settings: dict, method: str) -> tu
     shape = model.shape
     H, I, E, K = shape.hidden_size, shape.intermediate_size, shape.num_experts, shape.top_k
     search = TRIAL_FLOPS * trials(settings) * E * model.expert_weights
+    if method == "minmax":
+        return 0.0, search / trials(settings), 0.0
     if method == "rtn":
         return 0.0, search, 0.0
     routed = tokens * K
@@ -191,9 +216,27 @@ def measurement_work(model: Outline, config: dict, is_packed: bool) -> tuple[flo
     few = UNPACK_FLOPS * model.active_weights if is_packed else 0
     evaluated = forward_flops(model, blocks * evaluation["seq_len"], evaluation["seq_len"])
     evaluated += -(-blocks // evaluation["batch_size"]) * unpack
+    asked = task_tokens(evaluation)
+    evaluated += forward_flops(model, asked, TASK_LENGTH) + -(-asked // TOKENS_AT_ONCE) * unpack
     prefill = unpack + forward_flops(model, latency["prefill_batch"] * latency["prefill_len"], latency["prefill_len"])
     decode = latency["decode_tokens"] * (few + 2 * model.active_weights)
     return evaluated, (latency["repeats"] + 1) * (prefill + decode + few)
+
+
+def task_tokens(evaluation: dict) -> int:
+    """Of all requests of the tasks, about; those of tasks that only the hub has are not known before."""
+    found = 0
+    for task, shots in suites.chosen(evaluation)[0].items():
+        if task in suites.QUICK:
+            sizes = suites.definition(task)["metadata"]
+            choices = 2 if task == "word_swap" else 2 * suites.NUM_CHOICES  # the latter with their context and without
+            items, each = sizes["num_items"], choices * (sizes["context"] + sizes["continuation"]) / CHARACTERS_PER_TOKEN
+        elif known := benchmarks.find(task):
+            items, each = known.num_items, known.tokens * (1 + (shots or 0))
+        else:
+            continue
+        found += int(min(items, evaluation["limit"] or items) * each)
+    return found
 
 
 def model_seconds(model: Outline, config: dict, flops_per_second: float) -> float:
@@ -212,7 +255,7 @@ def carving_flops(model: Outline, settings: dict) -> float:
     calibration, recover, shape = settings["calibration"], settings["recover"], model.shape
     tokens = calibration["num_sequences"] * calibration["seq_len"]
     routed = shape.num_experts * shape.intermediate_size
-    fits = 2 * tokens * shape.num_layers * (routed**2 + (routed + settings["shared_size"]) ** 2)
+    fits = 2 * tokens * len(shape.moe_layers) * (routed**2 + (routed + settings["shared_size"]) ** 2)
     distilled = recover["steps"] * recover["batch_size"] * recover["seq_len"]
     return 2 * tokens * model.num_weights + fits + 4 * 2 * distilled * model.num_weights
 

@@ -15,6 +15,7 @@ from moepress.models import families, hub, outline
 from moepress.models.files import INDEX
 from moepress.models.outline import Outline
 from moepress.quantization.budget import Prediction, plan_budget, readable, unpacked_bytes
+from moepress.quantization.size import mixed
 from moepress.schema import WIDTHS
 
 USAGE = """moepress plan [KEY=VALUE ...]: what the experiment `moepress KEY=VALUE ...` will take
@@ -88,23 +89,13 @@ def uniform_sizes(prediction: Prediction) -> list[Size]:
 
 
 def asked_size(prediction: Prediction, allocation: dict) -> Size:
-    """What the configuration's own allocation comes to; the widths of PMQ, which needs statistics, by their mean."""
+    """What the configuration's own allocation comes to; the widths of rules that read statistics by their mean."""
     sizes, total = plan_budget(allocation, prediction)
     shape, layers = prediction.shape, len(prediction.shape.moe_layers)
     each = mixed(sizes, total, layers * shape.num_experts, mixes=allocation["method"] != "uniform")
     bits = [each[layer * shape.num_experts : (layer + 1) * shape.num_experts] for layer in range(layers)]
     goal = allocation["budget"] or f"{allocation['bits']:g} bit"
     return size_of(f"{allocation['method']} {goal} (asked, {sum(each) / len(each):.2f} bit)", prediction, bits)
-
-
-def mixed(sizes: dict[int, float], total: float, num_experts: int, mixes: bool = True) -> list[int]:
-    """Widths of experts that fill a total: the widest that fits everywhere and, if it `mixes`, some of the next."""
-    narrow = max((width for width in sizes if sizes[width] * num_experts <= total + 1e-9), default=min(sizes))
-    wide = min((width for width in sizes if width > narrow), default=narrow)
-    wider = 0
-    if mixes and wide != narrow:
-        wider = int((total - num_experts * sizes[narrow] + 1e-9) / (sizes[wide] - sizes[narrow]))
-    return [wide] * wider + [narrow] * (num_experts - wider)
 
 
 def size_of(label: str, prediction: Prediction, bits: list[list[int]]) -> Size:

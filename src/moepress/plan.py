@@ -22,7 +22,7 @@ from moepress.dag import (
 from moepress.models import dense
 from moepress.models.families import read_config
 
-LARGE_HIDDEN_SIZE = 1024
+LARGE_HIDDEN_SIZE = 512
 
 
 @dataclass(frozen=True)

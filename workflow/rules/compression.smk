@@ -1,4 +1,21 @@
 # From a model to a packed checkpoint and the policy it runs under.
+rule gradients:
+    input:
+        PLAN.upstream("gradients"),
+        task=PLAN.task("gradients"),
+    output:
+        directory(f"{RESULTS}/gradients/{{id}}"),
+    log:
+        f"{RESULTS}/logs/gradients/{{id}}.log",
+    conda:
+        "../../environment.yml"
+    threads: PLAN.threads("gradients", ALL_CORES)
+    resources:
+        gpu=PLAN.gpus,
+    shell:
+        RUN
+
+
 rule statistics:
     input:
         PLAN.upstream("statistics"),
@@ -57,5 +74,8 @@ rule pruning:
         f"{RESULTS}/logs/pruning/{{id}}.log",
     conda:
         "../../environment.yml"
+    threads: PLAN.threads("pruning", ALL_CORES)
+    resources:
+        gpu=PLAN.gpus,
     shell:
         RUN

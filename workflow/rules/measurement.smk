@@ -16,6 +16,23 @@ rule evaluation:
         RUN
 
 
+rule decomposition:
+    input:
+        PLAN.upstream("decomposition"),
+        task=PLAN.task("decomposition"),
+    output:
+        directory(f"{RESULTS}/decomposition/{{id}}"),
+    log:
+        f"{RESULTS}/logs/decomposition/{{id}}.log",
+    conda:
+        "../../environment.yml"
+    threads: PLAN.threads("decomposition", ALL_CORES)
+    resources:
+        gpu=PLAN.gpus,
+    shell:
+        RUN
+
+
 # Timings are taken alone on the machine.
 rule latency:
     input:

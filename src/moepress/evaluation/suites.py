@@ -1,7 +1,15 @@
 """Which tasks `evaluation.tasks` stands for, and how many solved examples precede each question. Imports no torch."""
 
+from pathlib import Path
+
+import yaml
+
 from moepress.evaluation import benchmarks
 
+DEFINITIONS = Path(__file__).with_name("tasks")
+"""The YAML files of the suite quick."""
+NUM_CHOICES = 4
+"""Of its continuations."""
 QUICK = ("word_swap", "continuation_across", "continuation_within")
 PAPER = ("piqa", "arc_easy", "arc_challenge", "boolq", "hellaswag", "winogrande", "mathqa", "mmlu")
 CODE = ("humaneval",)
@@ -14,6 +22,11 @@ SUITES: dict[str, dict[str, int | None]] = {
     "generation": {"gsm8k": None},
 }
 """Suite -> its tasks and their number of examples; None: as the task's own definition has it."""
+
+
+def definition(name: str) -> dict:
+    """The YAML of a task of the suite quick."""
+    return yaml.safe_load((DEFINITIONS / f"{name}.yaml").read_text(encoding="utf-8"))
 
 
 def chosen(evaluation: dict) -> tuple[dict[str, int | None], list[str]]:

@@ -32,12 +32,19 @@ def fits(folder: Path, device: str, dtype: torch.dtype | None = None) -> bool:
     return 1.1 * sum(entry.numel * width if width else entry.nbytes for entry in entries) < free
 
 
-def load(folder, device: str = "auto", dtype: torch.dtype | None = None, pruning: dict | None = None, verify: bool = True):
+def load(
+    folder,
+    device: str = "auto",
+    dtype: torch.dtype | None = None,
+    pruning: dict | str | Path | None = None,
+    verify: bool = True,
+):
     """`(model, tokenizer)` of a folder: packed by moepress, or the 16-bit model of a family that is handled.
 
     folder: a checkpoint, or a folder of results (of the model or the quantization stage).
     dtype: of the computation; default float32 on CPU, else the checkpoint's own.
-    pruning: a policy such as `{"method": "pesf", "alpha": 0.3, "renormalize": True}`, active in the loaded model.
+    pruning: a policy such as `{"method": "pesf", "alpha": 0.3, "renormalize": True}`, active in the loaded model (see
+    `pruning.policy.attach`); or the pruning stage's folder, or its policy.json.
     verify: hash every file of a packed folder and compare; False compares only names, sizes and headers.
     Raises ValueError naming a file that is missing, unexpected, truncated, altered or of a newer format, and weights that
     are missing, left over or of the wrong shape: transformers alone would go on with random ones.
@@ -47,8 +54,16 @@ def load(folder, device: str = "auto", dtype: torch.dtype | None = None, pruning
     if pruning:
         from moepress.pruning.policy import attach
 
-        attach(model, pruning)
+        attach(model, pruning if isinstance(pruning, dict) else read_policy(Path(pruning)))
     return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+def read_policy(path: Path) -> dict:
+    """Of the pruning stage's folder, or of its policy.json."""
+    path = path / "policy.json" if path.is_dir() else path
+    if not path.is_file():
+        raise ValueError(f"pruning={str(path)!r}: no such file; give the folder of a pruning stage, its policy.json, or a dict")
+    return manifest.read_json(path)
 
 
 def load_model(folder: Path, device: str = "cpu", dtype: torch.dtype | None = None, verify: bool = True):

@@ -6,7 +6,8 @@
 
 `carve` leaves an ordinary Hugging Face folder (bf16 safetensors, tokenizer) and `carving.json`: the largest difference of
 logits where every expert is taken, before the refits; both models' perplexity on text that no fit has seen; each layer's
-error. The layers are walked once: the cut of each is fitted to what the carved layers before it leave. A kill costs one layer.
+error. The layers are walked once: the cut of each is fitted to what the layers before it leave. A kill costs one layer.
+The first `dense_layers` stay as they are: an error there costs the most.
 
 Legend: N sequences, S positions, T = N * S tokens, H hidden size, I neurons, E experts, R neurons of an expert, V vocabulary.
 """
@@ -45,7 +46,7 @@ def carve(config: dict, corpus_folder: Path, source: Path, out: Path, device: st
     teacher = load_dense(source)
     work = out / "carving"
     layers = walk(config, teacher, ids_NS, work, device, progress)
-    cuts = [read_cut(work, index) for index in range(len(layers))]
+    cuts = {entry["layer"]: read_cut(work, entry["layer"]) for entry in layers}
     exact = check(config, teacher, cuts, ids_NS)
     model = assemble(config, teacher, cuts)
     if config["recover"]["steps"]:
@@ -55,10 +56,9 @@ def carve(config: dict, corpus_folder: Path, source: Path, out: Path, device: st
         (out / "recovery.json").write_text(json.dumps(rows) + "\n")
     model.to(torch.bfloat16).save_pretrained(out)
     dense.copy_tokenizer(source, out)
-    share = config["shared_size"] + config["top_k"] * cuts[0].experts_ER.shape[1]
     found = {
         "dense_model": source.name,
-        "active_neurons": share / teacher.config.intermediate_size,
+        "active_neurons": active_neurons(config, teacher.config),
         "exact": exact,
         "held_out": compare(teacher, out, corpus_folder, config["held_out"], device, progress),
         "layers": layers,
@@ -66,6 +66,14 @@ def carve(config: dict, corpus_folder: Path, source: Path, out: Path, device: st
     (out / "carving.json").write_text(json.dumps(found, indent=1) + "\n")
     streams.drop(work)
     return found
+
+
+def active_neurons(config: dict, dense_config) -> float:
+    """The share of all MLPs' neurons that a token takes."""
+    neurons, num_layers = dense_config.intermediate_size, dense_config.num_hidden_layers
+    routed = neurons - config["shared_size"]
+    left = (num_layers - config["dense_layers"]) * routed * (1 - config["top_k"] / config["num_experts"])
+    return 1 - left / (num_layers * neurons)
 
 
 # --- text ------------------------------------------------------------------------------------------------------------
@@ -126,13 +134,23 @@ def walk(config: dict, teacher, ids_NS, work: Path, device: str, progress: bool)
     while states.layer < num_layers:
         index = states.layer
         layer = copy.deepcopy(teacher.model.layers[index]).float().to(device)
-        found, report = cut_layer(config, layer, states["x"], states.next("x"), positions, index)
-        save_file(vars(found), work / f"cut-{index}.safetensors")
-        (work / f"cut-{index}.json").write_text(json.dumps(report))
+        if index < config["dense_layers"]:
+            run_layer(layer, states["x"], states.next("x"), positions)
+        else:
+            found, report = cut_layer(config, layer, states["x"], states.next("x"), positions, index)
+            save_file(vars(found), work / f"cut-{index}.safetensors")
+            (work / f"cut-{index}.json").write_text(json.dumps(report))
+            bar.set_postfix(error=f"{report['error']:.3f}")
         states.advance()
-        bar.set_postfix(error=f"{report['error']:.3f}")
         bar.update()
-    return [json.loads((work / f"cut-{index}.json").read_text()) for index in range(num_layers)]
+    return [json.loads((work / f"cut-{index}.json").read_text()) for index in range(config["dense_layers"], num_layers)]
+
+
+def run_layer(layer, x_NSH, out_NSH, positions) -> None:
+    """Write to `out` what a layer that stays dense makes of x."""
+    at_once = max(1, TOKENS_AT_ONCE // x_NSH.shape[1])
+    for x, out in zip(x_NSH.split(at_once), out_NSH.split(at_once), strict=True):
+        out.copy_(layer(x.to(positions[0].device), position_embeddings=positions, attention_mask=None))
 
 
 def cut_layer(config: dict, layer, x_NSH, out_NSH, positions, index: int) -> tuple[Cut, dict]:
@@ -162,7 +180,8 @@ def cut_layer(config: dict, layer, x_NSH, out_NSH, positions, index: int) -> tup
         return float((weights_T @ (wrong_TH - y_TH).square().sum(1)) / (weights_T @ y_TH.square().sum(1)))
 
     use_E = mask_TI[:, found.experts_ER[:, 0]].mean(0) / config["top_k"]
-    report = {"error": error(made_TH), "error_without_refit": error(a_TI @ down_HI.T), "expert_use": use_E.tolist()}
+    errors = {"error": error(made_TH), "error_without_refit": error(a_TI @ down_HI.T)}
+    report = {"layer": index, **errors, "expert_use": use_E.tolist()}
     out_NSH.copy_((residual_TH + made_TH).view(out_NSH.shape))
     return Cut(*(tensor.cpu().contiguous() for tensor in vars(found).values())), report
 
@@ -174,7 +193,7 @@ def read_cut(work: Path, index: int) -> Cut:
 # --- the model -------------------------------------------------------------------------------------------------------
 
 
-def assemble(config: dict, teacher, cuts: list[Cut], is_exact: bool = False) -> Qwen2MoeForCausalLM:
+def assemble(config: dict, teacher, cuts: dict[int, Cut], is_exact: bool = False) -> Qwen2MoeForCausalLM:
     """The carved model in float32. is_exact: with the dense down projections, every expert taken and its weight 1 / E: the
     dense model, written as a Mixture of Experts."""
     settings = config | {"top_k": config["num_experts"]} if is_exact else config
@@ -183,9 +202,10 @@ def assemble(config: dict, teacher, cuts: list[Cut], is_exact: bool = False) -> 
         model = Qwen2MoeForCausalLM(carved)
     tensors = {}
     for name, tensor in teacher.state_dict().items():
-        if ".mlp." not in name:
+        if not any(name.startswith(f"model.layers.{index}.mlp.") for index in cuts):
             tensors[name] = tensor.float()
-    for index, (cut, layer) in enumerate(zip(cuts, teacher.model.layers, strict=True)):
+    for index, cut in cuts.items():
+        layer = teacher.model.layers[index]
         down_HI = layer.mlp.down_proj.weight.float() if is_exact else cut.down_HI
         scale = 0.0 if is_exact else config["router_scale"]
         parts = block(layer.mlp.gate_proj.weight.float(), layer.mlp.up_proj.weight.float(), down_HI, cut, scale)
@@ -220,7 +240,7 @@ def block(gate_IH, up_IH, down_HI, cut: Cut, router_scale: float) -> dict[str, t
 
 
 @torch.inference_mode()
-def check(config: dict, teacher, cuts: list[Cut], ids_NS: torch.Tensor) -> dict:
+def check(config: dict, teacher, cuts: dict[int, Cut], ids_NS: torch.Tensor) -> dict:
     """With every expert taken and nothing refitted it is the dense model. Raises ValueError where it is not."""
     ids = ids_NS[: CHECKED[0], : CHECKED[1]]
     expected = copy.deepcopy(teacher).float()(ids, use_cache=False).logits

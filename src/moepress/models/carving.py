@@ -83,7 +83,11 @@ def balanced_groups(features_RF: torch.Tensor, num_groups: int, seed: int, round
 
 def expert_norms(a_TI: torch.Tensor, down_HI: torch.Tensor, experts_ER: torch.Tensor) -> torch.Tensor:
     """The norm of what each expert adds to each token, `[T, E]`."""
-    return torch.stack([(a_TI[:, neurons] @ down_HI[:, neurons].T).norm(dim=1) for neurons in experts_ER], 1)
+    squares = []
+    for neurons in experts_ER:
+        a_TR, down_HR = a_TI[:, neurons], down_HI[:, neurons]
+        squares.append(((a_TR @ (down_HR.T @ down_HR)) * a_TR).sum(1))  # |D a|^2 without D a, which is wider than a
+    return torch.stack(squares, 1).clamp_min(0).sqrt()
 
 
 def fit_router(x_TH, norms_TE, weights_T, ridge: float) -> torch.Tensor:

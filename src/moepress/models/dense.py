@@ -56,8 +56,8 @@ COPIED = (
 def read_config(model: dict) -> dict:
     """The dense model's config.json, or of a package its sizes. model: the configuration group.
 
-    Raises ValueError naming `model.path` for a model that is not handled, `model.shared_size` or `model.num_experts` where
-    its neurons cannot be shared out like that.
+    Raises ValueError naming `model.path` for a model that is not handled, `model.dense_layers`, `model.shared_size` or
+    `model.num_experts` where its layers and neurons cannot be shared out like that.
     """
     if model["path"] is None:
         config, key = PACKAGES[model["package"]].config, f"model.package={model['package']}"
@@ -75,6 +75,11 @@ def read_config(model: dict) -> dict:
     missing = [name for name in ("hidden_size", "intermediate_size", "num_hidden_layers") if not config.get(name)]
     if missing:
         raise ValueError(f"{key}: config.json lacks {missing[0]}")
+    if model["dense_layers"] >= config["num_hidden_layers"]:
+        raise ValueError(
+            f"model.dense_layers={model['dense_layers']}: the dense model has {config['num_hidden_layers']} layers; leave some "
+            "to be carved"
+        )
     neurons, shared, num_experts = config["intermediate_size"], model["shared_size"], model["num_experts"]
     if shared >= neurons:
         raise ValueError(
@@ -101,6 +106,7 @@ def carved_config(dense: dict, model: dict) -> dict:
         "shared_expert_intermediate_size": model["shared_size"],
         "num_experts": model["num_experts"],
         "num_experts_per_tok": model["top_k"],
+        "mlp_only_layers": list(range(model["dense_layers"])),
         "norm_topk_prob": False,
         "qkv_bias": HANDLED[dense["model_type"]],
         "use_sliding_window": False,

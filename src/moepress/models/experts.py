@@ -4,10 +4,12 @@ Legend: T tokens, H hidden size, I intermediate size, E experts, K selected expe
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
 from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint
 
 
 class Experts(nn.Module):
@@ -47,9 +49,13 @@ class Experts(nn.Module):
 
     def output(self, expert: int, x_TH: torch.Tensor, gate_up_OH=None, down_HI=None) -> torch.Tensor:
         """What one expert makes of its tokens, `[T, H]`; with other weights where they are given."""
-        weight = self.down_matrix(expert, x_TH.dtype) if down_HI is None else down_HI
+        return self.project(expert, self.hidden(expert, x_TH, gate_up_OH), down_HI)
+
+    def project(self, expert: int, hidden_TI: torch.Tensor, down_HI: torch.Tensor | None = None) -> torch.Tensor:
+        """What the down projection makes of its input, `[T, H]`."""
+        weight = self.down_matrix(expert, hidden_TI.dtype) if down_HI is None else down_HI
         bias = None if self.down_proj_bias is None else self.down_proj_bias[expert]
-        return linear(self.hidden(expert, x_TH, gate_up_OH), weight, bias)
+        return linear(hidden_TI, weight, bias)
 
     def forward(self, hidden_TH, top_k_index_TK, top_k_weights_TK) -> torch.Tensor:
         """Weighted sum of the selected experts' outputs `[T, H]`; index E means "no expert" and costs nothing."""
@@ -58,11 +64,14 @@ class Experts(nn.Module):
         counts = torch.bincount(top_k_index_TK.reshape(-1), minlength=self.num_experts + 1).tolist()
         tokens = order // top_k_index_TK.shape[1]
         weights = top_k_weights_TK.reshape(-1)[order].to(hidden_TH.dtype)
+        output = self.output
+        if torch.is_grad_enabled() and hidden_TH.requires_grad:  # no expert's widened weights are kept for its backward
+            output = partial(checkpoint, self.output, use_reentrant=False, preserve_rng_state=False)
         start = 0
         for e, count in enumerate(counts[: self.num_experts]):
             if count:
                 rows = tokens[start : start + count]
-                y = self.output(e, hidden_TH[rows])
+                y = output(e, hidden_TH[rows])
                 out_TH.index_add_(0, rows, y * weights[start : start + count, None])
             start += count
         return out_TH

@@ -181,7 +181,7 @@ class Shape:
 def shape_of(config: dict, key: str, names: Iterable[str] | None = None) -> Shape:
     """The shape in a model's config.json; ValueError for what is not handled, naming `key` and the model type.
 
-    names: of the tensors on disk, which tell the layers with experts from the dense ones; None where all have some.
+    names: of the tensors on disk, which tell the layers with experts from the dense ones; without them `mlp_only_layers` does.
     """
     model_type = config.get("model_type")
     if model_type not in HANDLED:
@@ -200,7 +200,7 @@ def shape_of(config: dict, key: str, names: Iterable[str] | None = None) -> Shap
             raise ValueError(f"{key}: config.json lacks {name}, which a {model_type} model must give")
         sizes.append(value)
     num_layers, hidden_size, intermediate_size, num_experts, top_k = sizes
-    moe_layers = range(num_layers)
+    moe_layers = [layer for layer in range(num_layers) if layer not in (config.get("mlp_only_layers") or ())]
     if names is not None:
         found = {int(name.split(".")[2]) for name in names if is_expert_matrix(family, name)}
         moe_layers = sorted(layer for layer in found if layer < num_layers)

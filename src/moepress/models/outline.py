@@ -150,6 +150,11 @@ def from_config(config: dict, key: str) -> Outline:
         sizes |= {f"{prefix}{ATTENTION}.{name}_proj.weight": size for name, size in attention.items()}
         if config.get("qkv_bias"):
             sizes |= {f"{prefix}{ATTENTION}.{name}_proj.bias": attention[name][:1] for name in "qkv"}
+        if layer not in shape.moe_layers:
+            at, inner = f"{prefix}{family.block}.", config["intermediate_size"]
+            sizes |= {f"{at}{family.gate}.weight": (inner, H), f"{at}{family.up}.weight": (inner, H)}
+            sizes[f"{at}{family.down}.weight"] = (H, inner)
+            continue
         sizes[f"{prefix}{family.disk_block or family.block}.{family.router}.weight"] = (shape.num_experts, H)
         for expert in range(shape.num_experts):
             at = f"{prefix}{family.experts_on_disk}.{expert}."

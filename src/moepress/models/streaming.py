@@ -168,7 +168,14 @@ class ModelStream:
 
     def layers(self, start: int = 0) -> Iterator[tuple[int, nn.Module]]:
         """Every layer from `start` on in turn; one is in memory at a time: its weights go when the next one is asked for."""
-        for index in range(start, self.shape.num_layers):
+        return self._each(range(start, self.shape.num_layers))
+
+    def layers_back(self, start: int) -> Iterator[tuple[int, nn.Module]]:
+        """The same from `start` down to the first one."""
+        return self._each(range(start, -1, -1))
+
+    def _each(self, indices: range) -> Iterator[tuple[int, nn.Module]]:
+        for index in indices:
             layer = self.layer(index)
             yield index, layer
             self.body.layers[index] = nn.Identity()
@@ -188,7 +195,7 @@ class ModelStream:
         out = torch.empty(N, S, self.shape.hidden_size) if out_NSH is None else out_NSH
         keep = (self.body.layers, self.body.norm, self.body.embed_tokens)
         notes = [_Note() for _ in keep[0]]
-        self.body.rotary_emb = type(self.body.rotary_emb)(config=self.config).to(self.device)
+        self._place_positions()
         self.body.layers, self.body.norm = nn.ModuleList(notes), nn.Identity()
         self.body.embed_tokens = _Embedding(weight, self.device, self.dtype)
         try:
@@ -205,6 +212,7 @@ class ModelStream:
     def logits(self, x_NSH: torch.Tensor) -> torch.Tensor:
         """The model's logits `[N, S, V]` for what leaves the last layer: its own last norm, head and scaling."""
         self._load_head()
+        self._place_positions()
         keep = (self.body.layers, self.body.embed_tokens)
         self.body.layers = nn.ModuleList([_Replay(x_NSH.to(self.device))])
         self.body.embed_tokens = _Embedding(torch.zeros(1, self.shape.hidden_size), self.device, self.dtype)
@@ -213,6 +221,11 @@ class ModelStream:
             return self.skeleton(input_ids=nothing, use_cache=False).logits
         finally:
             self.body.layers, self.body.embed_tokens = keep
+
+    def _place_positions(self) -> None:
+        """The rotary embedding: computed, not stored."""
+        if any(buffer.is_meta for buffer in self.body.rotary_emb.buffers()):
+            self.body.rotary_emb = type(self.body.rotary_emb)(config=self.config).to(self.device)
 
     def _load_head(self) -> None:
         """The last norm and the head, which may be the embedding's."""
@@ -254,10 +267,23 @@ class ModelStream:
 
     def add_block(self, layer: nn.Module, residual_NSH: torch.Tensor, block_input_NSH: torch.Tensor) -> torch.Tensor:
         """Add what the MoE block (or MLP) makes of its input to the residual stream, in place: the layer's output."""
-        scale = getattr(layer, self.family.residual_scale) if self.family.residual_scale else 1.0
+        scale = self.block_scale(layer)
         for part in _parts(*residual_NSH.shape[:2]):
             residual_NSH[part] += (scale * self.block(layer, block_input_NSH[part].to(self.device))).to(residual_NSH.device)
         return residual_NSH
+
+    def block_scale(self, layer: nn.Module) -> float:
+        """What the block's output is multiplied with where it joins the residual stream."""
+        return getattr(layer, self.family.residual_scale) if self.family.residual_scale else 1.0
+
+    def pull_back(self, index: int, layer: nn.Module, x_NSH: torch.Tensor, g_NSH: torch.Tensor, out_NSH: torch.Tensor) -> None:
+        """A layer's vector-Jacobian product: from its input x and the gradient g at its output the one at its input, written
+        to `out`. The layer runs again, an expert's weights widened as forward and backward come to them."""
+        for part in _parts(*x_NSH.shape[:2]):
+            x = x_NSH[part].to(self.device, copy=True).requires_grad_()
+            with torch.enable_grad():
+                y = self.call(index, layer, x)
+            out_NSH[part] = torch.autograd.grad(y, x, g_NSH[part].to(self.device))[0].to(out_NSH.device)
 
     def block(self, layer: nn.Module, m_NSH: torch.Tensor) -> torch.Tensor:
         """The MoE block's (or MLP's) output for some sequences."""

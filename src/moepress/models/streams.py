@@ -14,20 +14,24 @@ class Streams:
     """Named streams of hidden states `[N, S, H]` between two layers, float32, in files under `folder`.
 
     `streams["x"]` is what enters layer `streams.layer`; `streams.next("x")` is written while it runs; `advance` makes the
-    one the other, all streams at once or not at all. `scratch` is for what lives within a layer.
+    one the other, all streams at once or not at all. `scratch` is for what lives within a layer. With keeps=True what entered
+    every layer stays, as `at(name, layer)`.
     """
 
-    def __init__(self, folder: Path, names: tuple[str, ...], shape: tuple[int, int, int]):
-        self.folder, self.names, self.shape = Path(folder), names, tuple(shape)
+    def __init__(self, folder: Path, names: tuple[str, ...], shape: tuple[int, int, int], keeps: bool = False):
+        self.folder, self.names, self.shape, self.keeps = Path(folder), names, tuple(shape), keeps
         self.folder.mkdir(parents=True, exist_ok=True)
         self.layer = next_layer(self.folder)
         self._open: dict[str, torch.Tensor] = {}
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self._map(f"{name}-{self.layer}")
+        return self.at(name, self.layer)
+
+    def at(self, name: str, layer: int) -> torch.Tensor:
+        return self._map(f"{name}-{layer}")
 
     def next(self, name: str) -> torch.Tensor:
-        return self._map(f"{name}-{self.layer + 1}")
+        return self.at(name, self.layer + 1)
 
     def scratch(self, name: str) -> torch.Tensor:
         return self._map(name)
@@ -39,7 +43,8 @@ class Streams:
         mark(self.folder, self.layer)
         for name in self.names:
             self._open.pop(f"{name}-{before}", None)
-            (self.folder / f"{name}-{before}.bin").unlink(missing_ok=True)
+            if not self.keeps:
+                (self.folder / f"{name}-{before}.bin").unlink(missing_ok=True)
 
     def _map(self, name: str) -> torch.Tensor:
         if name not in self._open:

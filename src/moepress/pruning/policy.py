@@ -1,64 +1,183 @@
-"""Attaching a pruning policy to a loaded model: hooks ahead of its experts that see the shape and padding of the batch."""
+"""Attaching a pruning policy to a loaded model: hooks ahead of its experts that see the shape and padding of the batch.
 
-from dataclasses import dataclass
+Legend: B sequences, S positions, T = B * S tokens, H hidden size, K selected experts, L MoE layers.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import nn
 
-from moepress.models.families import FAMILIES
+from moepress.models.families import ATTENTION, FAMILIES
+from moepress.pruning.odp import importance, most_important, odp
 from moepress.pruning.pesf import pesf
+
+METHODS = ("none", "pesf", "odp", "ees", "static")
 
 
 @dataclass
 class Batch:
-    """Of the forward in progress: True for tokens, False for padding, `[B, S]`."""
+    """Of the forward in progress: True for tokens, False for padding, `[B, S]`; positions that a cache holds before them; the
+    attention that each token of a layer receives, `[B, S]`, from its attention until its experts."""
 
     mask_BS: torch.Tensor | None = None
+    past: int = 0
+    received: dict[int, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Attached:
+    """A policy at work in a model, until `remove()`. protected, tokens: counted over layers and forwards where ODP protects."""
+
+    handles: list = field(default_factory=list)
+    protected: torch.Tensor | int = 0
+    tokens: torch.Tensor | int = 0
+
+    def remove(self) -> None:
+        while self.handles:
+            self.handles.pop().remove()
+
+    @property
+    def protected_share(self) -> float:
+        """Share of the tokens so far that kept all their experts for their importance; 0 where nothing is protected."""
+        return float(self.protected / self.tokens) if self.tokens else 0.0
+
+
+def moe_layers(model) -> list[nn.Module]:
+    """The decoder layers with routed experts, in order."""
+    block = FAMILIES[model.config.model_type].block
+    return [layer for layer in model.model.layers if hasattr(layer.get_submodule(block), "experts")]
 
 
 def experts_of(model) -> list[nn.Module]:
     """The routed experts of every MoE layer, in order; each is called with `(hidden, top_k_index, top_k_weights)`."""
+    path = FAMILIES[model.config.model_type].experts
+    return [layer.get_submodule(path) for layer in moe_layers(model)]
+
+
+def routers_of(model) -> list[nn.Module]:
+    """The router of every MoE layer, in order; each gives `(logits, top_k_weights, top_k_index)`."""
     family = FAMILIES[model.config.model_type]
-    blocks = [layer.get_submodule(family.block) for layer in model.model.layers]
-    return [block.experts for block in blocks if hasattr(block, "experts")]
+    return [layer.get_submodule(family.block).get_submodule(family.router) for layer in moe_layers(model)]
 
 
-def attach(model, policy: dict) -> list:
-    """Let the policy act on every later forward; returns the hooks, whose `remove()` ends that.
+def attach(model, policy: dict) -> Attached:
+    """Let the policy act on every later forward, until its `remove()`.
 
-    policy: `{"method": "pesf", "alpha": ..., "renormalize": ...}` or `{"method": "none"}`.
+    policy: what the pruning stage writes to policy.json, or by hand
+    `{"method": "none"}`,
+    `{"method": "pesf", "alpha": ..., "renormalize": ...}`,
+    `{"method": "odp", "threshold": ..., "protect": ..., "renormalize": ...}` (or `"thresholds"`, a list over the MoE layers),
+    `{"method": "ees", "threshold": ..., "renormalize": ...}`,
+    `{"method": "static", "removed": [[...], ...]}` (numbers of the experts of each MoE layer that are gone).
+
+    Raises ValueError naming the key for other methods, and for lists that do not fit the model.
     """
-    if policy["method"] == "none":
-        return []
-    if policy["method"] != "pesf":
-        raise ValueError(f"pruning.method={policy['method']!r}: one of none, pesf")
-    batch = Batch()
+    method = policy["method"]
+    if method not in METHODS:
+        raise ValueError(f"pruning.method={method!r}: one of {', '.join(METHODS)}")
+    attached, batch = Attached(), Batch()
+    if method == "none":
+        return attached
+    layers, family = moe_layers(model), FAMILIES[model.config.model_type]
+    rules = {"pesf": _pesf, "odp": _odp, "ees": _odp, "static": _static}[method](policy, len(layers), batch, attached)
 
     def see_batch(_, args, kwargs):
         ids = kwargs.get("input_ids", args[0] if args else None)
         ids = kwargs["inputs_embeds"] if ids is None else ids
-        mask = kwargs.get("attention_mask")
+        mask, past = kwargs.get("attention_mask"), kwargs.get("past_key_values")
         shape = ids.shape[:2]
-        batch.mask_BS = torch.ones(shape, device=ids.device) if mask is None else mask[:, -shape[1] :].to(ids.device)
+        mask_BS = torch.ones(shape, device=ids.device) if mask is None else mask[:, -shape[1] :].to(ids.device)
+        batch.mask_BS, batch.past = mask_BS.bool(), 0 if past is None else int(past.get_seq_length())
+        batch.received.clear()
 
-    def prune(experts, args):
+    def prune(rule: Callable, experts, args):
         hidden_TH, index_TK, weights_TK = args
-        shape = (*batch.mask_BS.shape, index_TK.shape[-1])
-        if shape[1] == 1:
-            return args
-        index, weights = pesf(
-            index_TK.view(shape),
-            weights_TK.view(shape),
-            batch.mask_BS,
-            experts.num_experts,
-            policy["alpha"],
-            policy["renormalize"],
-        )
+        B, S = batch.mask_BS.shape
+        index, weights = rule(experts, hidden_TH.reshape(B, S, -1), index_TK.view(B, S, -1), weights_TK.view(B, S, -1))
         return hidden_TH, index.view_as(index_TK), weights.view_as(weights_TK)
 
-    hooks = [model.register_forward_pre_hook(see_batch, with_kwargs=True)]
-    for experts in experts_of(model):
-        hooks.append(experts.register_forward_pre_hook(prune))
+    attached.handles.append(model.register_forward_pre_hook(see_batch, with_kwargs=True))
+    for layer, rule in zip(layers, rules, strict=True):
+        experts = layer.get_submodule(family.experts)
+        attached.handles.append(experts.register_forward_pre_hook(partial(prune, rule)))
         # transformers' grouped experts leave the rows of "no expert" uninitialised unless told that there may be some
         experts._is_expert_parallel = True
-    return hooks
+    if method == "static":
+        from moepress.pruning.static import Removal
+
+        for layer, removed in zip(layers, policy["removed"], strict=True):
+            removed_E = _marked(removed, layer.get_submodule(family.experts).num_experts, model.device)
+            attached.handles.append(Removal(layer.get_submodule(family.router_path), removed_E, family.correction))
+    if policy.get("protect"):
+        attached.handles.append(_listen(model, [layer.get_submodule(ATTENTION) for layer in layers], batch))
+    return attached
+
+
+def _pesf(policy: dict, num_layers: int, batch: Batch, attached: Attached) -> list[Callable]:
+    def rule(experts, hidden_BSH, index_BSK, weights_BSK):
+        if index_BSK.shape[1] == 1:
+            return index_BSK, weights_BSK
+        return pesf(index_BSK, weights_BSK, batch.mask_BS, experts.num_experts, policy["alpha"], policy["renormalize"])
+
+    return [rule] * num_layers
+
+
+def _odp(policy: dict, num_layers: int, batch: Batch, attached: Attached) -> list[Callable]:
+    """A token that is decoded alone has no later tokens that could attend to it: only the threshold acts."""
+    thresholds = policy.get("thresholds")
+    if thresholds is None:
+        if policy.get("threshold") is None:
+            raise ValueError(
+                "pruning.thresholds: not given; take the policy.json of the pruning stage, or one threshold for all"
+            )
+        thresholds = [policy["threshold"]] * num_layers
+    if len(thresholds) != num_layers:
+        raise ValueError(f"pruning.thresholds: {len(thresholds)} of them, but the model has {num_layers} MoE layers")
+
+    def rule(layer: int, experts, hidden_BSH, index_BSK, weights_BSK):
+        mask_BS, protected_BS = batch.mask_BS, None
+        if layer in batch.received:
+            importance_BS = importance(hidden_BSH, batch.received.pop(layer), mask_BS)
+            protected_BS = most_important(importance_BS, mask_BS, policy["protect"])
+            attached.protected, attached.tokens = attached.protected + protected_BS.sum(), attached.tokens + mask_BS.sum()
+        E, threshold = experts.num_experts, thresholds[layer]
+        return odp(index_BSK, weights_BSK, mask_BS, E, threshold, protected_BS, policy["renormalize"])
+
+    return [partial(rule, layer) for layer in range(num_layers)]
+
+
+def _static(policy: dict, num_layers: int, batch: Batch, attached: Attached) -> list[Callable]:
+    """What of a removed expert still comes through: routers that first choose groups may have none left in one."""
+    if len(policy["removed"]) != num_layers:
+        raise ValueError(f"pruning.removed: {len(policy['removed'])} lists, but the model has {num_layers} MoE layers")
+
+    def rule(removed: list[int], experts, hidden_BSH, index_BSK, weights_BSK):
+        gone_BSK = _marked(removed, experts.num_experts, index_BSK.device)[index_BSK]
+        return index_BSK.masked_fill(gone_BSK, experts.num_experts), weights_BSK.masked_fill(gone_BSK, 0)
+
+    return [partial(rule, removed) for removed in policy["removed"]]
+
+
+def _marked(removed: list[int], num_experts: int, device) -> torch.Tensor:
+    """True for the removed experts, `[E]`."""
+    if not all(0 <= expert < num_experts for expert in removed):
+        raise ValueError(f"pruning.removed: {removed} are not all experts of a layer with {num_experts}")
+    return torch.zeros(num_experts, dtype=torch.bool, device=device).index_fill_(
+        0, torch.tensor(removed, device=device).long(), 1
+    )
+
+
+def _listen(model, modules: list[nn.Module], batch: Batch):
+    from moepress.pruning.attention import Listener, received
+
+    layer_of = {module: layer for layer, module in enumerate(modules)}
+
+    def heard(module, query, key, mask, scaling=None, s_aux=None, **_):
+        if query.shape[2] > 1:
+            sums_BS = received(query, key, mask, batch.mask_BS.to(query.device), scaling, s_aux, batch.past)
+            batch.received[layer_of[module]] = sums_BS
+
+    return Listener(model, modules, heard)

@@ -22,6 +22,9 @@ from moepress.quantization.size import group_of
 SAMPLE = 512
 """Tokens that an expert's output error is measured on."""
 
+LAYER_SAMPLE = 1024
+"""Tokens that the change of a whole layer's output is measured on, at the most."""
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -36,8 +39,13 @@ class Recipe:
     shared_bits: int | None = None
     damping: float = 0.0
     block_size: int = 0
+    router_loss: str = "topk_mse"
+    router_when: str = "before"
     router_candidates: int | None = None
     router_ridge: float = 0.0
+    router_learning_rate: float = 0.0
+    router_steps: int = 0
+    router_batch: int = 0
     clip_max: float = 1.0
     clip_ends: str = "apart"
     clip_norm: float = 2.0
@@ -65,6 +73,8 @@ class Recipe:
 
     def quantize(self, w_EOI: torch.Tensor, h_EII: torch.Tensor | None, bits: list[int], factor=None) -> Quantized:
         group_size = group_of(w_EOI.shape[-1], self.group_size)
+        if self.method == "minmax":
+            return grid.minmax(w_EOI, bits, group_size)
         if h_EII is None:
             return grid.rtn(w_EOI, bits, group_size, self.search)
         block_size = math.gcd(self.block_size, group_size)
@@ -211,25 +221,69 @@ def quantize_experts(
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, errors or None
 
 
-def width_errors(recipe: Recipe, inputs: ExpertInputs, weights_TE: torch.Tensor, widths: list[int]) -> torch.Tensor:
-    """PMQ's eps `[E, widths]`: Frobenius norm of the change of the MoE block's output when one expert alone is quantized
-    (MC, arXiv 2410.06270). Only the expert itself runs, on its own tokens. weights: routing weights, 0 where not selected."""
-    experts = inputs.experts
-    errors = torch.zeros(experts.num_experts, len(widths))
+@dataclass
+class Gradient:
+    """Of the loss at a layer's output, for some of its tokens. row_T: each token's row in g_GH, -1 for those without."""
+
+    row_T: torch.Tensor
+    g_GH: torch.Tensor
+
+
+@dataclass
+class WidthErrors:
+    """What quantization to each of W widths does to a layer's E experts, each alone, and to the layer.
+
+    errors_EW: Frobenius norm of the change of the MoE block's output over all tokens (PMQ's eps; MC, arXiv 2410.06270).
+    loss_errors_EW: sum over tokens of (g dz)^2, dz that change and g the gradient of the loss (GEMQ, arXiv 2605.23078); None
+    without one.
+    weight_errors_EWM: squared error of the weights, M = (gate and up, down). traces_EM: trace of the curvature of their inputs,
+    a mean over all tokens in which those not routed to the expert count 0, by the input's width (HAWQ-V2, arXiv 1911.03852).
+    layer_changes_WSH: of the block's output with all experts at one width, for the tokens sample_S.
+    """
+
+    errors_EW: torch.Tensor
+    loss_errors_EW: torch.Tensor | None
+    weight_errors_EWM: torch.Tensor
+    traces_EM: torch.Tensor
+    layer_changes_WSH: torch.Tensor
+    sample_S: torch.Tensor
+
+
+def width_errors(
+    recipe: Recipe, inputs: ExpertInputs, weights_TE: torch.Tensor, widths: list[int], gradient: Gradient | None = None
+) -> WidthErrors:
+    """Every expert at every width; only the expert itself runs, on its own tokens. weights: routing weights, 0 where not
+    selected."""
+    experts, device = inputs.experts, inputs.device
+    (T, H), E, W = inputs.m_TH.shape, experts.num_experts, len(widths)
+    sample_S = torch.arange(0, T, -(-T // LAYER_SAMPLE))
+    place_T = torch.full((T,), -1)
+    place_T[sample_S] = torch.arange(len(sample_S))
+    squares, losses = torch.zeros(2, E, W, dtype=torch.float64)
+    weight_errors, traces = torch.zeros(E, W, 2), torch.zeros(E, 2)
+    changes = torch.zeros(W, len(sample_S), H, device=device)
+    reads_text = recipe.method == "gptq"
     for batch in expert_batches(experts):
-        h = u = None
-        if recipe.method != "rtn":
-            h = inputs.gate_up_curvature(batch)
-            u = recipe.factor(h)
+        h = inputs.gate_up_curvature(batch) if reads_text else None
+        u = recipe.factor(h) if reads_text else None
         for column, width in enumerate(widths):
-            given = None if recipe.method == "rtn" else inputs
-            gate_up, down = quantize_batch(recipe, experts, batch, [width] * len(batch), given, h, u)
+            gate_up, down = quantize_batch(recipe, experts, batch, [width] * len(batch), inputs if reads_text else None, h, u)
             gate_up, down = gate_up.dequantize(), down.dequantize()
             for i, e in enumerate(batch):
-                square = 0.0
+                weight_errors[e, column, 0] = (gate_up[i] - experts.gate_up_matrix(e, torch.float32)).square().sum()
+                weight_errors[e, column, 1] = (down[i] - experts.down_matrix(e, torch.float32)).square().sum()
                 for rows in inputs.rows[e].split(TOKENS_AT_ONCE):
-                    x = inputs.m_TH[rows].to(inputs.device)
-                    change = experts.output(e, x, gate_up[i], down[i]) - experts.output(e, x)
-                    square += (change * weights_TE[rows, e, None].to(inputs.device)).square().sum().item()
-                errors[e, column] = math.sqrt(square)
-    return errors
+                    x = inputs.m_TH[rows].to(device)
+                    hidden = experts.hidden(e, x)
+                    change = experts.output(e, x, gate_up[i], down[i]) - experts.project(e, hidden)
+                    change *= weights_TE[rows, e, None].to(device)
+                    squares[e, column] += change.square().sum().item()
+                    sampled = place_T[rows] >= 0
+                    changes[column].index_add_(0, place_T[rows[sampled]].to(device), change[sampled.to(device)])
+                    if gradient:
+                        known = gradient.row_T[rows] >= 0
+                        g = gradient.g_GH[gradient.row_T[rows[known]]].to(device, torch.float32)
+                        losses[e, column] += (g * change[known.to(device)]).sum(-1).square().sum().item()
+                    if column == 0:
+                        traces[e] += torch.stack([v.square().sum().cpu() / v.shape[1] for v in (x, hidden)]) / T
+    return WidthErrors(squares.sqrt(), losses if gradient else None, weight_errors, traces, changes, sample_S)

@@ -137,8 +137,32 @@ def rtn(w_EOI: torch.Tensor, bits: list[int], group_size: int, how: Search) -> Q
     top = top_code(bits, w_EOI.device)
     as_rows = w_EOI.reshape(E, O * (I // group_size), group_size)
     scale, zero = search(as_rows, top, None, how)
+    return _rounded(as_rows, scale, zero, bits, (E, O, I))
+
+
+def minmax(w_EOI: torch.Tensor, bits: list[int], group_size: int) -> Quantized:
+    """Round to nearest between each group's extremes, 1 bit as sign(w) * mean|w|: how MC's code (arXiv 2410.06270) measures its
+    errors, but for its zero points, which it does not round to quarter steps."""
+    E, O, I = w_EOI.shape
+    as_rows = w_EOI.reshape(E, O * (I // group_size), group_size).float()
+    scales, zeros = [], []
+    for rows, width in zip(as_rows, bits, strict=True):
+        if width == 1:
+            mean = rows.abs().mean(-1)
+            scale, zero = fit(-mean, mean, 1.0)
+        else:
+            scale, zero = fit(rows.amin(-1).clamp(max=0), rows.amax(-1).clamp(min=0), 2.0**width - 1)
+        scales.append(scale)
+        zeros.append(zero)
+    return _rounded(as_rows, torch.stack(scales), torch.stack(zeros), bits, (E, O, I))
+
+
+def _rounded(as_rows, scale, zero, bits: list[int], shape: tuple[int, int, int]) -> Quantized:
+    """Groups on given grids, as matrices `[E, O, I]`."""
+    E, O, I = shape
+    top, group_size = top_code(bits, as_rows.device), as_rows.shape[-1]
     step = max(1, ELEMENTS_AT_ONCE // (E * group_size))
     parts = zip(as_rows.split(step, 1), scale.split(step, 1), zero.split(step, 1), strict=True)
     codes = torch.cat([round_to_grid(w.float(), s, z, top)[0].to(torch.uint8) for w, s, z in parts], 1)
-    shape = (E, O, I // group_size)
-    return Quantized(codes.view(E, O, I), scale.view(shape).half(), zero.view(shape).to(torch.int16), list(bits))
+    groups = (E, O, I // group_size)
+    return Quantized(codes.view(E, O, I), scale.view(groups).half(), zero.view(groups).to(torch.int16), list(bits))

@@ -3,8 +3,9 @@
 `x` runs through the original model, `x_hat` through the model compressed so far. For each layer (QESC, EAC-MoE,
 arXiv 2508.01625): quantize the attention with the curvature that `x_hat` gives; re-fit the router so that it selects on
 `x_hat` what the original selects on `x`; quantize the experts with the tokens that the fitted router sends them, and shared
-experts and dense layers with all tokens; push both streams on. GPTQ is the same without the fit; RTN reads no text and has
-no streams.
+experts and dense layers with all tokens; push both streams on. (A router that is fitted after the experts sees the same
+`x_hat`: what differs is which tokens the experts were quantized with.) GPTQ is the same without the fit; RTN reads no text
+and has no streams.
 
 Legend: N sequences, S positions, T = N * S tokens, H hidden size, E experts, K selected experts, L layers.
 """
@@ -19,12 +20,12 @@ from torch import nn
 
 from moepress.inference.packed import PackedExperts, PackedLinear
 from moepress.models.families import layer_prefix
-from moepress.models.limits import TOKENS_AT_ONCE
+from moepress.models.limits import TOKENS_AT_ONCE, WORKSPACE
 from moepress.models.streaming import DTYPES, ModelStream, Routing
 from moepress.models.streams import Streams
 from moepress.quantization.experts import ExpertInputs, Recipe, quantize_experts
 from moepress.quantization.gptq import Curvature
-from moepress.quantization.router import RouterFit, num_candidates, shift
+from moepress.quantization.router import Fit, Tokens, candidates, num_candidates, shift
 from moepress.quantization.tuning import Tuned, tune
 
 STREAMS = ("x", "x_hat")
@@ -98,11 +99,13 @@ class LayerQuantizer:
         if streams:
             stream.attend(self.index, layer, x_hat, x_hat_next, m_hat)
             if bits:
-                routing = self.calibrate_router(m, m_hat, original)
+                routing = self.calibrate_router(m_hat, original, ("before", "both"))
         self.quantize_linears("shared", lambda: self.see_block(m_hat, bits))
         if bits:
             seen = (m_hat.flatten(0, 1), m.flatten(0, 1)) if streams else (None, None)
             self.quantize_experts(bits, *seen, routing)
+            if streams:
+                self.calibrate_router(m_hat, original, ("after", "both"))
         if streams and self.recipe.tune_steps:
             self.tune(x_hat, target)
             stream.attend(self.index, layer, x_hat, x_hat_next, m_hat)
@@ -136,29 +139,37 @@ class LayerQuantizer:
             else:
                 linear.weight.copy_(quantized.dequantize(self.stream.dtype)[0])
 
-    def calibrate_router(self, m: torch.Tensor, m_hat: torch.Tensor, original: Routing) -> Routing:
-        """Re-fit the router where the recipe says so; the routing that the experts get."""
-        routing = self.stream.route(self.layer, m_hat)
-        changed = shift(original.indices, routing.indices).mean().item()
-        self.diagnostics["selection_shift_before_fit"] = self.diagnostics["selection_shift"] = changed
-        if self.recipe.method == "qesc":
-            self.fit_router(m.flatten(0, 1), m_hat.flatten(0, 1), original)
+    def calibrate_router(self, m_hat: torch.Tensor, original: Routing, when: tuple[str, ...]) -> Routing:
+        """Fit the router where the recipe says so, at one of these moments; the layer's routing from here on."""
+        routing, told = self.stream.route(self.layer, m_hat), self.diagnostics
+        told.setdefault("selection_shift_before_fit", shift(original.indices, routing.indices).mean().item())
+        if self.recipe.method == "qesc" and self.recipe.router_loss != "none" and self.recipe.router_when in when:
+            self.fit_router(m_hat.flatten(0, 1), original, routing)
             routing = self.stream.route(self.layer, m_hat)
-            self.diagnostics["selection_shift"] = shift(original.indices, routing.indices).mean().item()
+        told["selection_shift"] = shift(original.indices, routing.indices).mean().item()
         return routing
 
-    def fit_router(self, m_TH: torch.Tensor, m_hat_TH: torch.Tensor, original: Routing) -> None:
+    def fit_router(self, m_hat_TH: torch.Tensor, original: Routing, routing: Routing) -> None:
         """Fit the router, in the values that its dtype on disk holds."""
-        stream, weight = self.stream, self.stream.router_weight(self.layer)
-        fit = RouterFit(weight, num_candidates(weight.shape[0], self.recipe.router_candidates))
-        scores = stream.selection_scores(self.layer, original.logits.to(stream.device))
-        for part in torch.arange(len(m_TH)).split(TOKENS_AT_ONCE):
-            rows = slice(int(part[0]), int(part[-1]) + 1)
-            fit.add(m_TH[rows].to(stream.device), m_hat_TH[rows].to(stream.device), scores[rows])
+        stream, recipe, weight = self.stream, self.recipe, self.stream.router_weight(self.layer)
+        E = weight.shape[0]
+        count = E if recipe.router_loss == "mse" else num_candidates(E, recipe.router_candidates)
+        mask_TE = candidates(stream.selection_scores(self.layer, original.logits.to(stream.device)), count)
+        tokens = Tokens(m_hat_TH, original.logits, routing.logits, mask_TE, TOKENS_AT_ONCE, WORKSPACE, stream.device)
         name = f"{stream.family.router_path}.{stream.family.router_weight}"
         stored = stream.entries[stream.layer_names(self.index)[name]]
-        fitted = fit.solve(self.recipe.router_ridge).to(DTYPES[stored.dtype])
-        self.tensors[self.prefix + name] = fitted
+        how = Fit(
+            recipe.router_loss,
+            recipe.router_ridge,
+            recipe.router_learning_rate,
+            recipe.router_steps,
+            recipe.router_batch,
+            stream.family.scores,
+        )
+        fitted, before, after = how.run(tokens, weight, DTYPES[stored.dtype])
+        self.diagnostics.setdefault("router_loss_before_fit", before)
+        self.diagnostics["router_loss"] = after
+        self.tensors[self.prefix + name] = fitted.cpu()
         weight.copy_(fitted.to(stream.dtype))
 
     def quantize_experts(self, bits: list[int], m_hat_TH, m_TH, routing: Routing | None) -> None:

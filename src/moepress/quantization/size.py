@@ -40,3 +40,13 @@ def feasible_range(num_experts: int, widths: list[int], sizes: list[float], keep
         raise ValueError(f"allocation.keep={list(keep)} asks for {len(keep)} experts, a layer has {num_experts}")
     kept, rest = sum(size[w] for w in keep), num_experts - len(keep)
     return kept + rest * min(sizes), kept + rest * max(sizes)
+
+
+def mixed(sizes: dict[int, int], total: float, num_experts: int, mixes: bool = True) -> list[int]:
+    """Widths of experts that fill a total: the widest that fits all and, if it `mixes`, the next for the first of them."""
+    narrow = max((width for width in sizes if sizes[width] * num_experts <= total + 1e-9), default=min(sizes))
+    wide = min((width for width in sizes if width > narrow), default=narrow)
+    wider = 0
+    if mixes and wide != narrow:
+        wider = int((total - num_experts * sizes[narrow] + 1e-9) / (sizes[wide] - sizes[narrow]))
+    return [wide] * wider + [narrow] * (num_experts - wider)

@@ -5,7 +5,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from moepress.report.heatmaps import MOST_LAYERS, mesh
-from moepress.report.reading import Run
+from moepress.report.reading import Run, first_seeds
 from moepress.report.style import INK, plt, shorten
 
 
@@ -60,7 +60,7 @@ def similarity(runs: list[Run]) -> tuple[Figure, pd.DataFrame] | None:
 
 def left_out(runs: list[Run]) -> tuple[Figure, pd.DataFrame] | None:
     """In which share of each text's sequences a pruned model computes nothing with an expert: a row of panels for each run."""
-    pruned = [run for run in runs if run.is_pruned]
+    pruned = [run for run in first_seeds(runs) if run.is_pruned]
     if not pruned:
         return None
     first, num_domains = usage(pruned[0])

@@ -6,7 +6,7 @@ import numpy as np
 
 from moepress.report import paired
 from moepress.report.paired import Difference, increase
-from moepress.report.reading import Run, label, reference_of
+from moepress.report.reading import Run, label, methods, reference_of
 from moepress.report.table import mean_over_domains
 
 
@@ -174,20 +174,21 @@ def _paired(runs: list[Run]) -> list[str]:
 def _named(pair: paired.Pair) -> str:
     """`GPTQ for RTN`, `PMQ for uniform`, `PESF for none`."""
     own, base = (getattr(side[0], pair.step)["method"] for side in (pair.runs, pair.others))
-    return f"{label(own)} for {base if base in ('uniform', 'none') else label(base)}"
+    return f"{label(own)} for {base if base == 'none' else label(base)}"
 
 
 def _pruned(runs: list[Run]) -> list[str]:
     found = []
-    for run in runs:
-        same = [r for r in runs if not r.is_pruned and r.unpruned == run.unpruned and r.seed == run.seed]
-        if run.is_pruned and same:
-            cost = percent(increase([run], same, run.domains[0]))
-            active = run.shape.top_k * run.metrics["active_slots"]
-            found.append(
-                f"{run.pruning_label} on {same[0].title} computes {active:.2f} of {run.shape.top_k} experts per token "
-                f"for {cost} in perplexity."
-            )
+    for group in methods(run for run in runs if run.is_pruned):
+        run = group[0]
+        same = [other for other in runs if not other.is_pruned and other.unpruned == run.unpruned]
+        if same:
+            cost = percent(increase(group, same, run.domains[0]))
+            active = run.shape.top_k * np.mean([member.metrics["active_slots"] for member in group])
+            what = f"computes {active:.2f} of {run.shape.top_k} experts per token for {cost} in perplexity"
+            if run.remaining_experts < run.shape.num_experts:  # tokens choose among the rest
+                what = f"keeps {run.remaining_experts} of {run.shape.num_experts} experts, of which it {what}"
+            found.append(f"{run.pruning_label} on {same[0].title} {what}.")
     return found
 
 

@@ -97,7 +97,9 @@ def calibration(run: Run) -> str | None:
 
 
 def methods(runs: list[Run]) -> dict[str, str]:
-    facts = {"seeds": f"{listed({run.seed for run in runs})}; each row is one run under one seed"}
+    facts = {
+        "seeds": f"{listed({run.seed for run in runs})}; a row is the mean over a method's seeds, runs.csv has one for each"
+    }
     quantized = [run for run in runs if run.is_quantized]
     if quantized:
         groups = listed({run.quantization["group_size"] for run in quantized})

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from moepress.report import awareness, forest, heatmaps, lines, scores
+from moepress.report import awareness, decomposition, forest, heatmaps, lines, scores
 from moepress.report.reading import Run
 from moepress.report.style import RC, plt, save
 
@@ -26,7 +26,7 @@ FIGURES = {
         lines.quality,
         "Quality against size",
         "Lower and further left is better. Each line is one method, its points are the sizes; colours tell the "
-        "quantization method, dashes and diamonds a mixed-precision allocation. Several domains are joined by the "
+        "quantization method, dashes and markers the allocation. Several domains are joined by the "
         "geometric mean. The dashed level is the 16-bit model. Bars are one standard error of the difference to that "
         "level on the same blocks of text: how sure the distance is, not how hard the text.",
     ),
@@ -56,11 +56,27 @@ FIGURES = {
         "Share of expert selections on the test text that differ from those of the 16-bit model: what the routers "
         "choose, before a pruning policy drops any of it. Lower is better; errors of early layers reach the later ones.",
     ),
+    "decomposition": Entry(
+        decomposition.decomposition,
+        "Shifted selections or inexact weights",
+        "Change of perplexity from 16 bits, with its 95 % interval, over the same blocks: of the 16-bit model that selects "
+        "what the quantized one selects, of the quantized model that selects what the 16-bit one selects, and of the "
+        "quantized model as it is (EAC-MoE's decomposition; a forced expert gets the weight that the model's own router gives "
+        "it). The overlap is the share of a token's experts that both models select, mean over the domains; names have the "
+        "colours of its lines.",
+    ),
     "router_fit": Entry(
         lines.router_fit,
         "What router calibration repairs",
         "Changed selections on the calibration text at the moment a layer is quantized: with the router as it was, and "
         "after QESC has fitted it to the quantized hidden states. The shaded area is what the fit wins back.",
+    ),
+    "sensitivity": Entry(
+        heatmaps.sensitivity,
+        "Sensitivity of experts by layer",
+        "How far the MoE block's output moves, on the calibration text, when one expert alone is quantized: its Frobenius norm "
+        "against the mean over all experts at 2 bits (or the width next to it). Darker experts need their bits more; "
+        "a panel for each width, on one logarithmic scale.",
     ),
     "bits": Entry(
         heatmaps.bits,

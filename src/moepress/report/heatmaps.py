@@ -2,11 +2,12 @@
 
 import numpy as np
 import pandas as pd
-from matplotlib.colors import BoundaryNorm, ListedColormap
+from matplotlib.colors import BoundaryNorm, ListedColormap, LogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from moepress.models.specialisation import mutual_information
-from moepress.report.reading import Run, label
+from moepress.report.reading import Run, first_seeds, label
 from moepress.report.style import INK, plt, shorten
 
 BIT_COLOURS = {1: "#f0efe6", 2: "#a9d6c5", 3: "#4fa3b5", 4: "#1f5f99", 8: "#142a4f"}
@@ -17,7 +18,7 @@ MOST_LAYERS = 8
 def bits(runs: list[Run]) -> tuple[Figure, pd.DataFrame] | None:
     """Width of every expert of every layer, a panel for each mixed-precision allocation, beside selection frequency."""
     mixed: dict[str, list[Run]] = {}
-    for run in sorted(runs, key=lambda run: run.width):
+    for run in sorted(first_seeds(runs), key=lambda run: run.width):
         if run.is_mixed:
             mixed.setdefault(run.artefacts["allocation"], []).append(run)
     if not mixed:
@@ -76,6 +77,45 @@ def bits(runs: list[Run]) -> tuple[Figure, pd.DataFrame] | None:
     ]
     names = [f"{width} bit" + ("s" if width > 1 else "") for width in widths]
     figure.legend(patches, names, loc="outside lower center", ncols=len(widths), handlelength=1.2)
+    return figure, pd.concat(frames, ignore_index=True)
+
+
+def sensitivity(runs: list[Run]) -> tuple[Figure, pd.DataFrame] | None:
+    """MC's eps of every expert, a panel for each width that the statistics measured, relative to the mean at 2 bits."""
+    run = next((run for run in runs if "statistics" in run.artefacts and "errors" in run.statistics["layers"][0]), None)
+    if run is None:
+        return None
+    widths = run.statistics["widths"]
+    errors_LEW = np.array([layer["errors"] for layer in run.statistics["layers"]])
+    unit = errors_LEW[..., min(range(len(widths)), key=lambda i: abs(widths[i] - 2))].mean()
+    relative_LEW = np.maximum(errors_LEW / unit, 1e-4)  # an expert without tokens moves nothing
+    layers, experts, _ = errors_LEW.shape
+    columns = min(4 if experts <= 16 else 2 if experts <= 64 else 1, len(widths))
+    lines = -(-len(widths) // columns)
+    height = min(max(1.3 + 0.3 * layers, 2.0), 5.0 if experts <= 64 else 3.4)
+    size = (1.2 + max(11 / columns, 2.7) * columns, height * lines + 0.4)
+    figure, axes = plt.subplots(lines, columns, figsize=size, sharex=True, sharey=True, squeeze=False)
+    norm = LogNorm(max(relative_LEW.min(), 0.01), relative_LEW.max())
+    for index, axis in enumerate(axes.flat[: len(widths)]):
+        image = mesh(axis, relative_LEW[..., index], cmap="Purples", norm=norm)
+        share = relative_LEW[..., index].mean()
+        axis.set_title(f"{widths[index]} bit{'s' if widths[index] > 1 else ''}: {share:.2g} on average")
+    for axis in axes.flat[len(widths) :]:
+        axis.set_visible(False)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("layer")
+        _name_layers(axis, run.shape.moe_layers)
+    for axis in axes[-1]:
+        axis.set_xlabel("expert")
+    bar = figure.colorbar(image, ax=axes, pad=0.01, aspect=14 * lines)
+    bar.set_label("error (mean at 2 bits = 1)")
+    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    bar.ax.yaxis.set_minor_formatter(NullFormatter())
+    bar.outline.set_visible(False)
+    frames = [
+        _tidy(errors_LEW[..., i], "error", run.shape.moe_layers).assign(bits=width, relative=errors_LEW[..., i].ravel() / unit)
+        for i, width in enumerate(widths)
+    ]
     return figure, pd.concat(frames, ignore_index=True)
 
 

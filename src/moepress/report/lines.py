@@ -1,18 +1,22 @@
 """Figures of lines and dots. Each function takes the runs and gives a figure with its numbers, or None."""
 
+import itertools
+
 import numpy as np
 import pandas as pd
 from matplotlib import ticker
 from matplotlib.figure import Figure
 
 from moepress.report.paired import increase
-from moepress.report.reading import Run, reference_of
+from moepress.report.reading import Run, first_seeds, reference_of
 from moepress.report.style import MUTED, plt, series_styles, shorten
 from moepress.report.table import mean_over_domains
 
 Drawn = tuple[Figure, pd.DataFrame] | None
 MOST_LABELS = 12
 """Lines that are named beside their ends; more get a legend."""
+MOST_NAMES = 5
+"""Points of the figure of pruning that are named beside them; more get markers of their own."""
 LEADER = {"arrowstyle": "-", "linewidth": 0.6, "alpha": 0.6, "shrinkA": 1, "shrinkB": 4, "relpos": (0, 0.5)}
 
 
@@ -77,12 +81,12 @@ def quality(runs: list[Run]) -> Drawn:
 
 
 def pruning(runs: list[Run]) -> Drawn:
-    """Perplexity against the experts that are computed for each token, a line for each checkpoint that is pruned."""
+    """Perplexity against the experts that are computed for each token, a line for each way to prune a checkpoint."""
     found = []
     for base in runs:
         pruned = [run for run in runs if run.is_pruned and run.unpruned == base.unpruned and run.seed == base.seed]
         for run in [base, *pruned] if pruned and not base.is_pruned else ():
-            row = {"checkpoint": base.title, "pruning": run.pruning_label or "none"}
+            row = {"checkpoint": base.title, "method": run.pruning["method"], "pruning": run.pruning_label or "none"}
             row["experts_per_token"] = run.shape.top_k * run.metrics["active_slots"]
             found += [row | point for point in _quality_points(run, runs)]
     if not found:
@@ -91,12 +95,29 @@ def pruning(runs: list[Run]) -> Drawn:
     texts = list(dict.fromkeys(data["text"]))
     figure, axes = plt.subplots(1, len(texts), figsize=(5.6 * len(texts), 4), squeeze=False)
     styles = series_styles(runs) | {"16 bit": {"color": MUTED}}
+    names = list(dict.fromkeys(data["pruning"]))
+    markers = dict(zip(names, itertools.cycle("oDs^v<>PX*ph8d"), strict=False))
     for axis, text in zip(axes[0], texts, strict=True):
         for (title, _), rows in data[data["text"] == text].groupby(["checkpoint", "seed"], sort=False):
             colour = styles[rows["series"].iloc[0]]["color"]
             rows = rows.sort_values("experts_per_token")
             x, y = rows["experts_per_token"], rows["ppl"]
-            axis.errorbar(x, y, rows["paired_stderr"], color=colour, marker="o", capsize=3, elinewidth=1.2, label=title)
+            look = {
+                "color": colour,
+                "linestyle": "none",
+                "marker": "o" if len(names) <= MOST_NAMES else "none",
+                "capsize": 3,
+                "elinewidth": 1.2,
+                "label": title,
+            }
+            axis.errorbar(x, y, rows["paired_stderr"], **look)
+            for method in dict.fromkeys(rows["method"]):  # from the checkpoint itself to ever fewer experts
+                line = rows[rows["method"].isin(["none", method])]
+                axis.plot(line["experts_per_token"], line["ppl"], color=colour)
+            if len(names) > MOST_NAMES:
+                for label, *place in zip(rows["pruning"], x, y, strict=True):
+                    axis.plot(*place, linestyle="none", color=colour, marker=markers[label], markersize=9)
+                continue
             for label, *place in zip(rows["pruning"], x, y, strict=True):
                 # above the pruned ones and below the other, which may lie close together
                 words, offset = ("unpruned", (7, -13)) if label == "none" else (label, (7, 7))
@@ -104,7 +125,10 @@ def pruning(runs: list[Run]) -> Drawn:
         axis.margins(x=0.25, y=0.15)
         axis.set(title=f"Perplexity, {text}", xlabel="experts computed for each token")
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, [shorten(name, 44) for name in labels], loc="outside lower center", ncols=min(3, len(labels)))
+    if len(names) > MOST_NAMES:
+        handles += [plt.Line2D([], [], linestyle="none", color=MUTED, marker=markers[name], markersize=9) for name in names]
+        labels += ["unpruned" if name == "none" else name for name in names]
+    figure.legend(handles, [shorten(name, 44) for name in labels], loc="outside lower center", ncols=min(4, len(labels)))
     return figure, data
 
 
@@ -194,7 +218,7 @@ def selection_shift(runs: list[Run]) -> Drawn:
 def speed(runs: list[Run]) -> Drawn:
     """Prefill and decode against the 16-bit model in the same process: medians, and the middle half of the repeats."""
     found = []
-    for run in runs:
+    for run in first_seeds(runs):
         for phase in ("prefill", "decode") if not run.is_reference and run.latency["speedup_decode"] else ():
             own, base = run.latency[f"{phase}_ms"], run.latency[f"{phase}_ms_16bit"]["median"]
             row = {"run": run.name, "title": run.title, "series": run.series, "phase": phase}
@@ -222,8 +246,9 @@ def speed(runs: list[Run]) -> Drawn:
 def router_fit(runs: list[Run]) -> Drawn:
     """What re-fitting the router repairs in each layer, on the calibration text; a panel for each QESC checkpoint."""
     found, seen = [], set()
-    for run in sorted(runs, key=lambda run: run.width):
-        if run.quantization["method"] != "qesc" or run.is_pruned or run.artefacts["quantization"] in seen:
+    for run in sorted(first_seeds(runs), key=lambda run: run.width):
+        is_fitted = run.quantization["method"] == "qesc" and run.quantization.get("router_loss") != "none"
+        if not is_fitted or run.is_pruned or run.artefacts["quantization"] in seen:
             continue
         seen.add(run.artefacts["quantization"])
         for layer in run.diagnostics:

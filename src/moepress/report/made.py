@@ -12,6 +12,7 @@ from moepress.artefacts import Task, git_commit, read_json, versions
 from moepress.config import ROOT
 from moepress.models import families
 from moepress.models.families import Shape, locate
+from moepress.schema import quantizer_of_statistics
 
 VARIANT = {"model": "kind", "corpus": "kind", "allocation": "method", "quantization": "method"}
 """Groups that the command names by their option in conf/, and the key that tells their options apart."""
@@ -126,9 +127,9 @@ def _differs(key: str, value, default, groups: dict[str, dict]) -> bool:
     if key.rpartition(".")[2] in MACHINE:
         return False
     if key == "statistics.quantizer":
-        return value != ("rtn" if groups["quantization"]["method"] == "rtn" else "gptq")
-    if key == "calibration.seed":
-        return value != 0
+        return value != quantizer_of_statistics(groups["quantization"], groups["allocation"])
+    if key in ("calibration.seed", "allocation.seed"):
+        return value != (groups.get("calibration", {}).get("seed", 0) if key == "allocation.seed" else 0)
     return value != default and not str(default).startswith("${")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import jinja2
 import pandas as pd
 
-from moepress.report import compare, facts, readable
+from moepress.report import compare, facts, interactive, readable
 from moepress.report.figures import FIGURES
 from moepress.report.reading import Run
 from moepress.report.template import PAGE
@@ -32,6 +32,8 @@ def write(name: str, caption: str, runs: list[Run], table: pd.DataFrame, out: Pa
         domain_table=readable.domain_table(runs),
         task_table=readable.task_table(runs),
         paired_table=readable.paired_table(runs),
+        pictures=interactive.draw(runs),
+        libraries=interactive.library(),
         figures=[_figure(figure, out / "figures") for figure in figures],
         facts=facts.all_facts(runs),
         sources=facts.sources(runs),

@@ -14,13 +14,14 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from moepress.report.reading import Run, reference_of
+from moepress.report.reading import Run, methods, reference_of
 
 CONFIDENCE = 0.95
 SIXTEEN = "16 bits"
 
-BASELINES = {"quantization": {"qesc": "gptq", "gptq": "rtn"}, "allocation": "uniform", "pruning": "none"}
-"""What each method builds on: of a quantization method another one, of an allocation or a pruning the plain one."""
+BASELINES = {"quantization": {"qesc": "gptq", "gptq": "rtn"}, "allocation": ("uniform", "half"), "pruning": ("none",)}
+"""What each method builds on: of a quantization method another one, of an allocation or a pruning the plain ones. Between two
+widths no allocation is plainer than `half`, which itself builds on `uniform`."""
 
 
 class Difference(NamedTuple):
@@ -46,48 +47,38 @@ class Difference(NamedTuple):
 NOTHING = Difference(np.nan, np.nan, np.nan)
 
 
-def difference(runs: list[Run], others: list[Run], measured: Callable[[Run], pd.Series]) -> Difference:
+def difference(runs: list[Run], others: list[Run], measured: Callable[[Run], dict[str, np.ndarray]]) -> Difference:
     """Mean of what was measured of `runs` above that of `others`, pair by pair; every stratum counts alike.
 
-    Each list holds one configuration under one or more seeds, which are averaged. measured: a run's values, by stratum (a
-    domain, a task) and place in it. The variance is that of the mean over the pairs, stratum by stratum; a side with
-    several seeds adds the variance of its mean over them. NOTHING without anything measured.
+    Each list holds one configuration under one or more seeds, which are averaged. measured: a run's values by stratum (a
+    domain, a task), the same places in the same order for every run. The variance is that of the mean over the pairs, stratum
+    by stratum; a side with several seeds adds the variance of its mean over them. NOTHING without anything measured.
     """
     sides = [[measured(run) for run in side] for side in (runs, others)]
-    own, base = (pd.concat(values).groupby(level=[0, 1]).mean() for values in sides)
-    strata = (own - base).groupby(level=0)
-    if not len(strata):
+    strata = list(sides[0][0])
+    if not strata:
         return NOTHING
-    parts = [
-        (variance / len(strata) ** 2, count - 1) for variance, count in zip(strata.sem(ddof=1) ** 2, strata.size(), strict=True)
-    ]
-    for values in sides:
-        if len(values) > 1:
-            means = [each.groupby(level=0).mean().mean() for each in values]
+    own, base = ({name: np.mean([each[name] for each in side], axis=0) for name in strata} for side in sides)
+    above = [own[name] - base[name] for name in strata]
+    parts = [(np.var(each, ddof=1) / len(each) if len(each) > 1 else np.nan, len(each) - 1) for each in above]
+    parts = [(variance / len(strata) ** 2, freedom) for variance, freedom in parts]
+    for side in sides:
+        if len(side) > 1:
+            means = [np.mean([each[name].mean() for name in strata]) for each in side]
             parts.append((np.var(means, ddof=1) / len(means), len(means) - 1))
     variance = sum(part for part, _ in parts)
-    freedom = variance**2 / sum(part**2 / count for part, count in parts if count) if variance > 0 else np.nan
-    return Difference(float(strata.mean().mean()), float(np.sqrt(variance)), float(freedom))
+    freedom = variance**2 / sum(part**2 / count for part, count in parts) if variance > 0 else np.nan
+    return Difference(float(np.mean([each.mean() for each in above])), float(np.sqrt(variance)), float(freedom))
 
 
-def nll(domains: list[str]) -> Callable[[Run], pd.Series]:
+def nll(domains: list[str]) -> Callable[[Run], dict[str, np.ndarray]]:
     """Nats per token of each block of these domains."""
-
-    def measured(run: Run) -> pd.Series:
-        return run.blocks[run.blocks["domain"].isin(domains)].set_index(["domain", "block"])["nll"]
-
-    return measured
+    return lambda run: {domain: run.nll[domain] for domain in domains}
 
 
-def scores(tasks: list[str]) -> Callable[[Run], pd.Series]:
+def scores(tasks: list[str]) -> Callable[[Run], dict[str, np.ndarray]]:
     """The score of each item of these tasks."""
-
-    def measured(run: Run) -> pd.Series:
-        samples = run.samples[run.samples["group"].isin(tasks)]
-        place = samples["task"] + " " + samples["item"].astype(str)
-        return samples.assign(place=place).set_index(["group", "place"])["score"]
-
-    return measured
+    return lambda run: {task: run.scores[task] for task in tasks}
 
 
 def increase(runs: list[Run], others: list[Run], domains: list[str]) -> Difference:
@@ -134,15 +125,14 @@ class Pair:
 
 def pairs(runs: list[Run]) -> list[Pair]:
     """Each method against the 16-bit model, then against what it builds on, where that is among the runs."""
-    methods: dict[tuple, list[Run]] = {}
-    for run in runs:
-        if not run.is_reference:
-            methods.setdefault((run.series, run.target), []).append(run)
-    found = [Pair(own, [reference], SIXTEEN) for own in methods.values() if (reference := reference_of(own[0], runs))]
+    members = methods(run for run in runs if not run.is_reference)
+    found = [Pair(own, [reference], SIXTEEN) for own in members if (reference := reference_of(own[0], runs))]
     for step in BASELINES:
-        for own in methods.values():
-            for others in methods.values():
-                if is_step(own[0], others[0], step) and {run.seed for run in own} == {run.seed for run in others}:
+        for own in members:
+            for others in members:
+                seeds, other_seeds = ({run.seed for run in side} for side in (own, others))
+                # one run stands for all seeds where none of its stages draws anything
+                if is_step(own[0], others[0], step) and (seeds <= other_seeds or other_seeds <= seeds):
                     found.append(Pair(own, others, step))
     return found
 
@@ -156,10 +146,14 @@ def is_step(run: Run, other: Run, step: str) -> bool:
     if _settings(run, step) != _settings(other, step):
         return False
     own, base = getattr(run, step), getattr(other, step)
-    wanted = BASELINES[step].get(own["method"]) if step == "quantization" else BASELINES[step]
+    if step == "quantization":
+        builds_on = base["method"] == BASELINES[step].get(own["method"])
+    else:
+        plain = BASELINES[step]
+        builds_on = base["method"] in (plain[: plain.index(own["method"])] if own["method"] in plain else plain)
     same_rest = all(getattr(run, group) == getattr(other, group) for group in BASELINES if group != step)
-    common = (set(own) & set(base)) - {"method", "name"}
-    return own["method"] != base["method"] == wanted and same_rest and all(own[key] == base[key] for key in common)
+    common = (set(own) & set(base)) - {"method", "widths", "name"}
+    return builds_on and same_rest and all(own[key] == base[key] for key in common)
 
 
 def _settings(run: Run, step: str) -> set[str]:

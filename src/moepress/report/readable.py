@@ -7,17 +7,18 @@ import pandas as pd
 
 from moepress.report import paired
 from moepress.report.compare import digits, marks, mebibytes, percent
-from moepress.report.paired import Difference
-from moepress.report.reading import Run, reference_of
+from moepress.report.paired import Difference, increase
+from moepress.report.reading import Run, methods, reference_of
 
 MARKS = {"best": "★", "tied": "≈", "": ""}
 LEGEND = (
     "★ lowest perplexity at its size; ≈ not to be told from it, the 95 % interval of the paired difference holds "
     "zero. Percentages below a perplexity are its change from 16 bits. ± is one standard error over blocks of test "
-    "text; those of changes are paired with the same blocks at 16 bits, and say nothing about another calibration "
-    "sample. Size counts everything in the checkpoint's weight files; bits on disk are that size per weight. Prefill "
-    "and decode: how many times as fast as at 16 bits, and the time of one prefill and of one decoded token. Accuracy is the "
-    "mean over the tasks, ± over their items; an asterisk marks tasks of which only the first items were asked."
+    "text; those of changes are paired with the same blocks at 16 bits; with several seeds they hold the scatter of "
+    "calibration samples, with one they say nothing about another sample. Size counts everything in the checkpoint's "
+    "weight files; bits on disk are that size per weight. Prefill and decode: how many times as fast as at 16 bits, and "
+    "the time of one prefill and of one decoded token. Accuracy is the mean over the tasks, ± over their items; an asterisk "
+    "marks tasks of which only the first items were asked."
 )
 
 
@@ -46,33 +47,39 @@ class Group:
 
 
 def groups(runs: list[Run], table: pd.DataFrame) -> list[Group]:
-    """Rows by the size asked for, largest first; columns that say nothing in this report are left out."""
-    marked = marks(runs)
-    rows = [Row(marked[run.name], _cells(run, row, runs)) for run, (_, row) in zip(runs, table.iterrows(), strict=True)]
+    """A row for each method, the mean over its seeds, by the size asked for, largest first; columns that say nothing in this
+    report are left out."""
+    marked, numbers = marks(runs), dict(zip((run.name for run in runs), table.iloc, strict=True))
+    members = methods(runs)
+    rows = [Row(marked[own[0].name], _cells(own, pd.DataFrame([numbers[run.name] for run in own]), runs)) for own in members]
     empty = {heading for heading in rows[0].cells if all(row.cells[heading] == NOTHING for row in rows)}
     if not any(run.is_pruned for run in runs):
         empty.add("experts per token")
     rows = [Row(row.mark, {k: v for k, v in row.cells.items() if k not in empty}) for row in rows]
     found: dict[str, list[Row]] = {}
-    for run, row in sorted(zip(runs, rows, strict=True), key=lambda pair: -pair[0].width):
-        found.setdefault(run.target, []).append(row)
+    for own, row in sorted(zip(members, rows, strict=True), key=lambda pair: -pair[0][0].width):
+        found.setdefault(own[0].target, []).append(row)
     return [Group(title, members) for title, members in found.items()]
 
 
-def _cells(run: Run, row: pd.Series, runs: list[Run]) -> dict[str, Cell]:
-    reference = reference_of(run, runs)
+def _cells(own: list[Run], table: pd.DataFrame, runs: list[Run]) -> dict[str, Cell]:
+    """Of one method's runs and their rows of runs.csv."""
+    run, reference = own[0], reference_of(own[0], runs)
     compressed = not run.is_reference
-    smaller = f"{reference.checkpoint_bytes / run.checkpoint_bytes:.1f}× smaller" if reference and compressed else ""
-    shift = _share(row["selection_shift"], row["selection_shift_stderr"]) if compressed else NOTHING
+    row = table.mean(numeric_only=True)
+    (inside, outside), against = run.domains, [reference] if reference and compressed else None
+    changes = [percent(increase(own, against, domains)) if against and domains else "" for domains in (inside, outside)]
+    ppl = {name: np.exp(np.log(table[name]).mean()) for name in ("ppl_mean", "ppl_ood")}
+    smaller = f"{reference.checkpoint_bytes / row['checkpoint_bytes']:.1f}× smaller" if against else ""
     took = "" if np.isnan(row["quantize_seconds"]) else seconds(row["quantize_seconds"])
     return {
-        "method": (run.series, run.name),
-        "perplexity": (_number(row["ppl_mean"]), _change(row, "delta_nll") if compressed else ""),
-        "out of domain": (_number(row["ppl_ood"]), _change(row, "delta_nll_ood") if compressed else ""),
+        "method": (run.series, run.name if len(own) == 1 else f"{len(own)} seeds"),
+        "perplexity": (_number(ppl["ppl_mean"]), changes[0]),
+        "out of domain": (_number(ppl["ppl_ood"]), changes[1]),
         "accuracy": _accuracy(row) if "acc_mean" in row else NOTHING,
         "bits": (f"{row['bits_nominal']:.3g}", f"{row['bits_effective']:.2f} on disk"),
-        "size": (mebibytes(run.checkpoint_bytes), smaller),
-        "changed selections": shift,
+        "size": (mebibytes(row["checkpoint_bytes"]), smaller),
+        "changed selections": _share(row["selection_shift"], row["selection_shift_stderr"]) if compressed else NOTHING,
         "experts per token": (f"{row['activated_experts']:.2f}", ""),
         "prefill": (f"{row['speedup_prefill']:.2f}×" if compressed else "1", milliseconds(row["prefill_ms"])),
         "decode": (f"{row['speedup_decode']:.2f}×" if compressed else "1", milliseconds(row["decode_ms"])),
@@ -81,20 +88,23 @@ def _cells(run: Run, row: pd.Series, runs: list[Run]) -> dict[str, Cell]:
 
 
 def domain_table(runs: list[Run]) -> tuple[list[str], list[list[str | Cell]]]:
-    """Perplexity by domain, below it bits per byte, out-of-domain ones last: the headings, and a row for each run."""
+    """Perplexity by domain, below it bits per byte, out-of-domain ones last: the headings, and a row for each method."""
     inside, outside = runs[0].domains
     rows = []
-    for run in runs:
-        found = [run.metrics["domains"][domain] for domain in inside + outside]
-        cells = [(f"{_number(one['ppl'])} ± {_number(one['ppl_stderr'], 2)}", f"{one['bits_per_byte']:.3f}") for one in found]
-        rows.append([run.title, *cells])
+    for own in methods(runs):
+        cells = []
+        for domain in inside + outside:
+            found = pd.DataFrame([run.metrics["domains"][domain] for run in own])[["nll", "ppl_stderr", "bits_per_byte"]].mean()
+            ppl = f"{_number(np.exp(found['nll']))} ± {_number(found['ppl_stderr'], 2)}"
+            cells.append((ppl, f"{found['bits_per_byte']:.3f}"))
+        rows.append([own[0].title, *cells])
     return ["run", *inside, *(f"{domain} (out)" for domain in outside)], rows
 
 
 def task_table(runs: list[Run]) -> tuple[list[str], list[list[str]]] | None:
-    """Scores by task, in percent where they are shares: the headings, and a row for each run; None without tasks."""
+    """Scores by task, in percent where they are shares: the headings, and a row for each method; None without tasks."""
     tasks = list(dict.fromkeys(task for run in runs for task in run.tasks))
-    rows = [[run.title, *(_score(run.tasks.get(task)) for task in tasks)] for run in runs]
+    rows = [[own[0].title, *(_score([run.tasks.get(task) for run in own]) for task in tasks)] for own in methods(runs)]
     return (["run", *tasks], rows) if tasks else None
 
 
@@ -154,10 +164,6 @@ def _number(value: float, significant: int = 4) -> str:
     return f"{value:.{significant}g}" if value >= 1e6 else f"{value:.{decimals}f}"
 
 
-def _change(row: pd.Series, column: str) -> str:
-    return "" if np.isnan(row[column]) else percent(Difference(row[column], row[f"{column}_stderr"], np.nan))
-
-
 def _share(value: float, error: float) -> Cell:
     known = error is not None and not np.isnan(error)
     places = digits(100 * error) if known else 1
@@ -171,11 +177,12 @@ def _accuracy(row: pd.Series) -> Cell:
     return f"{value}{'' if np.isnan(row['limit']) else '*'}", error
 
 
-def _score(score: dict | None) -> str:
-    if score is None or score["value"] is None:
+def _score(scores: list[dict | None]) -> str:
+    """The mean over seeds."""
+    if any(score is None or score["value"] is None for score in scores):
         return ""
-    value, error = _share(score["value"], score["stderr"])
-    return f"{value} {error}".strip() + ("*" if score["limited"] else "")
+    value, error = (pd.Series([score[name] for score in scores], dtype=float).mean() for name in ("value", "stderr"))
+    return " ".join(filter(None, _share(value, error))) + ("*" if scores[0]["limited"] else "")
 
 
 def milliseconds(value: float) -> str:

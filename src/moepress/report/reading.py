@@ -8,15 +8,20 @@ from functools import cached_property
 from math import nan
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
+from moepress import pruning
 from moepress.artefacts import read_json
 from moepress.models import families
+
+LABELS = {"none": "16 bit", "pmq_code": "PMQ as coded", "hessian": "Hessian"}
+LABELS |= {name: name for name in ("uniform", "half", "random", "frequency", "weight", "global")}
 
 
 def label(method: str) -> str:
     """A method as people write it."""
-    return "16 bit" if method == "none" else method.upper().replace("_", " ")
+    return LABELS.get(method, method.upper().replace("_", " "))
 
 
 @dataclass(frozen=True)
@@ -78,8 +83,13 @@ class Run:
 
     @property
     def pruning_label(self) -> str:
-        alpha = f" {self.pruning['alpha']:g}" if "alpha" in self.pruning else ""
-        return f"{label(self.pruning['method'])}{alpha}" if self.is_pruned else ""
+        return pruning.label(self.pruning)
+
+    @property
+    def remaining_experts(self) -> int:
+        """Routed experts of a layer that some token may select: fewer than the model's where some are removed for good."""
+        removed = pruning.num_removed(self.pruning.get("ratio", 0), self.shape.num_experts, self.shape.top_k)
+        return self.shape.num_experts - removed
 
     @property
     def unpruned(self) -> tuple[str, str]:
@@ -104,11 +114,8 @@ class Run:
 
     @property
     def title(self) -> str:
-        """The run in a heading or a row: its series and size."""
-        if self.is_reference:
-            return self.series
-        seed = next((f", {part}" for part in self.name.split(" ")[1:] if part.startswith("seed=")), "")
-        return f"{self.series}, {self.target}{seed}"
+        """Its series and size: what the runs of one configuration share."""
+        return self.series if self.is_reference else f"{self.series}, {self.target}"
 
     @cached_property
     def metrics(self) -> dict:
@@ -120,6 +127,23 @@ class Run:
         return pd.read_parquet(self.folder("evaluation") / "blocks.parquet")
 
     @cached_property
+    def nll(self) -> dict[str, np.ndarray]:
+        """Domain -> nats per token of each block."""
+        return {domain: own.to_numpy() for domain, own in self.blocks.groupby("domain", sort=False)["nll"]}
+
+    @cached_property
+    def decomposition(self) -> pd.DataFrame | None:
+        """One row per evaluation block: domain, block and the nll 16bit, shift_only, weights_only and both; None where
+        evaluation.decomposition was not asked for."""
+        is_there = "decomposition" in self.artefacts
+        return pd.read_parquet(self.folder("decomposition") / "blocks.parquet") if is_there else None
+
+    @cached_property
+    def overlap(self) -> dict[str, dict]:
+        """Domain -> its perplexities, and by layer the top-k overlap with the 16-bit model, of a decomposed run."""
+        return self.json("decomposition", "decomposition.json")["domains"]
+
+    @cached_property
     def tasks(self) -> dict[str, dict]:
         """Task -> its main score, as moepress.evaluation.harness gives it; none where no tasks were asked for."""
         path = self.folder("evaluation") / "tasks.json"
@@ -129,6 +153,11 @@ class Run:
     def samples(self) -> pd.DataFrame:
         """One row per item of the tasks; see moepress.evaluation.harness.Scored."""
         return pd.read_parquet(self.folder("evaluation") / "samples.parquet")
+
+    @cached_property
+    def scores(self) -> dict[str, np.ndarray]:
+        """Task -> the score of each item."""
+        return {task: own.to_numpy() for task, own in self.samples.groupby("group", sort=False)["score"]}
 
     @property
     def limit(self) -> int | None:
@@ -225,6 +254,19 @@ def load(runs: list[dict], results: Path) -> list[Run]:
     check_same_text(found)
     check_same_items(found)
     return found
+
+
+def methods(runs: Iterable[Run]) -> list[list[Run]]:
+    """Runs that are one configuration under several seeds, together, in the order of their first."""
+    found: dict[tuple, list[Run]] = {}
+    for run in runs:
+        found.setdefault((run.artefacts["model"], run.series, run.target), []).append(run)
+    return list(found.values())
+
+
+def first_seeds(runs: Iterable[Run]) -> list[Run]:
+    """One run of each configuration, for what hardly depends on the seed or cannot be averaged."""
+    return [group[0] for group in methods(runs)]
 
 
 def check_same_text(runs: list[Run]) -> None:

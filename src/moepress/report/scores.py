@@ -3,19 +3,22 @@
 import pandas as pd
 from matplotlib.figure import Figure
 
-from moepress.report.reading import Run
+from moepress.report.reading import Run, methods
 from moepress.report.style import MUTED, plt, series_styles, shorten
 
 COLUMNS = 4
 
 
 def accuracy(runs: list[Run]) -> tuple[Figure, pd.DataFrame] | None:
-    """Each task's score by run, a panel for each task, with the level of the 16-bit model and that of chance."""
+    """Each task's score by method (mean over seeds), a panel for each task, with the level of 16 bits and that of chance."""
     found = []
-    for run in runs:
+    for group in methods(runs):
+        run = group[0]
         for task, score in run.tasks.items():
+            each = [member.tasks[task] for member in group]
             row = {"task": task, "run": run.name, "title": run.title, "series": run.series, "metric": score["metric"]}
-            row |= {"value": score["value"], "stderr": score["stderr"], "chance": score["chance"]}
+            value, stderr = (pd.Series([one[name] for one in each], dtype=float).mean() for name in ("value", "stderr"))
+            row |= {"value": value, "stderr": stderr, "chance": score["chance"], "seeds": len(group)}
             found.append(row | {"num_items": score["num_items"], "limited": score["limited"], "is_reference": run.is_reference})
     if not found:
         return None

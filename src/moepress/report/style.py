@@ -44,7 +44,18 @@ RC = {
 # Okabe and Ito's palette, which the colour-blind can tell apart.
 METHOD_COLOURS = {"none": "#4d4d4d", "rtn": "#009e73", "gptq": "#0072b2", "qesc": "#d55e00"}
 OTHER_COLOURS = ("#cc79a7", "#e69f00", "#56b4e9", "#7a5195", "#8c6d31", "#1b7837", "#a50f15", "#525252")
-ALLOCATION_STYLES = {"uniform": ("o", "-"), "pmq": ("D", (0, (4, 1.5)))}
+ALLOCATION_STYLES = {
+    "uniform": ("o", "-"),
+    "pmq": ("D", (0, (4, 1.5))),
+    "pmq_code": ("d", (0, (4, 1.5, 1, 1.5))),
+    "global": ("H", (0, (7, 1.5))),
+    "half": (">", (0, (2, 2))),
+    "random": ("s", (0, (1, 3))),
+    "frequency": ("<", (0, (3, 3))),
+    "weight": ("8", (0, (5, 3))),
+    "hessian": ("^", (0, (5, 1.5, 1, 1.5, 1, 1.5))),
+    "bsp": ("v", (0, (1, 2, 4, 2))),
+}
 OTHER_STYLES = (("s", (0, (1, 1.2))), ("^", (0, (6, 1, 1, 1))), ("v", (0, (3, 1, 1, 1, 1, 1))))
 PRUNED_MARKERS = ("P", "X", "*", "p", "h")
 INK, MUTED = "#222222", "#767676"

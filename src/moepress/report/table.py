@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from moepress.report import paired
+from moepress.report import decomposition, paired
 from moepress.report.reading import Run, compact_json, load, reference_of
 
 
@@ -27,14 +27,19 @@ def tabulate(runs: list[Run]) -> pd.DataFrame:
 
     bits_nominal: mean width of the expert weights. bits_effective: bytes on disk x 8 / number of weights.
     checkpoint_bytes, folder_bytes, loaded_bytes: see `Run.sizes`; predicted_*: the same before the run.
-    activated_experts: routed experts computed per token. ppl_mean: geometric mean of the perplexities of the domains
+    activated_experts: routed experts computed per token. remaining_experts: of a layer, after static removal. protected_tokens:
+    share of the tokens that keep all their experts under ODP. ppl_mean: geometric mean of the perplexities of the domains
     that the corpus has training or calibration text of; ppl_ood: of the others. delta_nll: mean increase over the
     16-bit model in nats per token on the same blocks, over the domains of ppl_mean (so exp(delta_nll) is the ratio of
-    the two ppl_mean); delta_nll_ood: over those of ppl_ood. bpb_<domain>: bits per byte of text. acc_mean: mean accuracy over
-    the run's tasks; delta_acc: what it is above the 16-bit model's, item by item; limit: only so many items of each task
-    were asked. selection_shift: share of selected slots that changed.
+    the two ppl_mean); delta_nll_ood: over those of ppl_ood. delta_nll_shift_only, delta_nll_weights_only: of the 16-bit
+    model with this one's selections, and of this one with the 16-bit model's. bpb_<domain>: bits per byte of text.
+    acc_mean: mean accuracy over the run's tasks; delta_acc: what it is above the 16-bit model's, item by item; limit: only
+    so many items of each task were asked. selection_shift: share of selected slots that changed.
     """
-    return pd.DataFrame([row(run, reference_of(run, runs)) for run in runs])
+    found = pd.DataFrame([row(run, reference_of(run, runs)) for run in runs])
+    if all(run.decomposition is None for run in runs):
+        found = found.drop(columns=list(decomposition.columns(runs[0], None)))
+    return found
 
 
 def row(run: Run, reference: Run | None) -> dict:
@@ -49,6 +54,8 @@ def row(run: Run, reference: Run | None) -> dict:
         **run.sizes,
         "pruning": run.pruning_label.lower().replace(" ", "-") or "none",
         "activated_experts": run.shape.top_k * run.metrics["active_slots"],
+        "remaining_experts": run.remaining_experts,
+        "protected_tokens": run.metrics.get("protected_tokens", 0.0),
     }
     for domain, measured in run.metrics["domains"].items():
         found[f"ppl_{domain}"] = measured["ppl"]
@@ -61,6 +68,7 @@ def row(run: Run, reference: Run | None) -> dict:
     for name, domains in (("delta_nll", inside), ("delta_nll_ood", outside)):
         above = paired.increase([run], [reference], domains) if reference else paired.NOTHING
         found[name], found[f"{name}_stderr"] = above.value, above.stderr
+    found |= decomposition.columns(run, reference)
     found |= accuracies(run)
     if tasks := paired.accurate([run, reference]) if reference and run.tasks else []:
         above = paired.difference([run], [reference], paired.scores(tasks))

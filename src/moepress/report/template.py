@@ -1,4 +1,4 @@
-"""The page's HTML. Rendered with autoescape on; the only values put in unescaped are base64 images."""
+"""The page's HTML. Rendered with autoescape on; put in unescaped are base64 images, Bokeh's script, and JSON without `<`."""
 
 PAGE = """{% macro table(headings, rows, kind="") %}
 <div class="scroll" tabindex="0"><table{% if kind %} class="{{ kind }}"{% endif %}>
@@ -61,6 +61,7 @@ small.worse { color: var(--accent); }
 small { display: block; color: var(--soft); font-weight: 400; font-size: .78rem; line-height: 1.35; }
 figure { margin: .8rem 0 0; }
 .picture { overflow-x: auto; background: #fff; border: 1px solid var(--line); border-radius: 8px; padding: .8rem; }
+.picture.live { background: var(--card); margin: .8rem 0; color-scheme: light; }
 .picture img { display: block; width: 100%; min-width: min(620px, 100%); height: auto; margin: 0 auto; }
 @media (max-width: 640px) { .picture img { min-width: 620px; } }
 figcaption { max-width: 85ch; margin-top: .5rem; }
@@ -105,6 +106,16 @@ summary { cursor: pointer; font-weight: 600; margin-top: 1rem; }
 </tbody>
 </table></div>
 <p class="note">{{ legend }} All columns at full precision: <code>runs.csv</code>.</p>
+<h2>Look closer</h2>
+<p class="note">Point at a dot or a cell for its numbers; a click on a name hides its method.</p>
+{% for id, title in pictures.titles.items() %}
+<div class="picture live" id="{{ id }}" role="figure" aria-label="{{ title }}"></div>
+{% endfor %}
+{% for library in libraries %}<script>{{ library | safe }}</script>
+{% endfor %}
+<script type="application/json" id="live-data">{{ pictures.data | safe }}</script>
+<script>Bokeh.embed.embed_items(...JSON.parse(document.getElementById("live-data").textContent))</script>
+
 <details>
 <summary>Perplexity by domain</summary>
 {{ table(*domain_table) }}

@@ -16,15 +16,8 @@ def run(task: Task) -> None:
     prediction = Prediction(model, task.config["quantization"])
     sizes, total = plan_budget(config, prediction)
 
-    if config["method"] == "uniform":
-        num_experts = len(shape.moe_layers) * shape.num_experts
-        fitting = [width for width, one in sizes.items() if one * num_experts <= total]
-        bits, solutions = [[max(fitting)] * shape.num_experts for _ in shape.moe_layers], []
-    else:
-        statistics = read_json(task.inputs["statistics"] / "statistics.json")
-        one_each = [sizes[width] for width in config["widths"]]
-        solutions = allocation.pmq(statistics["layers"], config, statistics["widths"], one_each, total)
-        bits = [solution.bits for solution in solutions]
+    statistics = read_json(task.inputs["statistics"] / "statistics.json") if "statistics" in task.inputs else None
+    bits, solutions = allocation.allocate(config, len(shape.moe_layers), shape.num_experts, sizes, total, statistics)
 
     used = [width for layer in bits for width in layer]
     predicted = prediction.weight_bytes(bits)

@@ -28,29 +28,13 @@ from moepress.pruning.policy import attach, experts_of
 def run(task: Task) -> None:
     config = task.config["evaluation"]
     folder = locate(task.inputs["checkpoint"])
-    texts = sampling.domain_blocks(
-        task.inputs["corpus"],
-        folder,
-        "test",
-        config["seq_len"],
-        config["domains"],
-        "evaluation",
-        config["separator"],
-        config["stride"],
-    )
-    texts = {domain: (_some(blocks, config["num_blocks"]), num_bytes) for domain, (blocks, num_bytes) in texts.items()}
-    empty = sorted(domain for domain, (blocks, _) in texts.items() if not len(blocks))
-    if empty:
-        raise ValueError(
-            f"evaluation.seq_len={config['seq_len']}: the test text of {empty} is shorter than one block; "
-            "lower it, choose evaluation.domains, or give more text"
-        )
+    texts = test_text(task.inputs["corpus"], folder, config)
     reference = load_file(task.inputs["reference"] / "selections.safetensors") if "reference" in task.inputs else None
 
     device = pick_device(task.runtime["device"])
     is_whole = manifest.is_packed(folder) or "pruning" in task.inputs or fits(folder, device)
     asked = _asked(task)
-    results, loaded_bytes = (_loaded if is_whole else _streamed)(task, folder, device, texts, asked)
+    results, found = (_loaded if is_whole else _streamed)(task, folder, device, texts, asked)
 
     domains, rows, selections = {}, [], {}
     for domain, (blocks, bytes_per_token) in texts.items():
@@ -80,7 +64,7 @@ def run(task: Task) -> None:
     blocks.to_parquet(task.out / "blocks.parquet")
     summary = {
         "domains": domains,
-        "loaded_bytes": loaded_bytes,
+        **found,
         "device": device.partition(":")[0],
         "active_slots": float(np.mean([entry["active_slots"] for entry in domains.values()])),
         "selection_shift": 0.0 if reference is None else float(blocks["selection_shift"].mean()),
@@ -91,12 +75,13 @@ def run(task: Task) -> None:
         save_file(selections, task.out / "selections.safetensors")
 
 
-def _loaded(task: Task, folder: Path, device: str, texts: dict, asked: dict | None) -> tuple[dict[str, ppl.Measured], int]:
-    """Each domain's results and the bytes of the weights in memory; the whole model is loaded, and answers the tasks too."""
+def _loaded(task: Task, folder: Path, device: str, texts: dict, asked: dict | None) -> tuple[dict[str, ppl.Measured], dict]:
+    """Each domain's results, and for the metrics the bytes of the weights in memory and the share of the texts' tokens that the
+    policy protects; the whole model is loaded, and answers the tasks too."""
     model, tokenizer = load(folder, device)
     config, num_experts = task.config["evaluation"], experts_of(model)[0].num_experts
-    if "pruning" in task.inputs:
-        attach(model, read_json(task.inputs["pruning"] / "policy.json"))
+    policy = read_json(task.inputs["pruning"] / "policy.json") if "pruning" in task.inputs else {"method": "none"}
+    attached = attach(model, policy)
     num_blocks = sum(len(blocks) for blocks, _ in texts.values())
     progress = tqdm(total=num_blocks, desc=f"evaluation {task.name}", unit="block", mininterval=1)
     measured = {
@@ -104,10 +89,12 @@ def _loaded(task: Task, folder: Path, device: str, texts: dict, asked: dict | No
         for domain, (blocks, _) in texts.items()
     }
     progress.close()
-    loaded_bytes = weight_bytes(model)
+    found = {"loaded_bytes": weight_bytes(model)}
+    if policy.get("protect"):
+        found["protected_tokens"] = attached.protected_share
     if asked:
         _score(task, asked, lambda harness: harness.Bridge(model, tokenizer, name=task.name))
-    return measured, loaded_bytes
+    return measured, found
 
 
 def _asked(task: Task) -> dict | None:
@@ -149,7 +136,7 @@ def _score(task: Task, asked: dict, bridge: Callable) -> None:
     scored.samples.to_parquet(task.out / "samples.parquet")
 
 
-def _streamed(task: Task, folder: Path, device: str, texts: dict, asked: dict | None) -> tuple[dict[str, ppl.Measured], None]:
+def _streamed(task: Task, folder: Path, device: str, texts: dict, asked: dict | None) -> tuple[dict[str, ppl.Measured], dict]:
     """The same for a 16-bit model that does not fit in memory: a layer at a time over all domains' blocks."""
     print(f"{folder} does not fit in this machine's memory: it is evaluated a layer at a time")
     stream = ModelStream(folder, device)
@@ -164,7 +151,31 @@ def _streamed(task: Task, folder: Path, device: str, texts: dict, asked: dict | 
         streams.drop(task.out / "streams-tasks")
     ends = np.cumsum([len(blocks) for blocks, _ in texts.values()])[:-1]
     parts = zip(texts, np.split(nll_N, ends), np.split(selected_NSLK, ends), strict=True)
-    return {domain: ppl.Measured(nll, own, of_selections(own, num_experts)) for domain, nll, own in parts}, None
+    return {domain: ppl.Measured(nll, own, of_selections(own, num_experts)) for domain, nll, own in parts}, {
+        "loaded_bytes": None
+    }
+
+
+def test_text(corpus: Path, model: Path, config: dict) -> dict[str, tuple[np.ndarray, float]]:
+    """Each domain's blocks `[N, S]` of the test split and its bytes per token; config: the group evaluation."""
+    texts = sampling.domain_blocks(
+        corpus,
+        model,
+        "test",
+        config["seq_len"],
+        config["domains"],
+        "evaluation",
+        config["separator"],
+        config["stride"],
+    )
+    texts = {domain: (_some(blocks, config["num_blocks"]), num_bytes) for domain, (blocks, num_bytes) in texts.items()}
+    empty = sorted(domain for domain, (blocks, _) in texts.items() if not len(blocks))
+    if empty:
+        raise ValueError(
+            f"evaluation.seq_len={config['seq_len']}: the test text of {empty} is shorter than one block; "
+            "lower it, choose evaluation.domains, or give more text"
+        )
+    return texts
 
 
 def _some(blocks: np.ndarray, wanted: int | None) -> np.ndarray:

@@ -1,7 +1,28 @@
-"""The pruning policy that evaluation and latency run under. PESF has nothing to fit: its threshold follows each sequence."""
+"""The pruning policy that evaluation and latency run under.
+
+ODP, EES and static removal are fitted to calibration text on the model that is pruned. PESF has nothing to fit: its threshold
+follows each sequence.
+"""
 
 from moepress.artefacts import Task, write_json
 
 
 def run(task: Task) -> None:
-    write_json(task.out / "policy.json", task.config["pruning"])
+    pruning = task.config["pruning"]
+    write_json(task.out / "policy.json", pruning if pruning["method"] == "pesf" else fitted(task, pruning))
+
+
+def fitted(task: Task, pruning: dict) -> dict:
+    # imported here, for torch takes seconds that PESF does not need
+    from safetensors.torch import load_file
+    from tqdm import tqdm
+
+    from moepress.inference.checkpoint import load, pick_device
+    from moepress.models.families import locate
+    from moepress.pruning.fitting import fit
+
+    model, _ = load(locate(task.inputs["checkpoint"]), pick_device(task.runtime["device"]))
+    token_ids = load_file(task.inputs["calibration"] / "tokens.safetensors")["token_ids"]
+    passes = 1 if pruning.get("threshold") is not None else 2
+    with tqdm(total=passes * len(token_ids), desc=f"pruning {task.name}", unit="sequence", mininterval=1) as progress:
+        return fit(model, token_ids, pruning, progress)

@@ -1,5 +1,7 @@
 """Selection frequency, routing weight and error per width of every expert, in one pass over the original model."""
 
+from pathlib import Path
+
 import pandas as pd
 import torch
 from safetensors.torch import load_file
@@ -11,7 +13,7 @@ from moepress.models import streams as hidden_states
 from moepress.models.families import locate
 from moepress.models.specialisation import mutual_information
 from moepress.models.streaming import ModelStream
-from moepress.quantization.experts import Recipe
+from moepress.quantization.experts import Gradient, Recipe
 from moepress.statistics import layer_statistics
 
 
@@ -33,7 +35,8 @@ def run(task: Task) -> None:
     found = [layer for layer in found if layer["layer"] < start]
     remaining = tqdm(total=stream.shape.num_layers, initial=start, desc=f"statistics {task.name}", unit="layer")
     for index, layer in stream.layers(start):
-        statistics = layer_statistics(stream, index, layer, streams, recipe, widths, domain_of, coverage)
+        gradient = read_gradient(task.inputs["gradients"], index, tokens.shape) if "gradients" in task.inputs else None
+        statistics = layer_statistics(stream, index, layer, streams, recipe, widths, domain_of, coverage, gradient)
         if statistics:
             statistics["mutual_information"] = mutual_information(list(statistics["selections_by_domain"].values()))
             found.append(statistics)
@@ -43,3 +46,14 @@ def run(task: Task) -> None:
     write_json(task.out / "statistics.json", {"widths": widths, "num_tokens": tokens.numel(), "layers": found})
     hidden_states.drop(folder)  # before what belongs to it, so that a kill between the two only costs time
     (task.out / "layers.json").unlink()
+
+
+def read_gradient(folder: Path, layer: int, shape: tuple[int, int]) -> Gradient | None:
+    """What the stage `gradients` left of a layer, None of a dense one. shape: of the calibration's tokens, `[N, S]`."""
+    path = folder / f"layer-{layer:03d}.safetensors"
+    if not path.is_file():
+        return None
+    g_NSH = load_file(path)["g"]
+    row_NS = torch.full(shape, -1)
+    row_NS[read_json(folder / "gradients.json")["sequences"]] = torch.arange(g_NSH[..., 0].numel()).view(g_NSH.shape[:2])
+    return Gradient(row_NS.flatten(), g_NSH.flatten(0, 1))

@@ -1,0 +1,91 @@
+"""The page's live pictures, in a real headless browser where there is one (Debian: chromium and chromium-driver)."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+
+from moepress.report import interactive, reading
+from test_report import Results
+
+HOSTILE = "</script><script>document.title='owned'</script>"
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    made = Results(tmp_path_factory.mktemp("live"))
+    runs = [made.run("16bit"), made.run("gptq-2", 0.2), made.run("gptq-3", 0.1)]
+    runs += [made.run("qesc-pmq-2.5", 0.15), made.run("qesc-3-pesf-0.3", 0.3)]
+    runs += [made.run("rtn-2", 0.4, title=f"rtn-2 {HOSTILE}")]
+    return made, reading.load(runs, made.root), made.report(runs)
+
+
+def test_points_and_cells(page):
+    _, runs, _ = page
+    points = interactive.points(runs).set_index("title")
+    assert points.loc["GPTQ, 2 bits", "ppl"] == pytest.approx(
+        np.exp(runs[1].metrics["domains"]["prose"]["nll"] / 2 + runs[1].metrics["domains"]["code"]["nll"] / 2)
+    )
+    assert points.loc["GPTQ, 2 bits", "change"].startswith("+22.") and points.loc["QESC + PESF 0.3, 3 bits", "experts"] < 2
+    cells = interactive.cells(runs)
+    assert cells["map"].iloc[0] == "bits: QESC + PMQ, 2.5 bits"
+    own = cells[cells["map"] == "selections (%): code"]
+    assert own["value"].tolist() == pytest.approx((100 * np.array(runs[0].metrics["domains"]["code"]["expert_use"])).ravel())
+
+
+def test_data_is_never_script(page):
+    *_, out = page
+    html = (out / "index.html").read_text()
+    assert HOSTILE not in html and "document.title='owned'" in html
+    (data,) = re.findall(r'<script type="application/json" id="live-data">(.*?)</script>', html)
+    assert set(json.loads(data)[1][0]["roots"].values()) == {"live-quality", "live-experts"}
+
+
+@pytest.mark.skipif(not (shutil.which("chromedriver") and shutil.which("chromium")), reason="no chromium and chromedriver here")
+@pytest.mark.parametrize("size", [(1250, 900), (390, 844)])
+def test_in_a_browser(page, size):
+    """Both are drawn without an error, without network; the choices change what is shown; they fit a phone."""
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    *_, out = page
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium")
+    for argument in (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--host-resolver-rules=MAP * ~NOTFOUND",
+        f"--window-size={size}",
+    ):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    browser = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
+    try:
+        width, height = size
+        screen = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+        browser.get((out / "index.html").as_uri())
+        WebDriverWait(browser, 30).until(
+            lambda b: b.execute_script("return window.Bokeh && Bokeh.documents.length == 1 && Bokeh.documents[0].is_idle")
+        )
+        assert browser.title != "owned"
+        find = "const all = [...Bokeh.documents[0]._all_models.values()]; "
+        score = find + "return all.find(model => model.type == 'Scatter').y.field"
+        choose = find + "all.find(m => m.type == 'Select' && m.name == arguments[0]).value = arguments[1]"
+        assert browser.execute_script(score) == "ppl"
+        browser.execute_script(choose, "score", "perplexity, out of domain")
+        assert browser.execute_script(score) == "ppl_ood"
+        browser.execute_script(choose, "map", "selections (%): code")
+        assert browser.execute_script(find + "return all.find(m => m.type == 'GroupFilter').group") == "selections (%): code"
+        drawn = "return [...document.querySelectorAll('.live')].map(e => e.firstElementChild.getBoundingClientRect().width)"
+        widths = browser.execute_script(drawn)
+        assert len(widths) == 2 and all(200 < each < width for each in widths)
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+        errors = [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+        assert not errors, errors
+    finally:
+        browser.quit()
