@@ -28,7 +28,7 @@ def test_values_are_plain_and_resolved():
     [
         (["allocation.bitz=3"], r"bitz.*keys of allocation: .*bits"),
         (["quantisation=gptq"], r"'quantisation' is none of .*quantization"),
-        (["quantization=awq"], r"quantization is one of gptq, none, qesc, rtn"),
+        (["quantization=awq"], r"quantization is one of best, gptq, gptq_clip, gptq_mc, gptq_minmax, none, qesc, rtn"),
         (["+allocation.extra=3"], r"allocation.*extra"),
         (["allocation.bits=many"], r"allocation\.bits.*many"),
         (["allocation.bits=9"], r"allocation\.bits=9.*between 1 and 4"),

@@ -13,7 +13,7 @@ from moepress.models import families
 from moepress.models.streaming import ModelStream
 from moepress.models.streams import Streams
 from moepress.pruning.policy import attach, experts_of
-from moepress.quantization import size, writer
+from moepress.quantization import distilling, size, writer
 from moepress.quantization.experts import Recipe
 from moepress.quantization.qesc import quantize_model
 from moepress.statistics import layer_statistics
@@ -211,3 +211,24 @@ def test_published_in_fewer_bits(zoo, tmp_path, family, write):
         assert all(torch.equal(low.tensors[name], full.tensors[name]) for name in full.tensors)
     sizes = [families.num_weights(folder) for folder in folders.values()]
     assert sizes[0] == sizes[1]
+
+
+@pytest.mark.parametrize("family", ZOO)
+def test_tuning_knows_every_family(zoo, family, tmp_path):
+    """Asymmetric targets, refinement, layers tuned with norms and routers, the packed model tuned as a whole."""
+    more = {"asymmetry": 0.5, "refine_rounds": 1, "tune_steps": 2, "tune_tokens": 48, "tune_rate": 0.005, "tune_rest": True}
+    stream, out, modules = ModelStream(zoo(family)), tmp_path / "packed", {}
+    out.mkdir()
+    bits = [[2] * stream.shape.num_experts for _ in stream.shape.moe_layers]
+    for result in quantize_model(stream, TOKENS, bits, Recipe(**QUANTIZATION, **more), tmp_path / "hidden"):
+        writer.write_shard(out, result.index, stream.shape.num_layers, result.tensors)
+        modules |= result.modules
+        assert result.diagnostics["output_error"] < 1
+    writer.finish(out, stream, QUANTIZATION["group_size"], modules)
+    x = Streams(tmp_path / "hidden", ("x",), (*TOKENS.shape, stream.shape.hidden_size))["x"]
+    tuned, losses = distilling.distill(out, stream, x, TOKENS, 2, 48, 0.005)
+    routers = [name for name in tuned if name.endswith(f".{stream.family.router_path}.{stream.family.router_weight}")]
+    assert len(routers) == len(stream.shape.moe_layers) and all(0 <= loss < 5 for loss in losses)
+    before = load_model(out, "cpu", torch.float32)(TOKENS).logits
+    distilling.replace(out, tuned)
+    assert not torch.equal(load_model(out, "cpu", torch.float32)(TOKENS).logits, before)

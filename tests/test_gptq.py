@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moepress.quantization import grid
-from moepress.quantization.gptq import Curvature, gptq, inverse_factor, shrunk
+from moepress.quantization.gptq import Curvature, asymmetric, gptq, inverse_factor, shrunk
 
 GRID = grid.Search(clip_min=0.25, clip_steps=8, fit_rounds=2)
 
@@ -186,3 +186,80 @@ def test_starved_experts_are_nearly_as_good_as_fully_sampled_ones():
     assert error(60, is_shrunk=False) > 2 * full, "few tokens alone mislead, more than rounding does"
     assert error(60) < 1.1 * full and error(0) < 1.1 * full, "with the layer's curvature, few or none"
     assert error(0, feedback=False) > 1.5 * full, "rounding, which reads no tokens"
+
+
+def test_act_order_is_gptq_of_sorted_columns():
+    """With a group for the whole row the static grids are the plain ones: sort, quantize, put back."""
+    w, h = problem(10)
+    found = gptq(w, h, [2, 3, 4], 32, 0.01, GRID, 8, act_order=True)
+    for e, b in enumerate([2, 3, 4]):
+        order = h[e].diagonal().argsort(descending=True)
+        plain = gptq(w[e : e + 1, :, order], h[e : e + 1, order][:, :, order], [b], 32, 0.01, GRID, 8)
+        assert (found.codes[e][:, order] != plain.codes[0]).float().mean() < 0.01
+        assert torch.equal(found.zeros[e], plain.zeros[0])
+
+
+def test_act_order_keeps_groups_where_they_are():
+    """Static groups: each group's grid is that of the weights before any feedback."""
+    w, h = problem(11)
+    found, top = gptq(w, h, [3] * 3, 8, 0.01, GRID, 8, act_order=True), grid.top_code([3] * 3)
+    importance = h.diagonal(dim1=-2, dim2=-1)
+    for group in range(4):
+        columns = slice(8 * group, 8 * group + 8)
+        scale, zero = grid.search(w[:, :, columns], top, importance[:, columns], GRID)
+        assert torch.equal(found.scales[:, :, group], scale.half()) and torch.equal(
+            found.zeros[:, :, group], zero.to(torch.int16)
+        )
+
+
+def test_deferred_feedback_is_rounding_inside_a_block():
+    """MC's public code: a block alone is merely rounded, at 3 bits and less; above, nothing changes."""
+    w, h = problem(12)
+    one_block = gptq(w, h, [2, 3, 4], 32, 0.01, GRID, 32, deferred_bits=3)
+    plain = gptq(w, h, [2, 3, 4], 32, 0.01, GRID, 32)
+    top = grid.top_code([2, 3, 4])
+    scale, zero = grid.search(w, top, h.diagonal(dim1=-2, dim2=-1), GRID)
+    rounded = grid.round_to_grid(w, scale, zero, top)[0]
+    assert torch.equal(one_block.codes[:2], rounded[:2].to(torch.uint8)) and torch.equal(one_block.codes[2], plain.codes[2])
+    deferred = gptq(w, h, [2] * 3, 8, 0.01, GRID, 8, deferred_bits=3)  # between blocks there is feedback
+    assert (output_error(w, deferred.dequantize(), h) < output_error(w, grid.rtn(w, [2] * 3, 8, GRID).dequantize(), h)).all()
+
+
+def test_asymmetric_target_is_the_least_squares_of_the_original_output():
+    g = torch.Generator().manual_seed(13)
+    w, x = torch.randn(1, 8, 32, generator=g), torch.randn(300, 32, generator=g)
+    x_hat = x + 0.3 * torch.randn(300, 32, generator=g)
+    h, drift = (x_hat.T @ x_hat)[None] / 300, ((x - x_hat).T @ x_hat)[None] / 300
+    best = torch.linalg.lstsq(x_hat, x @ w[0].T).solution.T
+    assert torch.allclose(asymmetric(w, drift, h, 1e-7, 1.0)[0], best, atol=1e-3)
+    assert torch.equal(asymmetric(w, drift, h, 0.01, 0.0), w)
+
+
+def test_min_max_grid_has_whole_zero_points_and_both_ends():
+    how = grid.Search(clip_min=1.0, clip_steps=1, fit_rounds=0, zero_steps=1)
+    w = torch.randn(1, 16, 32, generator=torch.Generator().manual_seed(14))
+    found = grid.rtn(w, [3], 32, how)
+    assert (found.zeros % 4 == 0).all()
+    expected = ((w.amax(-1) - w.amin(-1)) / 7).half()
+    assert torch.equal(found.scales[..., 0], expected)
+
+
+@pytest.mark.parametrize("norm", [1.0, 2.4])
+def test_search_under_another_norm_against_every_trial(norm):
+    """Both ends by the same factor: MC's search, with factors above 1."""
+    how = grid.Search(0.9, 21, 0, clip_max=1.1, clip_ends="together", clip_norm=norm, clip_weighted=False)
+    w, top = torch.randn(1, 50, 32, generator=torch.Generator().manual_seed(15)), grid.top_code([2])
+    low, high = w.amin(-1).clamp(max=0), w.amax(-1).clamp(min=0)
+
+    def error(scale, zero):
+        return (grid.round_to_grid(w, scale, zero, top)[1] - w).abs().pow(norm).sum(-1)
+
+    every = torch.stack([error(*grid.fit(p * low, p * high, 3.0)) for p in torch.linspace(1.1, 0.9, 21)])
+    found = error(*grid.search(w, top, torch.rand(1, 32), how))
+    assert torch.allclose(found, every.amin(0), rtol=1e-4)
+
+
+def test_one_bit_as_sign_and_scale():
+    w = torch.randn(1, 8, 64, generator=torch.Generator().manual_seed(16))
+    found = grid.rtn(w, [1], 64, grid.Search(0.25, 8, 2, one_bit="sign")).dequantize()
+    assert torch.allclose(found, w.sign() * w.abs().mean(-1, keepdim=True), rtol=1e-3)

@@ -5,12 +5,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import bytes_outside_experts, write_model
+from moepress import config
 from moepress.inference.checkpoint import load
 from moepress.models import families
 from moepress.models.streaming import ModelStream
 from moepress.models.streams import Streams
 from moepress.quantization import size, writer
 from moepress.quantization.experts import Recipe
+from moepress.quantization.packing import unpack
 from moepress.quantization.qesc import STREAMS, quantize_model
 
 COMMON = {"group_size": 32, "clip_min": 0.25, "clip_steps": 8, "fit_rounds": 2, "attention_bits": 4}
@@ -99,6 +101,29 @@ def test_methods_keep_their_order_on_calibration_text(tmp_path):
         error[method] = results[-1].diagnostics["output_error"]
         moved[method] = sum(r.diagnostics["selection_shift"] for r in results)
     assert moved["qesc"] < moved["gptq"]
+
+
+def test_asymmetric_targets_bring_the_experts_nearer_to_the_original_stream(tmp_path):
+    """On calibration text: the layers' outputs end nearer to the 16-bit model's own than with the plain target."""
+    folder = write_model(tmp_path / "model", layers=3, hidden=64, intermediate=64, experts=4, seed=4)
+    error = {}
+    for strength in (0.0, 1.0):
+        recipe = Recipe("gptq", **COMMON, **FEEDBACK, asymmetry=strength)
+        error[strength] = list(quantize_model(ModelStream(folder), TOKENS, [[2] * 4] * 3, recipe))[-1].diagnostics[
+            "output_error"
+        ]
+    assert error[1.0] < error[0.0]
+
+
+@pytest.mark.parametrize("preset", ["gptq_minmax", "gptq_clip", "gptq_mc"])
+def test_baselines_are_what_their_presets_say(model_folder, preset):
+    """Each preset quantizes every width, and what it packs is what its grid allows."""
+    values = config.values([f"quantization={preset}", "quantization.group_size=32"])["quantization"]
+    recipe = Recipe(**{name: value for name, value in values.items() if name != "name"})
+    (result, *_) = quantize_model(ModelStream(model_folder), TOKENS, [[1, 2, 3, 4]] * 2, recipe)
+    zeros = result.tensors["model.layers.0.mlp.experts.down.zeros"]
+    widest = unpack(zeros[-size.packed_bytes(64, 6) :], 64, 6)
+    assert result.diagnostics["output_error"] < 1 and ((widest % 4 == 0).all() or preset == "gptq_mc")
 
 
 def test_starved_experts_are_named_and_sound(tmp_path):

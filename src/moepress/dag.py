@@ -110,8 +110,8 @@ def _size_label(c):
 
 
 def _checkpoint_label(c):
-    method = c["quantization"]["method"]
-    return "16bit" if method == "none" else f"{method}-{_size_label(c)}"
+    quantization = c["quantization"]
+    return "16bit" if quantization["method"] == "none" else f"{quantization['name']}-{_size_label(c)}"
 
 
 def run_label(c: dict) -> str:
@@ -125,7 +125,20 @@ def _corpus_label(c):
     return {"packages": "default", "local": Path(group.get("path") or "").stem}.get(group["kind"], group.get("id"))
 
 
-_EXPERT_QUANTIZER = ("group_size", "clip_min", "clip_steps", "fit_rounds", "damping", "block_size")
+_EXPERT_QUANTIZER = (
+    *(
+        "group_size",
+        "clip_min",
+        "clip_max",
+        "clip_steps",
+        "clip_ends",
+        "clip_norm",
+        "clip_weighted",
+        "fit_rounds",
+        "zero_steps",
+    ),
+    *("one_bit", "damping", "block_size", "act_order", "deferred_bits", "refine_rounds"),
+)
 
 _TEXT = ("seq_len", "num_blocks", "stride", "separator", "domains", "batch_size")
 
@@ -166,7 +179,12 @@ STAGES: dict[str, Stage] = {
 }
 """The DAG: what each stage's key depends on. The report, which joins many experiments, is added by `report_artefact`."""
 
-NOT_IN_KEY = {"model": ("path", "name"), "corpus": ("path",), "evaluation": ("decomposition",)}
+NOT_IN_KEY = {
+    "model": ("path", "name"),
+    "corpus": ("path",),
+    "quantization": ("name",),
+    "evaluation": ("decomposition",),
+}
 """Where something lies and how it is called is no part of what it is; its fingerprint is. The decomposition is a stage."""
 
 

@@ -30,6 +30,8 @@ TRIAL_FLOPS = 250
 """What one trial of the grid search costs for one weight: some ten passes over memory, in a matrix product's operations."""
 UNPACK_FLOPS = 400
 """What it costs to unpack one weight, likewise."""
+REFINE_UPDATES = 14
+"""What one round of refinement costs, in GPTQ's own updates: seven products of the error with the curvature, each of two."""
 CHARACTERS_PER_TOKEN = 3.5
 TASK_LENGTH = 100
 """Tokens of a task's request, about."""
@@ -74,6 +76,8 @@ def memory(model: Outline, config: dict, packed_bytes: int | None, device: str, 
         found["gradients"] = layer + max(kept, 3 * 4 * config["calibration"]["seq_len"] * shape.vocab_size)
     if quantized:
         found["quantization"] = layer + max(experts, linears)
+        if config["quantization"].get("distill_steps"):  # the packed model, a layer of it unpacked, some logits
+            found["quantization"] = max(found["quantization"], layer + packed_bytes + 4 * E * model.expert_weights)
     logits = 3 * 4 * config["evaluation"]["batch_size"] * config["evaluation"]["seq_len"] * shape.vocab_size
     original = unpacked_bytes(model, device)
     is_whole = library + 1.1 * original < has  # as inference/checkpoint.py's `fits`
@@ -102,6 +106,7 @@ def disk(model: Outline, config: dict, folder_bytes: int | None) -> dict[str, in
         streams = 3  # a layer's input, its output and its block's input; see models/streams.py
     if config["quantization"]["method"] in ("gptq", "qesc"):
         streams = 6  # the same of the quantized model
+        streams += config["quantization"]["tune_steps"] > 0  # and what a layer is tuned towards
     each = 4 * calibration["num_sequences"] * calibration["seq_len"] * model.shape.hidden_size
     found = {"hidden states, while it runs": streams * each}
     if has_gradients(config):
@@ -142,7 +147,8 @@ def forward_flops(model: Outline, tokens: int, length: int) -> float:
 
 
 def trials(settings: dict) -> int:
-    return 3 * settings["clip_steps"] + 2 * settings["fit_rounds"]
+    """Of the grid search; a search of both ends together is a third of one that takes each by itself too."""
+    return (3 if settings["clip_ends"] == "apart" else 1) * settings["clip_steps"] + 2 * settings["fit_rounds"]
 
 
 def experts_work(model: Outline, tokens: int, settings: dict, method: str) -> tuple[float, float, float]:
@@ -158,6 +164,7 @@ def experts_work(model: Outline, tokens: int, settings: dict, method: str) -> tu
     gate_up = 2 * (tokens + routed) * H**2 + 4 / 3 * E * H**3
     down = (routed + E * min(tokens, I)) * (4 * I * H + 2 * I**2) + 4 / 3 * E * I**3
     updates = E * (2 * I * H**2 + H * I**2)
+    updates *= 1 + REFINE_UPDATES * settings["refine_rounds"]
     return gate_up, search + down + updates, -(-E // experts_at_once(H, I, E)) * (H + I)
 
 
@@ -188,7 +195,16 @@ def quantization_work(model: Outline, calibration: dict, settings: dict) -> tupl
                 again = 1 if kind == "attention" else 4
                 flops += again * 2 * tokens * entry.numel + 2 * tokens * columns**2 + 4 / 3 * columns**3 + rows * columns**2
                 steps += columns
-    return flops + 2 * forward_flops(model, tokens, calibration.get("seq_len", 0)), steps
+    flops += 2 * forward_flops(model, tokens, calibration.get("seq_len", 0))
+    if method != "rtn" and settings["tune_steps"]:  # forward, and back with an expert's forward anew; twice it is unpacked
+        seen = settings["tune_steps"] * max(settings["tune_tokens"], calibration["seq_len"])
+        flops += forward_flops(model, tokens, calibration["seq_len"]) + 4 * forward_flops(model, seen, calibration["seq_len"])
+        flops += settings["tune_steps"] * 2 * UNPACK_FLOPS * model.routed_weights
+    if method != "rtn" and settings["distill_steps"]:
+        seen = settings["distill_steps"] * max(settings["tune_tokens"], calibration["seq_len"])
+        flops += 4 * forward_flops(model, seen, calibration["seq_len"])
+        flops += settings["distill_steps"] * 2 * UNPACK_FLOPS * model.routed_weights
+    return flops, steps
 
 
 def measurement_work(model: Outline, config: dict, is_packed: bool) -> tuple[float, float]:

@@ -219,12 +219,19 @@ class NoQuantization:
 @dataclass
 class RTN:
     method: str
+    name: str
     group_size: int
     attention_bits: int | None
     shared_bits: int | None
     clip_min: float
+    clip_max: float
     clip_steps: int
+    clip_ends: str
+    clip_norm: float
+    clip_weighted: bool
     fit_rounds: int
+    zero_steps: int
+    one_bit: str
 
     def __post_init__(self):
         ok = self.group_size >= 8 and self.group_size % 8 == 0
@@ -233,6 +240,11 @@ class RTN:
             value = getattr(self, name)
             check(value is None or value in WIDTHS, f"quantization.{name}", value, f"null or one of {list(WIDTHS)}")
         check(0 < self.clip_min <= 1, "quantization.clip_min", self.clip_min, "above 0 and at most 1")
+        check(1 <= self.clip_max <= 2, "quantization.clip_max", self.clip_max, "between 1 and 2")
+        check(self.clip_ends in ("apart", "together"), "quantization.clip_ends", self.clip_ends, "apart or together")
+        check(1 <= self.clip_norm <= 8, "quantization.clip_norm", self.clip_norm, "between 1 and 8")
+        check(self.zero_steps in (1, 2, 4), "quantization.zero_steps", self.zero_steps, "1, 2 or 4: the format has quarters")
+        check(self.one_bit in ("grid", "sign"), "quantization.one_bit", self.one_bit, "grid or sign")
         check(1 <= self.clip_steps <= 64, "quantization.clip_steps", self.clip_steps, "between 1 and 64")
         check(0 <= self.fit_rounds <= 100, "quantization.fit_rounds", self.fit_rounds, "between 0 and 100")
 
@@ -241,11 +253,30 @@ class RTN:
 class GPTQ(RTN):
     damping: float
     block_size: int
+    act_order: bool
+    deferred_bits: int
+    asymmetry: float
+    refine_rounds: int
+    tune_steps: int
+    tune_tokens: int
+    tune_rate: float
+    tune_rest: bool
+    tune_asymmetry: float
+    distill_steps: int
 
     def __post_init__(self):
         super().__post_init__()
         check(0 < self.damping <= 1, "quantization.damping", self.damping, "above 0 and at most 1")
         check(self.block_size >= 1, "quantization.block_size", self.block_size, "at least 1")
+        check(0 <= self.deferred_bits <= 8, "quantization.deferred_bits", self.deferred_bits, "between 0 and 8")
+        for name in ("asymmetry", "tune_asymmetry"):
+            check(0 <= getattr(self, name) <= 1, f"quantization.{name}", getattr(self, name), "between 0 and 1")
+        check(0 <= self.refine_rounds <= 100, "quantization.refine_rounds", self.refine_rounds, "between 0 and 100")
+        for name in ("tune_steps", "distill_steps"):
+            check(getattr(self, name) >= 0, f"quantization.{name}", getattr(self, name), "0 for none, or more")
+        check(self.tune_tokens >= 1, "quantization.tune_tokens", self.tune_tokens, "at least 1")
+        expected = "above 0 and at most 0.1 of a scale, a step"
+        check(0 < self.tune_rate <= 0.1, "quantization.tune_rate", self.tune_rate, expected)
 
 
 @dataclass

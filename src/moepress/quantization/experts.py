@@ -5,7 +5,7 @@ Legend: T tokens, H hidden size, I intermediate size, O output rows, E experts, 
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from tqdm import tqdm
@@ -14,8 +14,9 @@ from moepress.models.experts import Experts
 from moepress.models.limits import TOKENS_AT_ONCE, experts_at_once
 from moepress.models.streaming import Routing
 from moepress.quantization import grid
-from moepress.quantization.gptq import Curvature, gptq, inverse_factor, shrunk
+from moepress.quantization.gptq import Curvature, asymmetric, gptq, inverse_factor, shrunk
 from moepress.quantization.packing import Quantized
+from moepress.quantization.refining import refine
 from moepress.quantization.size import group_of
 
 SAMPLE = 512
@@ -45,16 +46,41 @@ class Recipe:
     router_learning_rate: float = 0.0
     router_steps: int = 0
     router_batch: int = 0
+    clip_max: float = 1.0
+    clip_ends: str = "apart"
+    clip_norm: float = 2.0
+    clip_weighted: bool = True
+    zero_steps: int = grid.ZERO_STEPS
+    one_bit: str = "grid"
+    act_order: bool = False
+    deferred_bits: int = 0
+    asymmetry: float = 0.0
+    refine_rounds: int = 0
+    tune_steps: int = 0
+    tune_tokens: int = 0
+    tune_rate: float = 0.0
+    tune_rest: bool = False
+    tune_asymmetry: float = 0.0
+    distill_steps: int = 0
+
+    @property
+    def search(self) -> grid.Search:
+        return grid.Search(**{field.name: getattr(self, field.name) for field in fields(grid.Search)})
+
+    def factor(self, h_EII: torch.Tensor) -> torch.Tensor | None:
+        """What several widths of the same matrices share, None where they cannot."""
+        return None if self.act_order else inverse_factor(h_EII, self.damping)
 
     def quantize(self, w_EOI: torch.Tensor, h_EII: torch.Tensor | None, bits: list[int], factor=None) -> Quantized:
-        how = grid.Search(self.clip_min, self.clip_steps, self.fit_rounds)
         group_size = group_of(w_EOI.shape[-1], self.group_size)
         if self.method == "minmax":
             return grid.minmax(w_EOI, bits, group_size)
         if h_EII is None:
-            return grid.rtn(w_EOI, bits, group_size, how)
+            return grid.rtn(w_EOI, bits, group_size, self.search)
         block_size = math.gcd(self.block_size, group_size)
-        return gptq(w_EOI, h_EII, bits, group_size, self.damping, how, block_size, factor)
+        order = (self.act_order, self.deferred_bits)
+        found = gptq(w_EOI, h_EII, bits, group_size, self.damping, self.search, block_size, factor, *order)
+        return refine(w_EOI, h_EII, found, self.damping, self.refine_rounds, self.zero_steps)
 
 
 class ExpertInputs:
@@ -62,10 +88,20 @@ class ExpertInputs:
 
     m: the MoE block's input `[T, H]`, perhaps on disk. coverage: the tokens of an expert's curvature: `routed` to it,
     those `weighted` by the square of their routing weight (their share in the block's squared error), or `all`.
+    original: the block's input in the 16-bit model, for asymmetric targets.
     """
 
-    def __init__(self, experts: Experts, m_TH: torch.Tensor, routing: Routing, coverage: str, device: str = "cpu"):
+    def __init__(
+        self,
+        experts: Experts,
+        m_TH: torch.Tensor,
+        routing: Routing,
+        coverage: str,
+        device: str = "cpu",
+        original_TH: torch.Tensor | None = None,
+    ):
         self.experts, self.m_TH, self.coverage, self.device = experts, m_TH, coverage, device
+        self.original_TH = original_TH
         self.rows, self.shares = [], []
         for e in range(experts.num_experts):
             hits_TK = routing.indices == e
@@ -87,8 +123,8 @@ class ExpertInputs:
             return self._pooled.mean().expand(len(batch), H, H)
         routed = Curvature(len(batch), H, self.device)
         for i, e in enumerate(batch):
-            for x, share in self._tokens(e):
-                routed.add(i, x, share)
+            for rows, share in self._tokens(e):
+                routed.add(i, self.m_TH[rows].to(self.device), share)
         return shrunk(routed, self._pooled)
 
     def down_curvature(self, batch: range, gate_up_COH: torch.Tensor) -> torch.Tensor:
@@ -102,9 +138,22 @@ class ExpertInputs:
             for rows in sample.split(TOKENS_AT_ONCE):
                 layer.add(i, self.experts.hidden(e, self.m_TH[rows].to(self.device), gate_up_COH[i]))
             if self.coverage != "all":
-                for x, share in self._tokens(e):
-                    routed.add(i, self.experts.hidden(e, x, gate_up_COH[i]), share)
+                for rows, share in self._tokens(e):
+                    routed.add(i, self.experts.hidden(e, self.m_TH[rows].to(self.device), gate_up_COH[i]), share)
         return layer.mean() if self.coverage == "all" else shrunk(routed, layer)
+
+    def drift(self, batch: range, gate_up_COH: torch.Tensor | None = None) -> torch.Tensor:
+        """`mean (x - x_hat) x_hat^T` of the experts' own tokens, drawn towards none as their curvature is to the layer's:
+        `[C, H, H]` of the block's input, or with the quantized gate and up `[C, I, I]` of the down projection's."""
+        width = self.m_TH.shape[1] if gate_up_COH is None else self.experts.intermediate_size
+        found = Curvature(len(batch), width, self.device)
+        for i, e in enumerate(batch):
+            for rows, share in self._tokens(e):
+                x_hat, x = (part[rows].to(self.device) for part in (self.m_TH, self.original_TH))
+                if gate_up_COH is not None:
+                    x_hat, x = self.experts.hidden(e, x_hat, gate_up_COH[i]), self.experts.hidden(e, x)
+                found.add(i, x_hat, share, x - x_hat)
+        return found.sum_EII / (found.count_E + width)[:, None, None]
 
     def output_error(self, e: int, gate_up_OH: torch.Tensor, down_HI: torch.Tensor) -> float:
         """`|q(x) - f(x)|^2 / |f(x)|^2` of expert e with other weights, over at most `SAMPLE` of its tokens; of all tokens where
@@ -115,11 +164,11 @@ class ExpertInputs:
         return ((self.experts.output(e, x, gate_up_OH, down_HI) - y).square().sum() / y.square().sum()).item()
 
     def _tokens(self, e: int) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-        """An expert's tokens and their shares, some at a time."""
+        """An expert's tokens, their rows in m and their shares, some at a time."""
         for start in range(0, len(self.rows[e]), TOKENS_AT_ONCE):
             part = slice(start, start + TOKENS_AT_ONCE)
             share = self.shares[e]
-            yield self.m_TH[self.rows[e][part]].to(self.device), None if share is None else share[part].to(self.device)
+            yield self.rows[e][part], None if share is None else share[part].to(self.device)
 
 
 def expert_batches(experts: Experts) -> Iterator[range]:
@@ -145,10 +194,15 @@ def quantize_batch(
         del gate_up_w
     else:
         h = inputs.gate_up_curvature(batch) if h is None else h
+        if recipe.asymmetry and inputs.original_TH is not None:
+            gate_up_w = asymmetric(gate_up_w, inputs.drift(batch), h, recipe.damping, recipe.asymmetry)
         gate_up = recipe.quantize(gate_up_w, h, bits, u)
         del gate_up_w, h, u
         down_h = inputs.down_curvature(batch, gate_up.dequantize())
     down_w = torch.stack([experts.down_matrix(e, torch.float32) for e in batch])
+    if recipe.asymmetry and inputs is not None and inputs.original_TH is not None:
+        drift = inputs.drift(batch, gate_up.dequantize())
+        down_w = asymmetric(down_w, drift, down_h, recipe.damping, recipe.asymmetry)
     return gate_up, recipe.quantize(down_w, down_h, bits)
 
 
@@ -211,7 +265,7 @@ def width_errors(
     reads_text = recipe.method == "gptq"
     for batch in expert_batches(experts):
         h = inputs.gate_up_curvature(batch) if reads_text else None
-        u = inverse_factor(h, recipe.damping) if reads_text else None
+        u = recipe.factor(h) if reads_text else None
         for column, width in enumerate(widths):
             gate_up, down = quantize_batch(recipe, experts, batch, [width] * len(batch), inputs if reads_text else None, h, u)
             gate_up, down = gate_up.dequantize(), down.dequantize()

@@ -19,10 +19,13 @@ class Curvature:
         self.sum_EII = torch.zeros(num_matrices, width, width, device=device)
         self.count_E = torch.zeros(num_matrices, device=device)
 
-    def add(self, matrix: int, x_TI: torch.Tensor, share_T: torch.Tensor | None = None) -> None:
-        """Inputs of one matrix; share: how much each token counts, 1 on average."""
+    def add(
+        self, matrix: int, x_TI: torch.Tensor, share_T: torch.Tensor | None = None, left_TI: torch.Tensor | None = None
+    ) -> None:
+        """Inputs of one matrix; share: how much each token counts, 1 on average; left: for `sum left x^T` instead."""
         x = x_TI.float()
-        self.sum_EII[matrix].addmm_(x.T, x if share_T is None else x * share_T[:, None])
+        left = x if left_TI is None else left_TI.float()
+        self.sum_EII[matrix].addmm_(left.T, x if share_T is None else x * share_T[:, None])
         self.count_E[matrix] += x.shape[0]
 
     def mean(self) -> torch.Tensor:
@@ -37,6 +40,16 @@ def shrunk(routed: Curvature, prior: Curvature) -> torch.Tensor:
     share = width / prior.count_E.clamp(min=1)
     routed.sum_EII.addcmul_(prior.sum_EII, share[:, None, None])
     return routed.sum_EII.div_((routed.count_E + width)[:, None, None])
+
+
+def asymmetric(w_EOI: torch.Tensor, drift_EII: torch.Tensor, h_EII: torch.Tensor, damping: float, strength: float):
+    """The weights to approximate so that the output on the quantized stream's input `x_hat` is the original's on `x`.
+
+    `min_Q |W x - Q x_hat|^2` is `min_Q tr((W* - Q) H (W* - Q)^T)` with `W* = W + W D H^-1`, `D = mean (x - x_hat) x_hat^T`
+    (drift) and `H = mean x_hat x_hat^T` (GPTAQ, arXiv 2504.02692). strength: of the change, 0 to 1. All `[E, ., I]`.
+    """
+    u = inverse_factor(h_EII, damping)
+    return w_EOI + strength * (w_EOI @ drift_EII) @ u.transpose(1, 2) @ u
 
 
 def inverse_factor(h_EII: torch.Tensor, damping: float) -> torch.Tensor:
@@ -79,37 +92,66 @@ def gptq(
     how: grid.Search,
     block_size: int,
     factor_EII: torch.Tensor | None = None,
+    act_order: bool = False,
+    deferred_bits: int = 0,
 ) -> Quantized:
     """Quantize E matrices, matrix e to bits[e], each group's grid searched when the group is reached.
 
     w: `[E, O, I]`. h: curvature `[E, I, I]`. factor: `inverse_factor(h, damping)` where it is known already.
-    The result does not depend on block_size (up to rounding), which must divide group_size.
+    act_order: columns in the order of falling curvature; groups stay where they are, so their grids are searched beforehand.
+    deferred_bits: matrices up to this width get their feedback only after each block, none inside it (as MC's public code
+    does; 0 is GPTQ). Without that the result does not depend on block_size (up to rounding), which must divide group_size.
     """
     assert group_size % block_size == 0, (group_size, block_size)
     E, O, I = w_EOI.shape
     w = w_EOI.float().transpose(1, 2).contiguous()  # [E, I, O]: a column's weights lie side by side
-    u = inverse_factor(h_EII, damping) if factor_EII is None else factor_EII
     importance = h_EII.diagonal(dim1=-2, dim2=-1).float()
     top = grid.top_code(bits, w.device)
     codes = torch.empty(E, O, I, dtype=torch.uint8, device=w.device)
-    scales = torch.empty(E, O, I // group_size, device=w.device)
-    zeros = torch.empty(E, O, I // group_size, device=w.device)
+    scales = torch.empty(E, I // group_size, O, device=w.device)
+    zeros = torch.empty(E, I // group_size, O, device=w.device)
+
+    def search(group: int) -> None:
+        columns = slice(group * group_size, (group + 1) * group_size)
+        found = grid.search(w[:, columns].transpose(1, 2), top, importance[:, columns], how)
+        scales[:, group], zeros[:, group] = found
+
+    order_EI = None
+    if act_order:
+        assert factor_EII is None, "the factor depends on the order"
+        for group in range(I // group_size):
+            search(group)
+        order_EI = importance.argsort(dim=1, descending=True, stable=True)
+        rows_EI = torch.arange(E, device=w.device)[:, None]
+        w = w[rows_EI, order_EI]
+        h_EII = h_EII[rows_EI[..., None], order_EI[:, :, None], order_EI[:, None, :]]
+    u = inverse_factor(h_EII, damping) if factor_EII is None else factor_EII
+    now_E11 = torch.tensor([[[float(b > deferred_bits)]] for b in bits], device=w.device)
+    highest = top.expand(E, O).contiguous()
     for start in range(0, I, block_size):
-        group, end = start // group_size, start + block_size
-        if start % group_size == 0:
-            columns = slice(start, start + group_size)
-            scale, zero = grid.search(w[:, columns].transpose(1, 2), top, importance[:, columns], how)
-            scales[:, :, group], zeros[:, :, group] = scale, zero
-            shift, highest = zero / grid.ZERO_STEPS, top.expand_as(zero).contiguous()
+        end = start + block_size
+        if order_EI is None:
+            group = start // group_size
+            if start % group_size == 0:
+                search(group)
+            scale, shift = scales[:, group], zeros[:, group] / grid.ZERO_STEPS
         block, factor = w[:, start:end], u[:, start:end, start:end]
         errors, rounded = torch.empty_like(block), torch.empty_like(block)
+        within = factor * now_E11 if deferred_bits else factor
         for j in range(block_size):
+            if order_EI is not None:
+                group_E = order_EI[:, start + j] // group_size
+                scale, shift = (part[rows_EI[:, 0], group_E] for part in (scales, zeros))
+                shift = shift / grid.ZERO_STEPS
             column = block[:, j]
             code = torch.addcdiv(shift, column, scale).round_().clamp_(min=0)
             rounded[:, j] = torch.minimum(code, highest, out=code)
             errors[:, j] = column - (code - shift) * scale
             errors[:, j] /= factor[:, j, j, None]
-            block[:, j + 1 :].baddbmm_(factor[:, j, j + 1 :, None], errors[:, j, None, :], alpha=-1)
+            block[:, j + 1 :].baddbmm_(within[:, j, j + 1 :, None], errors[:, j, None, :], alpha=-1)
         codes[:, :, start:end] = rounded.transpose(1, 2)
         w[:, end:].baddbmm_(u[:, start:end, end:].transpose(1, 2), errors, alpha=-1)
+    if order_EI is not None:
+        codes = codes.gather(2, order_EI.argsort(dim=1)[:, None].expand(E, O, I))
+    scales, zeros = (part.transpose(1, 2).contiguous() for part in (scales, zeros))
     return Quantized(codes, scales.half(), zeros.to(torch.int16), list(bits))

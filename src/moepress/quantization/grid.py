@@ -1,10 +1,12 @@
-"""The grid of every method here: per group a scale and a zero point, both ends of the range searched, then fitted.
+"""The grid of every method here: per group a scale and a zero point, the ends of the range searched, then fitted.
 
 For a group with extremes m <= 0 <= M the candidates are `lo = a m`, `hi = b M` with a and b in `clip_steps` even steps of
-[clip_min, 1]; the pair with the smallest weighted squared error wins. From there, with the codes fixed, scale and zero
+[clip_min, clip_max]; the pair with the smallest weighted error wins. From there, with the codes fixed, scale and zero
 point are the least-squares line from codes to weights; rounding and fitting alternate `fit_rounds` times. The scale is
-what float16 holds, the zero point a multiple of a quarter step, so that what is searched is what is stored. With 1 bit
-this contains sign(w) * mean|w| up to the quarter step of the zero point.
+what float16 holds, the zero point a multiple of `1 / zero_steps` of a step (at most quarters), so that what is searched is
+what is stored. With 1 bit this contains sign(w) * mean|w| up to the step of the zero point.
+
+One step of [1, 1], whole zero points and no fit are the min-max grid that most GPTQ codes round on.
 
 Legend: E experts, O output rows, C columns of one group.
 """
@@ -33,6 +35,12 @@ class Search:
     clip_min: float
     clip_steps: int
     fit_rounds: int
+    clip_max: float = 1.0
+    clip_ends: str = "apart"
+    clip_norm: float = 2.0
+    clip_weighted: bool = True
+    zero_steps: int = ZERO_STEPS
+    one_bit: str = "grid"
 
 
 def search(
@@ -40,9 +48,11 @@ def search(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale (float32 values that float16 holds) and zero point (in quarter steps), each `[E, O]`, for one group.
 
-    importance: weight of each column's squared error (the curvature's diagonal), None for equal weights. The ends are
-    searched together, then each alone: 3 x clip_steps trials. No trial is kept that is worse than the one before.
+    importance: weight of each column's error (the curvature's diagonal), None for equal weights. The ends are searched
+    together, then (clip_ends "apart") each alone: 3 x clip_steps trials. No trial is kept that is worse than the one before.
     """
+    if not how.clip_weighted:
+        importance_EC = None
     step = max(1, ELEMENTS_AT_ONCE // w_EOC.shape[2])  # rows that stay in the cache through all trials
     scales, zeros = [], []
     for e, top in enumerate(top_E1[:, 0].tolist()):
@@ -55,30 +65,42 @@ def search(
 
 
 def _search(w_OC, top: float, weight_C, how: Search):
+    if top == 1 and how.one_bit == "sign":
+        return sign(w_OC)
     low_O, high_O = w_OC.amin(-1).clamp(max=0), w_OC.amax(-1).clamp(min=0)
     ones = torch.ones_like(low_O)
 
     def better(trial, found):
-        """The trial `(scale, zero, ...)` where its error is smaller: `scale^2 |round(z) - z|^2`, z the weights in codes."""
+        """The trial `(scale, zero, ...)` where its error is smaller: `|scale (round(z) - z)|^norm`, z the weights in codes."""
         scale, zero = trial[:2]
         z = torch.addcmul(zero[:, None] / ZERO_STEPS, w_OC, 1 / scale[:, None])
-        error = (z.round().clamp_(0, top).sub_(z).square_() @ weight_C) * scale.square()
+        error = z.round().clamp_(0, top).sub_(z)
+        error = error.square_() if how.clip_norm == 2 else error.abs_().pow_(how.clip_norm)
+        error = (error @ weight_C) * scale**how.clip_norm
         wins = error < found[0]
         return tuple(torch.where(wins, new, old) for new, old in zip((error, *trial), found, strict=True))
 
     found = (ones * torch.inf, ones, 0 * ones, ones, ones)
-    for ends in ("both", "low", "high"):
-        for ratio in torch.linspace(1, how.clip_min, how.clip_steps).tolist():
+    for ends in ("both", "low", "high") if how.clip_ends == "apart" else ("both",):
+        for ratio in torch.linspace(how.clip_max, how.clip_min, how.clip_steps).tolist():
             a = found[3] if ends == "high" else ratio * ones
             b = found[4] if ends == "low" else ratio * ones
-            found = better((*fit(a * low_O, b * high_O, top), a, b), found)
+            found = better((*fit(a * low_O, b * high_O, top, how.zero_steps), a, b), found)
     found = found[:3]
     for _ in range(how.fit_rounds):
-        found = better(least_squares(w_OC, *found[1:], top, weight_C), found)
+        found = better(least_squares(w_OC, *found[1:], top, weight_C, how.zero_steps), found)
     return found[1:]
 
 
-def least_squares(w_OC, scale_O, zero_O, top: float, weight_C) -> tuple[torch.Tensor, torch.Tensor]:
+def sign(w_OC) -> tuple[torch.Tensor, torch.Tensor]:
+    """1 bit as `sign(w) * mean|w|`: a zero point in the middle, the scale from one level to the other."""
+    scale = (2 * w_OC.abs().mean(-1)).half().float()
+    return torch.where(scale > 0, scale, torch.ones_like(scale)), torch.full_like(scale, ZERO_STEPS / 2)
+
+
+def least_squares(
+    w_OC, scale_O, zero_O, top: float, weight_C, zero_steps: int = ZERO_STEPS
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The scale and zero point that fit the weights best with the codes of the given ones."""
     codes = torch.addcmul(zero_O[:, None] / ZERO_STEPS, w_OC, 1 / scale_O[:, None]).round_().clamp_(0, top)
     share_C = weight_C / weight_C.sum().clamp(min=1e-30)
@@ -87,15 +109,19 @@ def least_squares(w_OC, scale_O, zero_O, top: float, weight_C) -> tuple[torch.Te
     slope = ((spread * w_OC) @ share_C) / (spread.square() @ share_C)
     scale = torch.where((slope > 0) & slope.isfinite(), slope, scale_O).half().float()
     scale = torch.where(scale > 0, scale, scale_O)
-    zero = torch.round((mean_code - mean_w / scale) * ZERO_STEPS).clamp(0, ZERO_STEPS * top)
-    return scale, zero
+    return scale, zero_point(mean_code - mean_w / scale, top, zero_steps)
 
 
-def fit(low: torch.Tensor, high: torch.Tensor, top: float) -> tuple[torch.Tensor, torch.Tensor]:
+def fit(low: torch.Tensor, high: torch.Tensor, top: float, zero_steps: int = ZERO_STEPS) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and zero point of ranges that contain 0; a constant group of zeros gets scale 1."""
     scale = ((high - low) / top).half().float()
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    return scale, torch.round(-low / scale * ZERO_STEPS).clamp(0, ZERO_STEPS * top)
+    return scale, zero_point(-low / scale, top, zero_steps)
+
+
+def zero_point(codes: torch.Tensor, top: float, zero_steps: int) -> torch.Tensor:
+    """Zero points, given in codes, as the format counts them: quarters, here in steps of `1 / zero_steps`."""
+    return torch.round(codes * zero_steps).clamp(0, zero_steps * top) * (ZERO_STEPS // zero_steps)
 
 
 def round_to_grid(w_EOC, scale_EO, zero_EO, top_E1) -> tuple[torch.Tensor, torch.Tensor]:

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from moepress.inference.packed import PackedExperts
+from moepress.inference.packed import PackedExperts, PackedLinear
 from moepress.models.families import layer_prefix
 from moepress.models.limits import TOKENS_AT_ONCE, WORKSPACE
 from moepress.models.streaming import DTYPES, ModelStream, Routing
@@ -26,6 +26,7 @@ from moepress.models.streams import Streams
 from moepress.quantization.experts import ExpertInputs, Recipe, quantize_experts
 from moepress.quantization.gptq import Curvature
 from moepress.quantization.router import Fit, Tokens, candidates, num_candidates, shift
+from moepress.quantization.tuning import Tuned, tune
 
 STREAMS = ("x", "x_hat")
 
@@ -40,7 +41,7 @@ class LayerResult:
     diagnostics: dict
 
 
-@torch.inference_mode()
+@torch.no_grad()  # and not inference mode: tuning needs gradients of what is made here
 def quantize_model(
     stream: ModelStream,
     tokens_NS: torch.Tensor | None,
@@ -92,6 +93,7 @@ class LayerQuantizer:
             original = stream.route(layer, m) if bits else None
             stream.add_block(layer, x_next, m)
             x_hat, x_hat_next, m_hat = streams["x_hat"], streams.next("x_hat"), streams.scratch("m_hat")
+            target = self.tuning_target(x_hat, x_next, m_hat) if self.recipe.tune_steps else None
 
         self.quantize_linears("attention", lambda: stream.attend(self.index, layer, x_hat, x_hat_next, m_hat))
         if streams:
@@ -100,9 +102,13 @@ class LayerQuantizer:
                 routing = self.calibrate_router(m_hat, original, ("before", "both"))
         self.quantize_linears("shared", lambda: self.see_block(m_hat, bits))
         if bits:
-            self.quantize_experts(bits, m_hat.flatten(0, 1) if streams else None, routing)
+            seen = (m_hat.flatten(0, 1), m.flatten(0, 1)) if streams else (None, None)
+            self.quantize_experts(bits, *seen, routing)
             if streams:
                 self.calibrate_router(m_hat, original, ("after", "both"))
+        if streams and self.recipe.tune_steps:
+            self.tune(x_hat, target)
+            stream.attend(self.index, layer, x_hat, x_hat_next, m_hat)
         self.keep_rest()
         if streams:
             stream.add_block(layer, x_hat_next, m_hat)
@@ -125,7 +131,13 @@ class LayerQuantizer:
             quantized = self.recipe.quantize(linear.weight[None], curvatures.get(name), [bits])
             self.tensors |= {f"{self.prefix}{name}.{part}": tensor for part, tensor in quantized.pack().items()}
             self.modules[self.prefix + name] = bits
-            linear.weight.copy_(quantized.dequantize(self.stream.dtype)[0])
+            if self.recipe.tune_steps:
+                packed = PackedLinear(linear, bits, self.recipe.group_size)
+                for part, tensor in quantized.pack().items():
+                    packed.get_buffer(part).copy_(tensor)
+                self.layer.set_submodule(name, packed)
+            else:
+                linear.weight.copy_(quantized.dequantize(self.stream.dtype)[0])
 
     def calibrate_router(self, m_hat: torch.Tensor, original: Routing, when: tuple[str, ...]) -> Routing:
         """Fit the router where the recipe says so, at one of these moments; the layer's routing from here on."""
@@ -160,11 +172,12 @@ class LayerQuantizer:
         self.tensors[self.prefix + name] = fitted.cpu()
         weight.copy_(fitted.to(stream.dtype))
 
-    def quantize_experts(self, bits: list[int], m_hat_TH: torch.Tensor | None, routing: Routing | None) -> None:
-        """Pack the experts and put them in the layer as inference will have them."""
+    def quantize_experts(self, bits: list[int], m_hat_TH, m_TH, routing: Routing | None) -> None:
+        """Pack the experts and put them in the layer as inference will have them. m_hat, m: the block's input in the quantized
+        and in the original stream, `[T, H]`; None, as the routing, where no text is read."""
         name = self.stream.family.experts
         experts = self.layer.get_submodule(name)
-        inputs = ExpertInputs(experts, m_hat_TH, routing, self.coverage, self.stream.device) if routing else None
+        inputs = ExpertInputs(experts, m_hat_TH, routing, self.coverage, self.stream.device, m_TH) if routing else None
         packed, errors = quantize_experts(self.recipe, experts, bits, inputs)
         module = PackedExperts(experts, bits, self.recipe.group_size, self.stream.device)
         for part, tensor in packed.items():
@@ -177,6 +190,28 @@ class LayerQuantizer:
             self.diagnostics["tokens"] = inputs.num_tokens
             self.diagnostics["starved"] = [e for e, n in enumerate(inputs.num_tokens) if n < experts.hidden_size]
             self.diagnostics["expert_errors"] = errors
+
+    def tuning_target(self, x_hat: torch.Tensor, x_next: torch.Tensor, m_hat: torch.Tensor) -> torch.Tensor:
+        """What the 16-bit layer makes of the quantized stream, drawn towards the original stream's by `tune_asymmetry`."""
+        target = self.streams.scratch("target")
+        self.stream.attend(self.index, self.layer, x_hat, target, m_hat)
+        self.stream.add_block(self.layer, target, m_hat)
+        if self.recipe.tune_asymmetry:
+            target.lerp_(x_next, self.recipe.tune_asymmetry)
+        return target
+
+    def tune(self, x_hat: torch.Tensor, target: torch.Tensor) -> None:
+        """Tune the layer's scales, and its norms and router where the recipe says so, with its codes fixed."""
+        stream, recipe, names = self.stream, self.recipe, self.stream.layer_names(self.index)
+        router = f"{stream.family.router_path}.{stream.family.router_weight}"
+        rest = {n: p for n, p in self.layer.named_parameters() if n in names and (p.dim() == 1 or n == router)}
+        tuned = Tuned(self.layer, rest if recipe.tune_rest else {})
+        steps = (recipe.tune_steps, recipe.tune_tokens, recipe.tune_rate)
+        errors = tune(stream, self.index, self.layer, x_hat, target, tuned, *steps)
+        dtypes = {name: DTYPES[stream.entries[names[name]].dtype] for name in tuned.rest}
+        self.tensors |= {self.prefix + name: tensor.cpu() for name, tensor in tuned.finish(dtypes).items()}
+        tenth = -(-len(errors) // 10)
+        self.diagnostics["tuning_error"] = [sum(part) / tenth for part in (errors[:tenth], errors[-tenth:])]
 
     def keep_rest(self) -> None:
         """What is not quantized keeps its bytes: the only tensors that are read a second time."""

@@ -152,7 +152,7 @@ def is_step(run: Run, other: Run, step: str) -> bool:
         plain = BASELINES[step]
         builds_on = base["method"] in (plain[: plain.index(own["method"])] if own["method"] in plain else plain)
     same_rest = all(getattr(run, group) == getattr(other, group) for group in BASELINES if group != step)
-    common = (set(own) & set(base)) - {"method", "widths"}
+    common = (set(own) & set(base)) - {"method", "widths", "name"}
     return builds_on and same_rest and all(own[key] == base[key] for key in common)
 
 

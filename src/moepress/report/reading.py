@@ -21,7 +21,7 @@ LABELS |= {name: name for name in ("uniform", "half", "random", "frequency", "we
 
 def label(method: str) -> str:
     """A method as people write it."""
-    return LABELS.get(method, method.upper())
+    return LABELS.get(method, method.upper().replace("_", " "))
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Run:
         """What stays the same along one line of a figure: the methods, and overrides that the name lists, but not the
         size and the seed."""
         allocation = self.allocation["method"] if self.is_quantized else "uniform"
-        parts = [label(self.quantization["method"])]
+        parts = [label(self.quantization.get("name", self.quantization["method"]))]
         parts += [label(allocation)] if allocation != "uniform" else []
         parts += [self.pruning_label] if self.is_pruned else []
         return " ".join([" + ".join(parts), *self.extras])

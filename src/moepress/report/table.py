@@ -47,7 +47,7 @@ def row(run: Run, reference: Run | None) -> dict:
     found = {
         "run": run.name,
         "model": Path(run.artefacts["model"]).name.rpartition("-")[0],
-        "method": run.quantization["method"],
+        "method": run.quantization.get("name", run.quantization["method"]),
         "allocation": run.allocation["method"] if quantized else "none",
         "bits_nominal": float(np.mean([width for layer in run.bits for width in layer])) if quantized else 16.0,
         "bits_effective": 8 * run.checkpoint_bytes / run.num_weights,

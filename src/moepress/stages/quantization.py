@@ -10,7 +10,7 @@ from moepress.inference.checkpoint import pick_device
 from moepress.models import streams as hidden_states
 from moepress.models.families import locate, num_weights
 from moepress.models.streaming import ModelStream
-from moepress.quantization import writer
+from moepress.quantization import distilling, writer
 from moepress.quantization.experts import Recipe
 from moepress.quantization.qesc import quantize_model
 from moepress.report import card, made
@@ -41,6 +41,7 @@ def run(task: Task) -> None:
 
     modules = {name: width for layer in layers for name, width in layer["modules"].items()}
     writer.finish(task.out, stream, recipe.group_size, modules)
+    divergence = distilled(task, stream, recipe, tokens, folder) if recipe.distill_steps and tokens is not None else {}
     diagnostics = [{name: value for name, value in layer.items() if name != "modules"} for layer in layers]
     starved = {layer["layer"]: layer["starved"] for layer in diagnostics if layer.get("starved")}
     if starved:
@@ -48,13 +49,29 @@ def run(task: Task) -> None:
     # Times differ from run to run, so they stay out of the files whose bytes must not.
     timing = {name: [layer.pop(name) for layer in diagnostics] for name in ("seconds", "peak_memory_bytes")}
     seconds = sum(timing["seconds"])
-    write_json(task.out / "diagnostics.json", {"layers": diagnostics})
+    write_json(task.out / "diagnostics.json", {"layers": diagnostics} | divergence)
     size = writer.size_on_disk(task.out, num_weights(stream.folder))
     write_json(task.out / "size.json", size)
     facts = made.facts(task, stream.shape)
     write_json(task.out / "card.json", facts)
     (task.out / "README.md").write_text(card.render(facts), encoding="utf-8")
     write_json(task.out / "size.json", size | {"folder_bytes": writer.folder_bytes(task.out)})
+    seconds += time.perf_counter() - began
     write_json(task.out / "timing.json", {"quantize_seconds": round(seconds, 3), "layers": timing})
     hidden_states.drop(folder)  # before what belongs to it, so that a kill between the two only costs time
     (task.out / "layers.json").unlink()
+
+
+def distilled(task: Task, stream: ModelStream, recipe: Recipe, tokens, folder) -> dict:
+    """Tune the whole packed model; the divergence before and after. What is found is kept beside the hidden states until the
+    folder is whole, so that a run that is killed while the shards are rewritten ends with the same bytes."""
+    path = folder / "tuned.safetensors"
+    if not path.is_file():
+        x = hidden_states.Streams(folder, ("x",), (*tokens.shape, stream.shape.hidden_size))["x"]
+        settings = (recipe.distill_steps, recipe.tune_tokens, recipe.tune_rate)
+        distilling.keep(path, *distilling.distill(task.out, stream, x, tokens, *settings))
+    tuned = load_file(path)
+    losses = tuned.pop("losses")
+    distilling.replace(task.out, tuned)
+    tenth = -(-len(losses) // 10)
+    return {"divergence": [losses[:tenth].mean().item(), losses[-tenth:].mean().item()]}

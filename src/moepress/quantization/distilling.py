@@ -1,0 +1,64 @@
+"""The whole packed model tuned with its codes fixed: its scales, norms and routers, towards the 16-bit model's distribution.
+
+    min  mean_t KL(p_t || p_hat_t)
+
+over the calibration tokens, p from what left the 16-bit model's last layer. What is tuned layer by layer knows each layer's
+output only; here it is weighed by what the model says. The packed model must fit in memory, with one decoder layer unpacked
+(each layer's forward is run again on the way back) and the logits of one step; the 16-bit model need not.
+
+Legend: N sequences, S positions, H hidden size.
+"""
+
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch.utils.checkpoint import checkpoint
+
+from moepress.inference.checkpoint import load_model
+from moepress.inference.saving import write_shard
+from moepress.models.streaming import ModelStream
+from moepress.quantization.tuning import Tuned, descend
+
+
+@torch.no_grad()
+def distill(
+    folder: Path, stream: ModelStream, x_NSH: torch.Tensor, tokens_NS: torch.Tensor, steps: int, tokens: int, rate: float
+) -> tuple[dict[str, torch.Tensor], list[float]]:
+    """The tuned tensors of the packed folder by name, and each step's divergence in nats a token.
+
+    x: what left the last layer of the 16-bit model, `stream`, for the tokens `[N, S]`. tokens: about so many a step.
+    """
+    model = load_model(folder, stream.device, torch.float32, verify=False).requires_grad_(False)
+    router = f"{stream.family.router_path}.{stream.family.router_weight}"
+    rest = {name: p for name, p in model.model.named_parameters() if "norm" in name or name.endswith(f".{router}")}
+    dtypes = {name: dtype for shard in model.hf_quantizer.layout.values() for name, dtype in shard.items()}
+    tuned = Tuned(model, {f"model.{name}": p for name, p in rest.items() if p.is_floating_point()})
+    for layer in model.model.layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+
+    def loss(chosen):
+        with torch.no_grad():
+            log_p = stream.logits(x_NSH[chosen]).float().log_softmax(-1)
+        log_p_hat = model(input_ids=tokens_NS[chosen].to(stream.device), use_cache=False).logits.float().log_softmax(-1)
+        return (log_p.exp() * (log_p - log_p_hat)).sum(-1).mean()
+
+    N, S = tokens_NS.shape
+    losses = descend(tuned, N, min(N, max(1, tokens // S)), steps, rate, stream.shape.num_layers, loss)
+    return {name: tensor.cpu() for name, tensor in tuned.finish(dtypes).items()}, losses
+
+
+def replace(folder: Path, tuned: dict[str, torch.Tensor]) -> None:
+    """Put the tuned tensors into the shards of a packed folder, and their hashes into its index."""
+    for path in sorted(folder.glob("model-*.safetensors")):
+        tensors = load_file(path)
+        if tensors.keys() & tuned.keys():
+            write_shard(folder, path.name, tensors | {name: tuned[name] for name in tensors.keys() & tuned.keys()})
+
+
+def keep(path: Path, tuned: dict[str, torch.Tensor], losses: list[float]) -> None:
+    """Write the result whole or not at all: a run that was killed later goes on from it."""
+    beside = path.with_suffix(".new")
+    save_file(tuned | {"losses": torch.tensor(losses)}, beside)
+    beside.replace(path)

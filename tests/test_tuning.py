@@ -1,0 +1,158 @@
+"""Tuning against slow, obvious versions: one gradient by hand, one layer that can be repaired exactly, stop and resume."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from conftest import small_experiment
+from moepress import artefacts, plan
+from moepress.inference import saving
+from moepress.inference.checkpoint import load
+from moepress.inference.packed import PackedLinear, PackedMatrices
+from moepress.models.streaming import ModelStream
+from moepress.models.streams import Streams
+from moepress.quantization import distilling, grid, writer
+from moepress.quantization.experts import Recipe
+from moepress.quantization.qesc import quantize_model
+from moepress.quantization.tuning import Tuned, token_weights
+
+COMMON = {"group_size": 32, "clip_min": 0.25, "clip_steps": 4, "fit_rounds": 1, "attention_bits": 4}
+COMMON |= {"damping": 0.01, "block_size": 32, "router_ridge": 0.01}
+TUNING = {"tune_steps": 6, "tune_tokens": 96, "tune_rate": 0.01}
+TOKENS = torch.randint(1, 250, (6, 48), generator=torch.Generator().manual_seed(0))
+BITS = [[2] * 4] * 2
+
+
+def packed_linear(seed=0, bits=2):
+    generator = torch.Generator().manual_seed(seed)
+    linear = nn.Linear(32, 8, bias=False)
+    linear.weight.data = torch.randn(8, 32, generator=generator)
+    quantized = grid.rtn(linear.weight.data[None], [bits], 16, grid.Search(0.25, 4, 1))
+    packed = PackedLinear(linear, bits, 16)
+    for part, tensor in quantized.pack().items():
+        packed.get_buffer(part).copy_(tensor)
+    return packed, quantized, torch.randn(20, 32, generator=generator), linear.weight.data
+
+
+def test_token_weights_hold_back_the_huge_ones():
+    y = torch.ones(1, 5, 4)
+    y[0, 4] *= 100
+    assert torch.allclose(token_weights(y), torch.tensor([[1, 1, 1, 1, 1e-4]]))
+
+
+def test_gradient_of_the_multipliers_by_hand():
+    """d loss / d factor = sum over the group of dL/dW * W."""
+    packed, quantized, x, w = packed_linear()
+    tuned = Tuned(packed, {})
+    tuned.groups(0.01)
+    tuned.apply()
+    ((packed(x) - x @ w.T) ** 2).sum().backward()
+    q = quantized.dequantize()[0]
+    by_hand = ((2 * (x @ (q - w).T).T @ x) * q).unflatten(1, (2, 16)).sum(-1)
+    (factor,) = tuned.factors.values()
+    assert torch.allclose(factor.grad[0], by_hand, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("rest", [False, True])
+def test_tuning_lowers_each_layers_error(model_folder, rest):
+    tuned = Recipe("gptq", **COMMON, **TUNING | {"tune_steps": 16}, tune_rest=rest)
+    plain = list(quantize_model(ModelStream(model_folder), TOKENS, BITS, Recipe("gptq", **COMMON)))
+    found = list(quantize_model(ModelStream(model_folder), TOKENS, BITS, tuned))
+    for before, after in zip(plain, found, strict=True):
+        assert after.diagnostics["output_error"] < before.diagnostics["output_error"]
+        assert after.diagnostics["tuning_error"][1] < after.diagnostics["tuning_error"][0]
+        assert before.tensors.keys() == after.tensors.keys()
+        assert all(before.tensors[n].dtype == t.dtype and before.tensors[n].shape == t.shape for n, t in after.tensors.items())
+        changed = {name for name in before.tensors if not torch.equal(before.tensors[name], after.tensors[name])}
+        assert changed >= {name for name in before.tensors if name.endswith(".scales")}
+        if after.index == 0:  # what enters the first layer is the same, and so is what tuning began with
+            assert not any(name.endswith(".codes") for name in changed)
+            assert any(name.endswith("norm.weight") for name in changed) == rest
+
+
+def test_goes_on_from_any_layer_with_the_same_bytes(model_folder, tmp_path):
+    recipe = Recipe("qesc", **COMMON, **TUNING, tune_rest=True, tune_asymmetry=0.5, refine_rounds=1)
+    whole = list(quantize_model(ModelStream(model_folder), TOKENS, BITS, recipe))
+    stopped = quantize_model(ModelStream(model_folder), TOKENS, BITS, recipe, tmp_path)
+    next(stopped), next(stopped)
+    stopped.close()
+    (rest,) = quantize_model(ModelStream(model_folder), TOKENS, BITS, recipe, tmp_path)
+    assert all(torch.equal(rest.tensors[name], tensor) for name, tensor in whole[1].tensors.items())
+    assert rest.diagnostics == whole[1].diagnostics
+
+
+def test_only_scales_are_held_beside_the_packed_weights():
+    """Codes stay packed: what Tuned adds is a scale and a factor for every group."""
+    packed = packed_linear()[0]
+    tuned = Tuned(packed, {})
+    assert isinstance(packed, PackedMatrices) and packed.codes.dtype == torch.uint8
+    assert sum(t.numel() for part in (tuned.scales, tuned.factors) for t in part.values()) == 2 * packed.scales.numel()
+
+
+def test_distilling_brings_the_packed_model_nearer_and_can_be_repeated(model_folder, tmp_path):
+    """What is kept and put into the shards is what was tuned; codes stay; a second writing gives the same bytes."""
+    stream, out = ModelStream(model_folder), tmp_path / "packed"
+    out.mkdir()
+    recipe, modules = Recipe("gptq", **COMMON), {}
+    for result in quantize_model(stream, TOKENS, BITS, recipe, out / "streams"):
+        writer.write_shard(out, result.index, stream.shape.num_layers, result.tensors)
+        modules |= result.modules
+    writer.finish(out, stream, recipe.group_size, modules)
+    x = Streams(out / "streams", ("x",), (*TOKENS.shape, stream.shape.hidden_size))["x"]
+
+    def divergence():
+        with torch.inference_mode():
+            log_p = load(model_folder, "cpu")[0](TOKENS).logits.log_softmax(-1)
+            return (log_p.exp() * (log_p - load(out, "cpu")[0](TOKENS).logits.log_softmax(-1))).sum(-1).mean().item()
+
+    before, codes = divergence(), load_file(out / "model-00001-of-00003.safetensors")
+    tuned, losses = distilling.distill(out, stream, x, TOKENS, 12, 96, 0.01)
+    assert any(name.endswith("gate.weight") for name in tuned) and "model.norm.weight" in tuned
+    assert abs(losses[0] / before - 1) < 0.5, "the streamed 16-bit model says what the loaded one says"
+    distilling.keep(tmp_path / "tuned.safetensors", tuned, losses)
+    kept = load_file(tmp_path / "tuned.safetensors")
+    kept.pop("losses")
+    distilling.replace(out, kept)
+    assert divergence() < 0.9 * before  # load checks every hash, too
+    after = load_file(out / "model-00001-of-00003.safetensors")
+    assert all(torch.equal(t, after[n]) for n, t in codes.items() if n.endswith((".codes", ".zeros")))
+    assert {n: (t.dtype, t.shape) for n, t in codes.items()} == {n: (t.dtype, t.shape) for n, t in after.items()}
+    distilling.replace(out, kept)
+    assert all(torch.equal(t, after[n]) for n, t in load_file(out / "model-00001-of-00003.safetensors").items())
+
+
+def test_killed_while_the_shards_are_rewritten(tmp_path, model_folder, text_folder, monkeypatch):
+    """The stage goes on from what was tuned and ends with the bytes of a run that nobody stopped."""
+    overrides = [*small_experiment(model_folder, text_folder), "device=cpu", "experiment=best", "allocation=uniform"]
+    overrides += ["allocation.bits=2", "quantization.tune_steps=2", "quantization.distill_steps=3"]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    for place in (whole, stopped):
+        planned = plan.for_overrides([*overrides, f"paths.results={place}"])
+        for folder in planned.artefacts:
+            if folder.startswith(("corpus", "model", "calibration", "allocation")):
+                artefacts.run_stage(artefacts.task_path(place, folder), place / folder)
+    (folder,) = (folder for folder in planned.artefacts if folder.startswith("quantization"))
+    artefacts.run_stage(artefacts.task_path(whole, folder), whole / folder)
+
+    written = []
+
+    def killed(out, name, tensors):
+        if written:
+            raise KeyboardInterrupt
+        written.append(name)
+        saving.write_shard(out, name, tensors)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(distilling, "write_shard", killed)
+        artefacts.run_stage(artefacts.task_path(stopped, folder), stopped / folder)
+    monkeypatch.setattr(distilling, "distill", None)  # it is not done again
+    artefacts.run_stage(artefacts.task_path(stopped, folder), stopped / folder)
+    names = [
+        *(path.name for path in (whole / folder).glob("*.safetensors")),
+        "diagnostics.json",
+        "model.safetensors.index.json",
+    ]
+    assert len(names) == 5 and not (stopped / folder / "streams").exists()
+    assert all((whole / folder / name).read_bytes() == (stopped / folder / name).read_bytes() for name in names)
+    load(stopped / folder, "cpu")
