@@ -13,6 +13,7 @@ from transformers.utils import logging as hf_logging
 
 from moepress.inference import manifest, quantizer
 from moepress.models import families
+from moepress.models.experts import ON_CPU
 from moepress.models.streaming import ModelStream
 
 
@@ -89,6 +90,8 @@ def load_model(folder: Path, device: str = "cpu", dtype: torch.dtype | None = No
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[kind]:
             raise ValueError(f"{folder}: {kind.replace('_', ' ')} {sorted(map(str, info[kind]))[:5]}: not loaded")
+    if device == "cpu" and not is_packed:
+        model.set_experts_implementation(ON_CPU)
     return model.eval().to(device)
 
 
