@@ -115,6 +115,6 @@ class LoadedExperts(Experts):
 
 
 ON_CPU = "moepress"
-"""Name, for `set_experts_implementation`, of the same loop over experts: on CPU faster than transformers' grouped products where
-experts are small and many, and the experts of all families take "no expert" in it."""
+"""Name, for `set_experts_implementation`, of the same loop over experts: on CPU faster than transformers' grouped products
+where experts are small and many, and the experts of all families take "no expert" in it."""
 ALL_EXPERTS_FUNCTIONS.register(ON_CPU, lambda experts, *routed: LoadedExperts(experts)(*routed))
