@@ -151,10 +151,10 @@ def test_a_model_is_known_by_content_wherever_it_lies(model_folder, tmp_path):
 def test_the_default_study():
     members = dag.study_experiments(dag.load_study("default"))
     names = dag.run_names(members)
-    assert len(set(names)) == len(names) == 15 and names[0] == "16bit"
+    assert len(set(names)) == len(names) == 17 and names[0] == "16bit"
     everything = dag.everything([a for m in members for a in m.artefacts.values()])
     assert sum(folder.startswith("statistics/") for folder in everything) == 1
-    assert sum(folder.startswith("quantization/") for folder in everything) == 12
+    assert sum(folder.startswith("quantization/") for folder in everything) == 14
     with pytest.raises(ValueError, match=r"study=nothing: .*default"):
         dag.load_study("nothing")
 

@@ -70,7 +70,9 @@ def test_what_is_not_known_is_not_called_a_difference():
 def run(quantization: dict, allocation: dict, pruning: dict | None = None, name: str = "run", seed: int = 0, target="2 bits"):
     pruning = pruning or {"method": "none"}
     artefacts = {"model": "m", "corpus": "c"}
-    series = " ".join([quantization["method"], allocation["method"], str(pruning), *name.split(" ")[1:]])
+    series = " ".join(
+        [quantization.get("name", quantization["method"]), allocation["method"], str(pruning), *name.split(" ")[1:]]
+    )
     groups = {"quantization": quantization, "allocation": allocation, "pruning": pruning}
     return SimpleNamespace(
         **groups, artefacts=artefacts, name=name, seed=seed, series=series, target=target, is_reference=False
@@ -105,6 +107,13 @@ def test_between_two_widths_half_is_the_plain_allocation():
     same = {"bits": 2}
     runs = [run(GPTQ, UNIFORM), run(GPTQ, half | same), run(GPTQ, pmq | same)]
     assert steps(runs) == [(1, 0, "allocation"), (2, 0, "allocation"), (2, 1, "allocation")]
+
+
+def test_a_recipe_of_many_settings_is_compared_as_a_whole():
+    fast = QESC | {"name": "fast", "damping": 0.5, "refine_rounds": 2}
+    runs = [run(QESC | {"name": "qesc"}, UNIFORM), run(fast, UNIFORM), run(fast | {"name": "best"}, UNIFORM)]
+    assert steps(runs) == [(1, 0, "quantization"), (2, 1, "quantization")]
+    assert steps([run(QESC | {"name": "qesc"}, UNIFORM), run(fast | {"group_size": 16}, UNIFORM)]) == []
 
 
 def test_only_what_differs_in_one_thing_is_compared():

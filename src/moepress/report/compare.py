@@ -173,7 +173,8 @@ def _paired(runs: list[Run]) -> list[str]:
 
 def _named(pair: paired.Pair) -> str:
     """`GPTQ for RTN`, `PMQ for uniform`, `PESF for none`."""
-    own, base = (getattr(side[0], pair.step)["method"] for side in (pair.runs, pair.others))
+    groups = (getattr(side[0], pair.step) for side in (pair.runs, pair.others))
+    own, base = (group.get("name", group["method"]) for group in groups)
     return f"{label(own)} for {base if base == 'none' else label(base)}"
 
 

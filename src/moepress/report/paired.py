@@ -19,9 +19,17 @@ from moepress.report.reading import Run, methods, reference_of
 CONFIDENCE = 0.95
 SIXTEEN = "16 bits"
 
-BASELINES = {"quantization": {"qesc": "gptq", "gptq": "rtn"}, "allocation": ("uniform", "half"), "pruning": ("none",)}
+BASELINES = {
+    "quantization": {"best": "fast", "fast": "qesc", "qesc": "gptq", "gptq": "rtn"},
+    "allocation": ("uniform", "half"),
+    "pruning": ("none",),
+}
 """What each method builds on: of a quantization method another one, of an allocation or a pruning the plain ones. Between two
 widths no allocation is plainer than `half`, which itself builds on `uniform`."""
+
+RECIPES = ("fast", "best")
+"""Of many settings together (conf/experiment/), compared as a whole: only what decides the size has to be the same."""
+SIZES = {"group_size", "attention_bits", "shared_bits"}
 
 
 class Difference(NamedTuple):
@@ -147,12 +155,15 @@ def is_step(run: Run, other: Run, step: str) -> bool:
         return False
     own, base = getattr(run, step), getattr(other, step)
     if step == "quantization":
-        builds_on = base["method"] == BASELINES[step].get(own["method"])
+        name, base_name = (group.get("name", group["method"]) for group in (own, base))
+        builds_on = base_name == BASELINES[step].get(name)
     else:
         plain = BASELINES[step]
         builds_on = base["method"] in (plain[: plain.index(own["method"])] if own["method"] in plain else plain)
     same_rest = all(getattr(run, group) == getattr(other, group) for group in BASELINES if group != step)
     common = (set(own) & set(base)) - {"method", "widths", "name"}
+    if own.get("name") in RECIPES:
+        common &= SIZES
     return builds_on and same_rest and all(own[key] == base[key] for key in common)
 
 
