@@ -480,6 +480,17 @@ def test_scatter_between_seeds_is_noise(results):
     assert delta.value == pytest.approx(0.15) and delta.stderr > np.std([0.1, 0.2, 0.15], ddof=1) / np.sqrt(3)
 
 
+def test_a_recipe_of_our_own_is_no_twin_of_gptq(results):
+    """It calibrates routers too, but the sentence on QESC's purpose compares equal settings only."""
+    runs = [results.run("16bit"), results.run("gptq-2", shift=0.2), results.run("qesc-2", shift=0.1)]
+    ours = results.run("qesc-2", 0.01, shift=0.01, seed=1, title="fast-2")
+    ours["quantization"]["name"] = "fast"
+    found = reading.load([*runs, ours], results.root)
+    assert found[-1].title == "ours, fast, 2 bits"
+    (sentence,) = [one for one in compare.summary(found) if one.startswith("Calibrating the router")]
+    assert "in 1 of 1 comparisons" in sentence and "10.0 % of the slots change with QESC" in sentence
+
+
 def test_a_row_is_the_mean_over_seeds(results):
     runs = [results.run("16bit")]
     above = {"rtn-2": [0.4], "gptq-2": [0.10, 0.20, 0.15], "gptq-2-pesf-0.3": [0.3, 0.35, 0.25]}

@@ -137,7 +137,7 @@ def _shifts(runs: list[Run]) -> list[str]:
     """QESC's purpose: fewer changed selections than GPTQ's with the same widths."""
     pairs = []
     for run in runs:
-        if run.quantization["method"] != "qesc" or run.is_pruned:
+        if run.quantization.get("name", run.quantization["method"]) != "qesc" or run.is_pruned:
             continue
         twin = run.series.replace("QESC", "GPTQ", 1)
         other = [r for r in runs if r.series == twin and r.target == run.target and r.seed == run.seed]

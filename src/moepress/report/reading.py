@@ -16,6 +16,7 @@ from moepress.artefacts import read_json
 from moepress.models import families
 
 LABELS = {"none": "16 bit", "pmq_code": "PMQ as coded", "hessian": "Hessian"}
+LABELS |= {"fast": "ours, fast", "best": "ours, best"}
 LABELS |= {name: name for name in ("uniform", "half", "random", "frequency", "weight", "global")}
 
 
