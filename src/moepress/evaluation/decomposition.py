@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from moepress.evaluation.usage import kept_slots
 from moepress.pruning.policy import experts_of, routers_of
 
 TOPK, MAX = (torch.topk, torch.Tensor.topk), (torch.max, torch.Tensor.max)
@@ -76,5 +77,5 @@ def forced(model, selected_NSLK: np.ndarray):
 
 def topk_overlap(reference_NSLK: np.ndarray, selected_NSLK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """By layer: `|S & S16| / k`, mean over tokens, and the share of tokens whose whole selection is the same; `[L]` both."""
-    same_NSLK = (reference_NSLK[..., :, None] == selected_NSLK[..., None, :]).any(-1)
+    same_NSLK = kept_slots(reference_NSLK, selected_NSLK)
     return same_NSLK.mean((0, 1, 3)), same_NSLK.all(-1).mean((0, 1))

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from moepress.evaluation.decomposition import Forced
-from moepress.evaluation.usage import Usage, count, watched
+from moepress.evaluation.usage import Usage, count, kept_slots, watched
 from moepress.models.streaming import ModelStream
 from moepress.models.streams import Streams
 
@@ -116,5 +116,4 @@ def perplexity(nll_N: np.ndarray) -> tuple[float, float]:
 
 def selection_shift(reference_NSLK: np.ndarray, selected_NSLK: np.ndarray) -> np.ndarray:
     """Share of selected slots that changed, `1 - |S & S16| / k`, mean over positions: `[N, L]`."""
-    kept = (reference_NSLK[..., :, None] == selected_NSLK[..., None, :]).any(-1).mean(-1)
-    return 1 - kept.mean(1)
+    return 1 - kept_slots(reference_NSLK, selected_NSLK).mean(-1).mean(1)

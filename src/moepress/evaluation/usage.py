@@ -1,6 +1,6 @@
 """Which experts a text's tokens choose, and which ones a pruning policy leaves out of it.
 
-Legend: B sequences, S positions, T = B * S tokens, L MoE layers, K selected experts, E experts.
+Legend: B sequences, N blocks, S positions, T = B * S tokens, L MoE layers, K selected experts, E experts.
 """
 
 from contextlib import contextmanager
@@ -41,6 +41,11 @@ def count(selected_LTK, num_sequences: int, num_experts: int, mask_BS: torch.Ten
     counts_LBE = slots_LBT.new_zeros(*slots_LBT.shape[:2], num_experts + 1)
     counts_LBE.scatter_add_(2, slots_LBT, torch.ones_like(slots_LBT))
     return counts_LBE[..., :num_experts].transpose(0, 1).cpu()
+
+
+def kept_slots(reference_NSLK: np.ndarray, selected_NSLK: np.ndarray) -> np.ndarray:
+    """Whether each expert that the reference selects is selected still, `[N, S, L, K]`."""
+    return (reference_NSLK[..., :, None] == selected_NSLK[..., None, :]).any(-1)
 
 
 def of_selections(selected_NSLK: np.ndarray, num_experts: int) -> "Usage":

@@ -23,7 +23,7 @@ def shown(metric: str, values) -> np.ndarray:
 
 def differences(runs: list[Run]) -> tuple[Figure, pd.DataFrame] | None:
     """Every method against 16 bits and against what it builds on: the paired difference and its 95 % interval."""
-    found = sorted(paired.pairs(runs), key=lambda pair: pair.step == paired.SIXTEEN)
+    found = paired.pairs(runs)
     if not found:
         return None
     panels = [metric for metric in PANELS if any(not np.isnan(pair.differences[metric].value) for pair in found)]

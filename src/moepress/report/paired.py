@@ -132,9 +132,8 @@ class Pair:
 
 
 def pairs(runs: list[Run]) -> list[Pair]:
-    """Each method against the 16-bit model, then against what it builds on, where that is among the runs."""
-    members = methods(run for run in runs if not run.is_reference)
-    found = [Pair(own, [reference], SIXTEEN) for own in members if (reference := reference_of(own[0], runs))]
+    """Each method against what it builds on, where that is among the runs, then each against the 16-bit model."""
+    members, found = methods(run for run in runs if not run.is_reference), []
     for step in BASELINES:
         for own in members:
             for others in members:
@@ -142,7 +141,7 @@ def pairs(runs: list[Run]) -> list[Pair]:
                 # one run stands for all seeds where none of its stages draws anything
                 if is_step(own[0], others[0], step) and (seeds <= other_seeds or other_seeds <= seeds):
                     found.append(Pair(own, others, step))
-    return found
+    return found + [Pair(own, [reference], SIXTEEN) for own in members if (reference := reference_of(own[0], runs))]
 
 
 def is_step(run: Run, other: Run, step: str) -> bool:

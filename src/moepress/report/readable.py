@@ -111,7 +111,7 @@ def task_table(runs: list[Run]) -> tuple[list[str], list[list[str]]] | None:
 def paired_table(runs: list[Run]) -> tuple[list[str], list[list[str | Cell]]] | None:
     """Each method, what it is compared with, and by metric the difference with its interval and what that says; None without
     pairs."""
-    pairs = sorted(paired.pairs(runs), key=lambda pair: pair.step == paired.SIXTEEN)
+    pairs = paired.pairs(runs)
     metrics = list(dict.fromkeys(m for pair in pairs for m, one in pair.differences.items() if not np.isnan(one.value)))
     rows = []
     for pair in pairs:
