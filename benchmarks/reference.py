@@ -1,7 +1,7 @@
 """Keeps a report's numbers in git: `python benchmarks/reference.py REPORT_FOLDER --command "moepress study=..."`.
 
 Writes `results/reference/<name>/`: the summary with the command, commit, device and versions that made it, `runs.csv`, the
-data of every figure and the pictures of two. Keys in `runs.csv` are those of `moepress show` in the checkout that computed them.
+data of every figure and the pictures of two. The keys in `runs.csv` are those of the checkout that computed them.
 """
 
 import argparse
