@@ -4,7 +4,7 @@ CORES ?= $(shell nproc 2>/dev/null || echo 2)
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: run test lint clean install rulegraph
+.PHONY: run test lint clean install notebooks rulegraph
 
 install: .venv/installed
 
@@ -28,6 +28,12 @@ lint: install
 	ruff format --check .
 	snakefmt --check Snakefile workflow
 	snakemake --lint
+
+# The notebooks on the newest report of results/, with their pictures, in results/notebooks/.
+notebooks: install
+	mkdir -p results/notebooks
+	jupyter-execute notebooks/*.ipynb --output='../results/notebooks/{notebook_name}'
+	@echo "executed: results/notebooks/*.ipynb"
 
 # The picture of the stages in README.md, of two experiments that together have them all; needs graphviz.
 rulegraph: install
