@@ -1,6 +1,6 @@
 """A sweep as one DAG against the same members one by one with nothing shared; composing a hundred variants; a rerun:
 
-python benchmarks/sweep.py [--compose-only | --issue] [--tiny=FOLDER] [--place=FOLDER] [quantization=gptq,qesc allocation.bits=2,3 ...]
+python benchmarks/sweep.py [--compose-only | --issue] [--tiny=FOLDER] [--place=FOLDER] [allocation.bits=2,3 ...]
 
 Without --tiny on a random Mixtral of two layers, so that starting processes is most of the time in both. --tiny: on the default
 model, trained already; FOLDER is a results folder with its model and corpus, which both ways are given. --issue: the 18
@@ -11,6 +11,7 @@ was stopped goes on there with the members that were not yet timed.
 import itertools
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -65,6 +66,8 @@ def measure(place: Path, small: list[str], sweep: list[str], tiny: Path | None) 
 
     def once(name: str, arguments: list[str], results: str) -> float:
         if name not in times:
+            if name != "again":  # what was begun and not timed
+                shutil.rmtree(place / results, ignore_errors=True)
             give(tiny, place / results)
             times[name] = timed(arguments, place)
             kept.write_text(json.dumps(times, indent=1))
@@ -72,10 +75,8 @@ def measure(place: Path, small: list[str], sweep: list[str], tiny: Path | None) 
 
     together = [*command[:3], "--multirun", *small, *sweep]
     one_dag, again = once("one DAG", together, "results"), once("again", together, "results")
-    options = [
-        [f"{override.partition('=')[0]}={value}" for value in override.partition("=")[2].split(",")] for override in sweep
-    ]
-    members = list(itertools.product(*options))
+    parts = [override.partition("=") for override in sweep]
+    members = list(itertools.product(*([f"{key}={value}" for value in values.split(",")] for key, _, values in parts)))
     print(f"{len(members)} members as one DAG: {one_dag:.0f} s; again, with nothing to do: {again:.1f} s", flush=True)
     alone = 0.0
     for number, member in enumerate(members):
