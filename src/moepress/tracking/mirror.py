@@ -19,6 +19,8 @@ from moepress.commands.lookup import Found
 from moepress.redaction import without_secrets
 from moepress.tracking.records import Record, of_report
 
+DESCRIBE_A_RUN = ("NOTES", "TAGS", "NAME", "RUN_GROUP", "JOB_TYPE", "RUN_ID", "RESUME", "SWEEP_ID", "SWEEP_PARAM_PATH", "HOST")
+"""Variables WANDB_* that would be written into every run; what a run is, the artefacts say."""
 NOT_SENT = (".snakemake_timestamp",)
 SECONDS_TO_ANSWER = 20
 
@@ -63,14 +65,17 @@ def mirror(report: Found, target: Target) -> tuple[list[dict], list[str]]:
 
     Mirrored again, a run is updated. Raises NotReachable.
     """
+    for name in DESCRIBE_A_RUN:
+        os.environ.pop(f"WANDB_{name}", None)
+    # What is sent later lies with the runs, not in the user's folder: the tables that W&B stages.
+    os.environ.setdefault("WANDB_DATA_DIR", str((target.results / "wandb").resolve()))
     import wandb
 
     if target.mode == "online":
         check_online()
-    records = of_report(report)
+    records, failures = of_report(report)
     missing = [record for record in records if not target.has(record)]
     entries: dict[str, list] = {}
-    failures = []
     for record in tqdm(missing, desc=f"W&B {target.mode}", unit="run"):
         try:
             send(record, target, entries)
@@ -153,7 +158,7 @@ def quiet(wandb):
 def write(run, record: Record, target: Target, entries: dict[str, list]) -> None:
     """Lineage, curves, media and summary. Of a run that W&B has already, only the steps that it lacks."""
     for item in record.uses:
-        use(run, artefact(item, target, entries))
+        use(run, artefact(item, target, entries), [item.key])
     run.define_metric("layer", hidden=True, summary="none")
     run.define_metric("training/step", hidden=True, summary="none")
     for prefix, axis in (
@@ -167,20 +172,21 @@ def write(run, record: Record, target: Target, entries: dict[str, list]) -> None
     for step, row in enumerate(record.curves):
         if step >= run.starting_step:
             run.log(row, step=step)
-    if len(record.curves) >= run.starting_step:
-        run.log({name: as_media(item) for name, item in record.media().items()}, step=len(record.curves))
+    media = record.media() if len(record.curves) >= run.starting_step else {}
+    if media:
+        run.log({name: as_media(item) for name, item in media.items()}, step=len(record.curves))
     run.summary.update(record.summary)
     if record.makes is not None:
         run.log_artifact(artefact(record.makes, target, entries), aliases=["latest", record.makes.key])
 
 
-def use(run, made) -> None:
+def use(run, made, aliases: list[str]) -> None:
     """Declare an artefact as read by a run. Offline W&B's `use_artifact` refuses to; what it does online for an artefact
     that is described rather than looked up is this call, and `wandb sync` does the rest."""
     if run.settings.mode == "online":
-        run.use_artifact(made)
+        run.use_artifact(made, aliases=aliases)
     else:
-        run._log_artifact(made, is_user_created=True, use_after_commit=True)
+        run._log_artifact(made, aliases=aliases, is_user_created=True, use_after_commit=True)
 
 
 def artefact(item: Found, target: Target, entries: dict[str, list]):
@@ -234,7 +240,7 @@ def main(arguments: list[str]) -> None:
         target = Target(report.parent.parent, mode, **settings)
         told["runs"], failures = mirror(Found(target.results, f"report/{report.name}"), target)
         told["complete"] = not failures
-        why = f"{len(failures)} of {len(told['runs'])} runs were not mirrored, the first {failures[0]}" if failures else ""
+        why = f"not every run was mirrored ({len(failures)} failed, the first: {failures[0]})" if failures else ""
     except NotReachable as error:
         why = str(error)
     except Exception as error:  # ours to mend, but no reason to fail what is mirrored

@@ -5,7 +5,7 @@ import io
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial, reduce
 from pathlib import Path
 
 import pandas as pd
@@ -20,16 +20,16 @@ from moepress.report.reading import shift_by_layer
 VERSION = 1
 """Raised by hand when records of the same artefacts change, so that they are sent again."""
 MEASURED = {
-    "corpus": ("summary.json",),
-    "model": ("carving.json", "specialisation.json"),
-    "allocation": ("allocation.json",),
-    "quantization": ("size.json", "timing.json"),
-    "pruning": ("policy.json",),
-    "evaluation": ("metrics.json", "tasks.json"),
-    "decomposition": ("decomposition.json",),
-    "latency": ("latency.json",),
+    "corpus": (("summary.json",),),
+    "model": (("carving.json",), ("specialisation.json",)),
+    "allocation": (("allocation.json",),),
+    "quantization": (("size.json",), ("timing.json",)),
+    "pruning": (("policy.json",),),
+    "evaluation": (("metrics.json",), ("tasks.json", "moepress", "scores")),
+    "decomposition": (("decomposition.json",),),
+    "latency": (("latency.json",),),
 }
-"""Stage -> the files whose numbers are its run's summary; those that are not there are passed over."""
+"""Stage -> the files, with the keys inside, whose numbers are its run's summary; those that are not there are passed over."""
 MOST_TEXT = 200
 """Characters of a text that is still a value of the summary."""
 
@@ -62,19 +62,33 @@ class Record:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def of_report(report: Found) -> list[Record]:
-    """A run for every artefact that a report was made from, then for every row of its table, then for the report.
+def of_report(report: Found) -> tuple[list[Record], list[str]]:
+    """A run for every artefact that a report was made from, then for every row of its table, then for the report; and a
+    line for each of them of which a file is missing or damaged.
 
-    What a run uses comes before it. Raises ValueError or OSError where the report itself is not whole.
+    What a run uses comes before it. Raises OSError or ValueError where the report itself is not whole.
     """
     group, items = group_of(report), ordered(report)
-    generations = {}
+    generations: dict[str, int] = {}
     for folder, item in items.items():
         generations[folder] = 1 + max((generations.get(upstream, 0) for upstream in inputs(item)), default=0)
-    artefacts = [item for item in items.values() if item.stage != "report"]
-    records = [of_artefact(item, items, group, generations[item.folder]) for item in artefacts]
-    records += of_rows(report, items, group, generations[report.folder])
-    return [*records, of_page(report, items, group, generations[report.folder])]
+    last = generations[report.folder]
+    makers = {
+        folder: partial(of_artefact, item, items, group, generations[folder])
+        for folder, item in items.items()
+        if item.stage != "report"
+    }
+    table = pd.read_csv(report.path / "runs.csv").drop(columns="keys")
+    for row, run in zip(table.to_dict("records"), report.described["config"]["runs"], strict=True):
+        makers[run["run"]] = partial(of_row, row, run, items, group, last)
+    makers[report.folder] = partial(of_page, report, items, group, last)
+    records, failures = [], []
+    for name, make in makers.items():
+        try:
+            records.append(make())
+        except (OSError, ValueError, KeyError) as error:
+            failures.append(f"{name}: {type(error).__name__}: {error}")
+    return records, failures
 
 
 def group_of(report: Found) -> str:
@@ -109,9 +123,9 @@ def of_artefact(item: Found, items: dict[str, Found], group: str, generation: in
     origin = {name: made[name] for name in ("start", "git_commit", "device", "machine", "versions")}
     config = {**item.described["config"], "artefact": item.folder, "key": item.key, "inputs": item.described["inputs"]}
     summary = cost(item)
-    for name in MEASURED.get(item.stage, ()):
+    for name, *keys in MEASURED.get(item.stage, ()):
         if (item.path / name).is_file():
-            summary |= numbers(read_json(item.path / name))
+            summary |= numbers(reduce(dict.__getitem__, keys, read_json(item.path / name)))
     own = {item.stage: item}
     return Record(
         id=item.key,
@@ -128,34 +142,31 @@ def of_artefact(item: Found, items: dict[str, Found], group: str, generation: in
     )
 
 
-def of_rows(report: Found, items: dict[str, Found], group: str, generation: int) -> Iterator[Record]:
+def of_row(row: dict, run: dict, items: dict[str, Found], group: str, generation: int) -> Record:
     """The run of an experiment: the configuration of all its stages, and its row of runs.csv as the summary.
 
-    A run of W&B is in one group, so an experiment has a run in each study or sweep that it is part of.
+    row: of the table; run: the same one's entry in the report's configuration. A run of W&B is in one group, so an
+    experiment has a run in each study or sweep that it is part of.
     """
-    table = pd.read_csv(report.path / "runs.csv").drop(columns="keys")
-    text_columns = [name for name in table if not pd.api.types.is_numeric_dtype(table[name])]
-    for row, run in zip(table.to_dict("records"), report.described["config"]["runs"], strict=True):
-        row = {name: value for name, value in row.items() if pd.notna(value)}
-        own = {stage: items[folder] for stage, folder in run["artefacts"].items() if folder in items}
-        identity = json.dumps([group, sorted(run["artefacts"].values())])
-        config = resolved(run, own.values(), items)
-        config |= {"study": group, "artefacts": run["artefacts"]}
-        config |= {"experiment": {name: row[name] for name in text_columns if name in row}}
-        layers = moe_layers(own.get("model", report))
-        yield Record(
-            id=hashlib.sha256(identity.encode()).hexdigest()[:12],
-            name=without_secrets(run["run"]),
-            group=group,
-            job_type="experiment",
-            generation=generation,
-            config=without_secrets(config),
-            summary=without_secrets(row),
-            curves=by_layer(own, layers),
-            uses=tuple(own.values()),
-            makes=None,
-            media=lambda own=own: pictures(own),
-        )
+    row = {name: value for name, value in row.items() if pd.notna(value)}
+    own = {stage: items[folder] for stage, folder in run["artefacts"].items() if folder in items}
+    identity = json.dumps([group, sorted(run["artefacts"].values())])
+    config = resolved(run, own.values(), items)
+    config |= {"study": group, "artefacts": run["artefacts"]}
+    config |= {"experiment": {name: value for name, value in row.items() if isinstance(value, str)}}
+    return Record(
+        id=hashlib.sha256(identity.encode()).hexdigest()[:12],
+        name=without_secrets(run["run"]),
+        group=group,
+        job_type="experiment",
+        generation=generation,
+        config=without_secrets(config),
+        summary=without_secrets(row),
+        curves=by_layer(own, moe_layers(own["model"]) if "model" in own else ()),
+        uses=tuple(own.values()),
+        makes=None,
+        media=lambda: pictures(own),
+    )
 
 
 def of_page(report: Found, items: dict[str, Found], group: str, generation: int) -> Record:
@@ -214,7 +225,7 @@ def numbers(value: dict) -> dict:
     found = {}
     for name, item in value.items():
         if isinstance(item, dict):
-            found[name] = numbers(item)
+            found |= {name: inner} if (inner := numbers(item)) else {}
         elif isinstance(item, int | float) or (isinstance(item, str) and len(item) <= MOST_TEXT):
             found[name] = item
     return found
