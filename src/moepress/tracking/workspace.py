@@ -3,7 +3,6 @@
 import wandb
 import wandb_workspaces.reports.v2 as wr
 import wandb_workspaces.workspaces as ws
-from requests import RequestException
 from wandb_workspaces import expr
 
 from moepress.tracking.mirror import NotReachable, first_line
@@ -107,5 +106,5 @@ def save(entity: str | None, project: str, group: str | None, known: str | None)
             workspace = there
         workspace.save()
         return workspace.url
-    except (wandb.Error, RequestException) as error:
+    except (wandb.Error, OSError) as error:
         raise NotReachable(f"W&B did not take the workspace ({first_line(error)})") from error
