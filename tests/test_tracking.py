@@ -22,6 +22,7 @@ from moepress.commands.lookup import Found
 from moepress.config import ROOT
 from moepress.redaction import HIDDEN, secrets, without_secrets
 from moepress.tracking import mirror, records
+from wandb_server import Server
 
 SETTINGS = {"project": "a-project", "entity": None, "upload": []}
 KEY = "0f1e2d3c4b5a69788796a5b4c3d2e1f00f1e2d3c"
@@ -308,6 +309,64 @@ def test_online_without_network_or_login_says_so_and_goes_on(mirrored, tmp_path)
     assert not note["complete"] and "Traceback" not in said
     assert re.search(r"moepress: tracking=online: W&B cannot be reached at http://127.0.0.1:9 .*same command tries again", said)
     assert not (tmp_path / "results" / "wandb").exists() and KEY not in said
+
+
+def check_server(server, runs):
+    """What a server has is what the offline runs hold: each run once, every step once, the DAG as lineage."""
+    assert server.runs.keys() == runs.keys() and not server.unknown
+    for id, run in runs.items():
+        told = server.runs[id]
+        assert (told["groupName"], told["jobType"]) == (run.run["run_group"], run.run["job_type"]) and told["exitcode"] == 0
+        config = {name: item["value"] for name, item in json.loads(told["config"]).items() if name != "_wandb"}
+        assert config == {name: value for name, value in run.config.items() if name != "_wandb" and value != {}}
+        lines = server.history(id)
+        assert [line["_step"] for line in lines] == [row["_step"] for row in run.history]
+        for line, row in zip(lines, run.history, strict=True):
+            curves = {name: value for name, value in row.items() if name.startswith(("layer", "quantization/", "evaluation/"))}
+            assert curves.items() <= line.items()
+        summary = json.loads(server.streams[id]["wandb-summary.json"][0])
+        plain = {name: value for name, value in run.summary.items() if isinstance(value, int | float) and name[0] != "_"}
+        plain = {name: value for name, value in plain.items() if "." not in name}
+        assert plain.items() <= summary.items()
+        assert set(run.files) <= server.files[id]
+    for run in runs.values():
+        for artifact in run.makes:
+            found = server.artifacts[artifact["name"], artifact["digest"]]
+            users = {user.id for user in runs.values() if (artifact["name"], artifact["digest"]) in user.uses}
+            assert found["state"] == "COMMITTED" and found["users"] == users and found["maker"] == run.id
+
+
+def test_online_each_run_is_there_once(mirrored, tmp_path):
+    report = mirrored[0]
+    shutil.copytree(report.parent.parent, tmp_path / "results", ignore=shutil.ignore_patterns("wandb", "tracking"))
+    report = tmp_path / "results" / "report" / report.name
+    with Server() as server:
+        env = {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY}
+        note, said = run_mirror(report, "online", env=env)
+        assert note["complete"] and KEY not in said, said
+        check_server(server, mirrored[2])
+        upserts = server.asked["UpsertBucket"]
+        assert run_mirror(report, "online", env=env)[0]["complete"]
+        assert server.asked["UpsertBucket"] == upserts, "all there: nothing is sent"
+        shutil.rmtree(tmp_path / "results" / "tracking")  # as where the mirror was killed, or made from another machine
+        assert run_mirror(report, "online", env=env)[0]["complete"]
+        assert server.asked["UpsertBucket"] > upserts
+        check_server(server, mirrored[2])
+
+
+def test_offline_runs_sync_later_and_again(mirrored, tmp_path):
+    report = mirrored[0]
+    where = f"--results={report.parent.parent}"
+    command = [sys.executable, "-m", "moepress", "sync", where]
+    with Server() as server:
+        env = {**os.environ, "WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY, "HOME": str(tmp_path)}
+        env["PYTHONPATH"] = str(ROOT / "src")
+        for arguments in ([], ["--again"]):
+            done = subprocess.run([*command, *arguments], env=env, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stdout + done.stderr
+            check_server(server, mirrored[2])
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+        assert "no run waits to be sent" in done.stdout
 
 
 def test_a_mirror_that_fails_does_so_alone(mirrored, tmp_path):

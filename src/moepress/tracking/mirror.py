@@ -67,6 +67,7 @@ def mirror(report: Found, target: Target) -> tuple[list[dict], list[str]]:
     """
     for name in DESCRIBE_A_RUN:
         os.environ.pop(f"WANDB_{name}", None)
+    os.environ.setdefault("WANDB_SILENT", "true")  # it would warn of every artifact that it has already
     # What is sent later lies with the runs, not in the user's folder: the tables that W&B stages.
     os.environ.setdefault("WANDB_DATA_DIR", str((target.results / "wandb").resolve()))
     import wandb
@@ -158,7 +159,7 @@ def quiet(wandb):
 def write(run, record: Record, target: Target, entries: dict[str, list]) -> None:
     """Lineage, curves, media and summary. Of a run that W&B has already, only the steps that it lacks."""
     for item in record.uses:
-        use(run, artefact(item, target, entries), [item.key])
+        use(run, artefact(item, target, entries), item.key)
     run.define_metric("layer", hidden=True, summary="none")
     run.define_metric("training/step", hidden=True, summary="none")
     for prefix, axis in (
@@ -180,13 +181,10 @@ def write(run, record: Record, target: Target, entries: dict[str, list]) -> None
         run.log_artifact(artefact(record.makes, target, entries), aliases=["latest", record.makes.key])
 
 
-def use(run, made, aliases: list[str]) -> None:
-    """Declare an artefact as read by a run. Offline W&B's `use_artifact` refuses to; what it does online for an artefact
-    that is described rather than looked up is this call, and `wandb sync` does the rest."""
-    if run.settings.mode == "online":
-        run.use_artifact(made, aliases=aliases)
-    else:
-        run._log_artifact(made, aliases=aliases, is_user_created=True, use_after_commit=True)
+def use(run, made, key: str) -> None:
+    """Declare an artefact as read by a run. `run.use_artifact` does this for an artifact that is described rather than looked
+    up, but then waits for the server, and refuses to while offline, although `wandb sync` knows what to do with it."""
+    run._log_artifact(made, aliases=[key], is_user_created=True, use_after_commit=True)
 
 
 def artefact(item: Found, target: Target, entries: dict[str, list]):

@@ -1,15 +1,14 @@
 """What a W&B run holds, for every artefact of a report, every row of its table, and the report itself. Knows no W&B."""
 
 import hashlib
-import io
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial, reduce
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
-from PIL import Image
 
 from moepress.artefacts import read_json
 from moepress.commands.lookup import Found
@@ -39,7 +38,7 @@ class Record:
     """One W&B run. id: of its artefact's key, or of a row's keys. generation: 1 + that of what it uses, for the order.
 
     curves: the rows of its history. uses, makes: artefacts that it reads and the one it leaves.
-    media: makes the pictures (files or images) and tables by name; costs time, so only called where they are sent.
+    media: makes the pictures (files or arrays of pixels) and tables by name; costs time, so only called where they are sent.
     """
 
     id: str
@@ -52,7 +51,7 @@ class Record:
     curves: list[dict]
     uses: tuple[Found, ...]
     makes: Found | None
-    media: Callable[[], dict[str, Path | Image.Image | pd.DataFrame]]
+    media: Callable[[], dict[str, Path | np.ndarray | pd.DataFrame]]
 
     @property
     def digest(self) -> str:
@@ -290,13 +289,14 @@ def pictures(own: dict[str, Found]) -> dict:
 
 
 @cache
-def heat_map(allocation: Path) -> Image.Image:
+def heat_map(allocation: Path) -> np.ndarray:
+    """The widths of an allocation's experts as a picture, `[height, width, RGBA]`."""
     from moepress.report import heatmaps, style  # matplotlib: only where something is drawn
 
     layers, bits_LE = zip(*bits_of(Found(allocation.parent.parent, f"allocation/{allocation.name}")), strict=True)
-    drawn = io.BytesIO()
-    with style.plt.rc_context(style.RC):
+    with style.plt.rc_context({**style.RC, "figure.dpi": style.RC["savefig.dpi"]}):
         figure = heatmaps.allocation(allocation.name.rpartition("-")[0], bits_LE, layers)
-        figure.savefig(drawn, format="png")
+        figure.canvas.draw()
+        picture = np.array(figure.canvas.buffer_rgba())
         style.plt.close(figure)
-    return Image.open(drawn)
+    return picture
