@@ -355,18 +355,29 @@ def test_online_each_run_is_there_once(mirrored, tmp_path):
 
 
 def test_offline_runs_sync_later_and_again(mirrored, tmp_path):
-    report = mirrored[0]
-    where = f"--results={report.parent.parent}"
-    command = [sys.executable, "-m", "moepress", "sync", where]
+    """Once, nothing the second time; and a run that was made anew after it was sent doubles none of its steps."""
+    place = tmp_path / "results"
+    shutil.copytree(mirrored[0].parent.parent, place)
     with Server() as server:
         env = {**os.environ, "WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY, "HOME": str(tmp_path)}
         env["PYTHONPATH"] = str(ROOT / "src")
-        for arguments in ([], ["--again"]):
-            done = subprocess.run([*command, *arguments], env=env, capture_output=True, text=True, check=False)
+
+        def send():
+            command = [sys.executable, "-m", "moepress", "sync", f"--results={place}"]
+            done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
             assert done.returncode == 0, done.stdout + done.stderr
-            check_server(server, mirrored[2])
-        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-        assert "no run waits to be sent" in done.stdout
+            return done.stdout
+
+        send()
+        check_server(server, mirrored[2])
+        assert "no run waits to be sent" in send()
+        anew = [id for id, run in mirrored[2].items() if run.run["job_type"] in ("quantization", "experiment")]
+        for id in anew:
+            (place / "tracking" / "offline" / "runs" / f"{id}.json").unlink()
+        assert run_mirror(place / "report" / mirrored[0].name)[0]["complete"]
+        assert {folder.name.rpartition("-")[2] for paths in sync.waiting(place) for folder in paths} == set(anew)
+        send()
+        check_server(server, mirrored[2])
 
 
 def test_a_mirror_that_fails_does_so_alone(mirrored, tmp_path):

@@ -15,13 +15,12 @@ def main(arguments: list[str]) -> None:
         "moepress sync",
         description="Send the runs that tracking=offline mirrored into the results folder to W&B.",
         epilog="It calls `wandb sync` on the runs of one stage after the other: W&B takes the run that an artifact comes from "
-        "first for the one that made it. What was sent already is left out; sent again, a run is updated.",
+        "first for the one that made it. What was sent already is left out.",
     )
     lookup.add_results(parser)
-    parser.add_argument("--again", action="store_true", help="also what was sent already")
     parser.add_argument("--dry-run", action="store_true", help="only list the runs, in their order")
     given = parser.parse_args(arguments)
-    generations = waiting(given.results, given.again)
+    generations = waiting(given.results)
     if not generations:
         print(f"{given.results}: no run waits to be sent")
         return
@@ -29,20 +28,19 @@ def main(arguments: list[str]) -> None:
         print("\n".join(str(path) for paths in generations for path in paths))
         return
     mirror.check_online()
-    again = ["--include-synced"] if given.again else []
     for paths in generations:
-        done = subprocess.run([sys.executable, "-m", "wandb", "sync", *again, *map(str, paths)], check=False)
+        done = subprocess.run([sys.executable, "-m", "wandb", "sync", *map(str, paths)], check=False)
         if done.returncode:
             raise ValueError(f"`wandb sync` failed with exit code {done.returncode}; the same command sends what is left")
 
 
-def waiting(results: Path, again: bool = False) -> list[list[Path]]:
-    """Folders of the runs that were mirrored offline and not sent, or of all: a list for each generation, the first that
-    uses none of the others."""
+def waiting(results: Path) -> list[list[Path]]:
+    """Folders of the runs that were mirrored offline and not sent: a list for each generation, each run after those whose
+    artifacts it uses."""
     found: dict[int, list[Path]] = {}
     for note in sorted((results / "tracking" / "offline" / "runs").glob("*.json")):
         told = read_json(note)
         folder = results / "wandb" / told["folder"]
-        if folder.is_dir() and (again or not list(folder.glob("*.wandb.synced"))):
+        if folder.is_dir() and not list(folder.glob("*.wandb.synced")):
             found.setdefault(told["generation"], []).append(folder)
     return [found[generation] for generation in sorted(found)]

@@ -129,7 +129,9 @@ def send(record: Record, target: Target, entries: dict[str, list]) -> None:
         resume="allow" if target.mode == "online" else None,
         settings=quiet(wandb),
     ) as run:
-        write(run, record, target, entries)
+        # `wandb sync` adds the steps of a folder behind those that the server has: they must not be sent twice.
+        was_sent = any(list(path.glob("*.wandb.synced")) for path in old)
+        write(run, record, target, entries, len(record.curves) + 1 if was_sent else run.starting_step)
         folder = Path(run.dir).parent
     for path in old:
         if path != folder:
@@ -156,8 +158,8 @@ def quiet(wandb):
     )
 
 
-def write(run, record: Record, target: Target, entries: dict[str, list]) -> None:
-    """Lineage, curves, media and summary. Of a run that W&B has already, only the steps that it lacks."""
+def write(run, record: Record, target: Target, entries: dict[str, list], first_step: int) -> None:
+    """Lineage, curves, media and summary. first_step: the steps before it are at W&B already."""
     for item in record.uses:
         use(run, artefact(item, target, entries), item.key)
     run.define_metric("layer", hidden=True, summary="none")
@@ -171,9 +173,9 @@ def write(run, record: Record, target: Target, entries: dict[str, list]) -> None
         for name in sorted({name for row in record.curves for name in row if name.startswith(f"{prefix}/")} - {axis}):
             run.define_metric(name, step_metric=axis, summary="none")
     for step, row in enumerate(record.curves):
-        if step >= run.starting_step:
+        if step >= first_step:
             run.log(row, step=step)
-    media = record.media() if len(record.curves) >= run.starting_step else {}
+    media = record.media() if len(record.curves) >= first_step else {}
     if media:
         run.log({name: as_media(item) for name, item in media.items()}, step=len(record.curves))
     run.summary.update(record.summary)
