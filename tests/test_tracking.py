@@ -466,6 +466,29 @@ def test_the_dashboard_shows_what_is_mirrored(mirrored):
     assert [f["key"]["name"] for f in everything["filters"]["filters"]] == ["jobType"]
 
 
+def test_the_dashboard_is_made_once_and_then_updated(mirrored, tmp_path):
+    (tmp_path / "results").mkdir()
+    command = [sys.executable, "-m", "moepress", "dashboard", "a-study", "--project=a-project"]
+    with Server() as server:
+        env = {**os.environ, "WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY, "HOME": str(tmp_path)}
+        env["PYTHONPATH"] = str(ROOT / "src")
+
+        def ask():
+            done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+            assert done.returncode == 0 and not server.unknown, done.stderr
+            return done.stdout.strip()
+
+        address = ask()
+        assert address.startswith(f"{server.url}/me/a-project?nw=") and ask() == address
+        ((name, view),) = server.views.items()
+        panels = [
+            panel for part in json.loads(view["spec"])["section"]["panelBankConfig"]["sections"] for panel in part["panels"]
+        ]
+        assert len(panels) > 15 and view["displayName"] == "moepress: a-study"
+        del server.views[name]  # by somebody at W&B
+        assert ask() != address and len(server.views) == 1
+
+
 def test_dashboard_and_sync_without_network_say_so_and_write_nothing(mirrored, monkeypatch, tmp_path, capsys):
     report = mirrored[0]
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -12,13 +12,14 @@ class Server:
     """`with Server() as server`: answers at server.url, and keeps what it was sent.
 
     runs: id -> what it was told of the run. streams: run -> file -> line number -> line, as W&B stores them: a line sent
-    again takes its own place. artifacts: (collection, digest) -> {id, state, maker, users}.
+    again takes its own place. views: name -> workspace. artifacts: (collection, digest) -> {id, state, maker, users}.
     """
 
     def __init__(self):
         self.runs, self.artifacts, self.asked = {}, {}, Counter()
         self.streams = defaultdict(lambda: defaultdict(dict))
         self.files = defaultdict(set)
+        self.views = {}
         self.unknown = []
         self.lock = threading.Lock()
 
@@ -78,6 +79,18 @@ class Server:
         bucket |= {"historyTail": json.dumps([json.dumps(row) for row in history[-1:]]), "config": self.runs[run]["config"]}
         bucket |= {"wandbConfig": json.dumps({"t": 1}), "tags": []}
         return {"model": {**self.project(), "bucket": bucket}}
+
+    def on_GetDefaultEntity(self, _):
+        return {"viewer": {"id": "u", "entity": "me"}}
+
+    def on_UpsertView2(self, told):
+        inserted = told["name"] not in self.views
+        self.views[told["name"]] = {"id": f"v-{told['name']}", "displayName": told["displayName"], "spec": told["spec"]}
+        return {"upsertView": {"view": {"id": f"v-{told['name']}", "name": told["name"]}, "inserted": inserted}}
+
+    def on_View(self, told):
+        found = [{"node": view} for name, view in self.views.items() if name == told["viewName"]]
+        return {"project": {"allViews": {"edges": found}}}
 
     def on_ArtifactType(self, _):
         return {"project": {"artifact": None}}

@@ -1,6 +1,7 @@
 """moepress sync: what tracking=offline mirrored here, sent to W&B by its own `wandb sync`, producers before consumers."""
 
 import argparse
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -27,9 +28,10 @@ def main(arguments: list[str]) -> None:
     if given.dry_run:
         print("\n".join(str(path) for paths in generations for path in paths))
         return
+    environment = dict(os.environ)  # with W&B as talkative as the user has it
     mirror.check_online()
     for paths in generations:
-        done = subprocess.run([sys.executable, "-m", "wandb", "sync", *map(str, paths)], check=False)
+        done = subprocess.run([sys.executable, "-m", "wandb", "sync", *map(str, paths)], env=environment, check=False)
         if done.returncode:
             raise ValueError(f"`wandb sync` failed with exit code {done.returncode}; the same command sends what is left")
 

@@ -67,7 +67,6 @@ def mirror(report: Found, target: Target) -> tuple[list[dict], list[str]]:
     """
     for name in DESCRIBE_A_RUN:
         os.environ.pop(f"WANDB_{name}", None)
-    os.environ.setdefault("WANDB_SILENT", "true")  # it would warn of every artifact that it has already
     # What is sent later lies with the runs, not in the user's folder: the tables that W&B stages.
     os.environ.setdefault("WANDB_DATA_DIR", str((target.results / "wandb").resolve()))
     import wandb
@@ -91,6 +90,7 @@ def mirror(report: Found, target: Target) -> tuple[list[dict], list[str]]:
 
 def check_online() -> str:
     """The address of the W&B server that answers and accepts this user's key. NotReachable where there is none."""
+    os.environ.setdefault("WANDB_SILENT", "true")  # what matters is said here; it would warn of every artifact that it has
     import wandb
 
     address = wandb.setup().settings.base_url

@@ -4,6 +4,7 @@ import wandb
 import wandb_workspaces.reports.v2 as wr
 import wandb_workspaces.workspaces as ws
 from wandb_workspaces import expr
+from wandb_workspaces.workspaces import errors
 
 from moepress.tracking.mirror import NotReachable, first_line
 
@@ -92,19 +93,25 @@ def specification(workspace: ws.Workspace) -> dict:
 
 
 def save(entity: str | None, project: str, group: str | None, known: str | None) -> str:
-    """Create the workspace at W&B, or update the one at the address `known`; its address. Raises NotReachable."""
+    """Create the workspace at W&B, or update the one at the address `known` where it is still there; its address.
+
+    Raises NotReachable.
+    """
     try:
-        entity = entity or wandb.Api().default_entity
-        workspace = build(entity, project, group)
-        if known is not None:
-            there = ws.Workspace.from_url(known)
-            there.sections, there.settings, there.runset_settings = (
-                workspace.sections,
-                workspace.settings,
-                workspace.runset_settings,
-            )
-            workspace = there
-        workspace.save()
-        return workspace.url
+        made = build(entity or wandb.Api().default_entity, project, group)
+        there = found(known) if known else None
+        if there is not None:
+            there.sections, there.settings, there.runset_settings = made.sections, made.settings, made.runset_settings
+            made = there
+        made.save()
+        return made.url
     except (wandb.Error, OSError) as error:
         raise NotReachable(f"W&B did not take the workspace ({first_line(error)})") from error
+
+
+def found(address: str) -> ws.Workspace | None:
+    """The workspace of that address; None where it was deleted, or is of a version that this package cannot read."""
+    try:
+        return ws.Workspace.from_url(address)
+    except (ValueError, errors.SpecVersionError, errors.UnsupportedViewError):
+        return None
