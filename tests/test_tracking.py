@@ -364,8 +364,9 @@ def test_offline_runs_sync_later_and_again(mirrored, tmp_path):
 
         def send():
             command = [sys.executable, "-m", "moepress", "sync", f"--results={place}"]
-            done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+            done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
             assert done.returncode == 0, done.stdout + done.stderr
+            assert {path.name for path in tmp_path.iterdir()} <= {"results", "home", ".cache", ".config"}, "nothing beside"
             return done.stdout
 
         send()

@@ -28,7 +28,8 @@ def main(arguments: list[str]) -> None:
     if given.dry_run:
         print("\n".join(str(path) for paths in generations for path in paths))
         return
-    environment = dict(os.environ)  # with W&B as talkative as the user has it
+    # W&B as talkative as the user has it; its own log beside the runs, not in the working folder.
+    environment = {**os.environ, "WANDB_DIR": str(given.results)}
     mirror.check_online()
     for paths in generations:
         done = subprocess.run([sys.executable, "-m", "wandb", "sync", *map(str, paths)], env=environment, check=False)
