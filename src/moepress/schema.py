@@ -409,14 +409,29 @@ class Latency:
         check(self.repeats >= 0, "latency.repeats", self.repeats, "at least 1, or 0 for no timing")
 
 
+MIRRORED = (
+    *("corpus", "model", "calibration", "gradients", "statistics", "allocation", "quantization", "pruning", "evaluation"),
+    *("decomposition", "latency", "report"),
+)
+"""Stages whose folders are artifacts at W&B."""
+
+
 @dataclass
 class Tracking:
     mode: str
     project: str
+    entity: str | None
+    upload: list[str]
 
     def __post_init__(self):
         modes = ("disabled", "offline", "online")
         check(self.mode in modes, "tracking", self.mode, "one of disabled, offline, online")
+        is_name = re.fullmatch(r"[^/\\#?%:\s][^/\\#?%:]{0,127}", self.project)
+        check(
+            bool(is_name), "tracking.project", self.project, "a W&B project's name: up to 128 characters, none of / \\ # ? % :"
+        )
+        for stage in self.upload:
+            check(stage in MIRRORED, "tracking.upload", stage, f"stages, of {', '.join(MIRRORED)}")
 
 
 @dataclass
