@@ -201,7 +201,7 @@ def test_a_model_that_does_not_fit_is_refused_before_any_work(model_folder, monk
     stream = ModelStream(model_folder)
     quantization.check_memory(task, stream, BITS)
     monkeypatch.setattr(quantization.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
-    with pytest.raises(ValueError, match="distill_steps=250.*experiment=fast"):
+    with pytest.raises(ValueError, match=r"distill_steps=250.*experiment=fast"):
         quantization.check_memory(task, stream, BITS)
     task.config["quantization"]["distill_steps"] = 0
     quantization.check_memory(task, stream, BITS)

@@ -78,8 +78,8 @@ def check_memory(task: Task, stream: ModelStream, bits: list[list[int]]) -> None
     has = torch.cuda.mem_get_info(stream.device)[0] if on_gpu else psutil.virtual_memory().available
     if needed > has:
         raise ValueError(
-            f"quantization.distill_steps={settings['distill_steps']}: the packed model takes {readable(needed)} of memory, there is "
-            f"{readable(has)}; set it to 0, or take experiment=fast, which never holds more than a layer"
+            f"quantization.distill_steps={settings['distill_steps']}: the packed model takes {readable(needed)} of memory, "
+            f"there is {readable(has)}; set it to 0, or take experiment=fast, which never holds more than a layer"
         )
 
 
