@@ -263,6 +263,7 @@ class GPTQ(RTN):
     tune_rest: bool
     tune_asymmetry: float
     distill_steps: int
+    distill_sequences: int | None
 
     def __post_init__(self):
         super().__post_init__()
@@ -274,6 +275,10 @@ class GPTQ(RTN):
         check(0 <= self.refine_rounds <= 100, "quantization.refine_rounds", self.refine_rounds, "between 0 and 100")
         for name in ("tune_steps", "distill_steps"):
             check(getattr(self, name) >= 0, f"quantization.{name}", getattr(self, name), "0 for none, or more")
+        wanted = self.distill_sequences
+        check(
+            wanted is None or wanted >= 1, "quantization.distill_sequences", wanted, "null for the calibration's, or at least 1"
+        )
         check(self.tune_tokens >= 1, "quantization.tune_tokens", self.tune_tokens, "at least 1")
         expected = "above 0 and at most 0.1 of a scale, a step"
         check(0 < self.tune_rate <= 0.1, "quantization.tune_rate", self.tune_rate, expected)
