@@ -14,6 +14,7 @@ Legend: N slots, each a row of the input for one expert; E experts, O output row
 """
 
 import ctypes
+from array import array
 
 import numpy as np
 import torch
@@ -27,12 +28,11 @@ BLOCK = 16
 """Rows that a thread takes at a time: a few KiB of codes, which stay in its cache for all slots."""
 ALONE = 1 << 19
 """Weights up to which one thread computes alone: some fifty microseconds, about what waking a sleeping thread takes."""
-JOB = np.dtype([(name, np.int64) for name in (
-    "taken", "rows", "columns", "group_size", "num_experts", "bits", "code_starts", "zero_starts", "codes", "zeros", "scales",
-    "out", "x", "experts", "num_slots", "slots_per_row", "expert", "is_bfloat16",
-)])  # fmt: skip
-"""What a kernel is told: numbers, and addresses of arrays. taken: rows that threads have taken so far."""
-KERNEL = types.void(types.CPointer(from_dtype(JOB)))
+_SHARED = ("taken", "rows", "columns", "group_size", "num_experts", "bits", "code_starts", "zero_starts", "codes", "zeros")
+_SHARED += ("scales", "out")
+MULTIPLY = np.dtype([(name, np.int64) for name in (*_SHARED, "x", "experts", "num_slots", "slots_per_row")])
+UNPACK = np.dtype([(name, np.int64) for name in (*_SHARED, "expert", "is_bfloat16")])
+"""What a kernel is told, in this order: numbers, and addresses of arrays. taken: rows that threads have taken so far."""
 
 
 @njit
@@ -113,7 +113,7 @@ _multiply_1, _multiply_2, _multiply_3, _multiply_4, _multiply_8 = (_multiply_row
 _unpack_1, _unpack_2, _unpack_3, _unpack_4, _unpack_8 = (_unpack_rows(width) for width in WIDTHS)
 
 
-@cfunc(KERNEL, cache=True)
+@cfunc(types.void(types.CPointer(from_dtype(MULTIPLY))), cache=True)
 def _multiply(told):
     job = carray(told, 1)[0]
     experts = carray(v.pointer(job.experts), job.num_slots, np.int64)
@@ -142,7 +142,7 @@ def _multiply(told):
                 _multiply_8(job, first, last, codes, zeros, scales, x, y)
 
 
-@cfunc(KERNEL, cache=True)
+@cfunc(types.void(types.CPointer(from_dtype(UNPACK))), cache=True)
 def _unpack(told):
     job = carray(told, 1)[0]
     width, codes, zeros, scales = _matrix(job, job.expert)
@@ -171,25 +171,22 @@ if _in_each_thread is not None:
     _in_each_thread.argtypes, _in_each_thread.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
 
 
-def _run(kernel, work: int, packed, **told) -> None:
-    told |= {name: getattr(packed, name) for name in ("rows", "columns", "group_size")}
-    told |= {name: getattr(packed, name).data_ptr() for name in ("codes", "zeros", "scales")}
-    bits, code_starts, zero_starts = packed.places
-    told |= {"num_experts": len(bits), "bits": bits.ctypes.data}
-    told |= {"code_starts": code_starts.ctypes.data, "zero_starts": zero_starts.ctypes.data}
-    job = np.array([tuple(told.get(name, 0) for name in JOB.names)], JOB)
+def _run(kernel, work: int, packed, *told: int) -> None:
+    places, E = packed.places.data_ptr(), len(packed.bits)
+    matrices = (packed.rows, packed.columns, packed.group_size, E, places, places + 8 * E, places + 16 * E)
+    job = array("q", (0, *matrices, packed.codes.data_ptr(), packed.zeros.data_ptr(), packed.scales.data_ptr(), *told))
     threads = torch.get_num_threads() if work > ALONE else 1
     if threads > 1 and _in_each_thread is not None:
-        _in_each_thread(kernel.address, job.ctypes.data, threads, 0)
+        _in_each_thread(kernel.address, job.buffer_info()[0], threads, 0)
     else:
-        kernel.ctypes(job.ctypes.data)
+        kernel.ctypes(job.buffer_info()[0])
 
 
 def matrix(packed, e: int, dtype: torch.dtype) -> torch.Tensor:
     """Matrix e of a `PackedMatrices`, `[O, I]`, unpacked to the same bits as by torch."""
     kept = dtype if dtype == torch.bfloat16 else torch.float32
     out_OI = torch.empty(packed.rows, packed.columns, dtype=kept)
-    _run(_unpack, out_OI.numel(), packed, expert=e, out=out_OI.data_ptr(), is_bfloat16=kept == torch.bfloat16)
+    _run(_unpack, out_OI.numel(), packed, out_OI.data_ptr(), e, kept == torch.bfloat16)
     return out_OI.to(dtype)
 
 
@@ -197,9 +194,8 @@ def products(packed, x_TI: torch.Tensor, experts_N: torch.Tensor) -> torch.Tenso
     """Float32 `[N, O]`: slot n is matrix `experts[n]` of a `PackedMatrices` times row `n // (N / T)` of x; zeros where there is
     no such matrix, at no cost."""
     x_TI, experts_N = x_TI.float().contiguous(), experts_N.contiguous()
-    N = len(experts_N)
+    N, T = len(experts_N), len(x_TI)
     y_NO = torch.empty(N, packed.rows)
-    told = {"x": x_TI.data_ptr(), "out": y_NO.data_ptr(), "experts": experts_N.data_ptr()}
-    told |= {"num_slots": N, "slots_per_row": N // len(x_TI)}
-    _run(_multiply, y_NO.numel() * packed.columns, packed, **told)
+    work = N * packed.rows * packed.columns
+    _run(_multiply, work, packed, y_NO.data_ptr(), x_TI.data_ptr(), experts_N.data_ptr(), N, N // T)
     return y_NO

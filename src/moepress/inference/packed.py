@@ -3,7 +3,6 @@
 Legend: T tokens, H hidden size, I intermediate size, E experts, K selected experts, G groups of a row.
 """
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -11,7 +10,6 @@ from moepress.models.experts import Experts
 from moepress.models.families import group_of
 from moepress.quantization.packing import dequantize, unpack
 from moepress.quantization.size import packed_bytes, zero_width
-
 
 LANES, FEW = 16, 4
 """The compiled products take groups of whole vectors of so many columns.
@@ -38,7 +36,7 @@ class PackedMatrices(nn.Module):
         zero_sizes = [packed_bytes(groups, zero_width(b)) for b in bits]
         self.code_starts = [sum(code_sizes[:e]) for e in range(len(bits) + 1)]
         self.zero_starts = [sum(zero_sizes[:e]) for e in range(len(bits) + 1)]
-        self.places = [np.array(column, np.int64) for column in (bits, self.code_starts[:-1], self.zero_starts[:-1])]
+        self.places = torch.tensor([bits, self.code_starts[:-1], self.zero_starts[:-1]], device="cpu")
         scales = torch.empty(len(bits), rows, columns // group_size, dtype=torch.float16, device=device)
         self.register_buffer("codes", torch.empty(self.code_starts[-1], dtype=torch.uint8, device=device))
         self.register_buffer("zeros", torch.empty(self.zero_starts[-1], dtype=torch.uint8, device=device))
@@ -69,8 +67,8 @@ class PackedMatrices(nn.Module):
         return few and x.is_cpu and self.is_compiled and not (x.requires_grad and torch.is_grad_enabled())
 
     def products(self, x_TI: torch.Tensor, experts_N: torch.Tensor) -> torch.Tensor:
-        """Float32 `[N, rows]`: slot n is matrix `experts[n]` times row `n // (N / T)` of x, `[T, columns]`; zeros where there is
-        no such matrix."""
+        """Float32 `[N, rows]`: slot n is matrix `experts[n]` times row `n // (N / T)` of x, `[T, columns]`; zeros where there
+        is no such matrix."""
         return _cpu().products(self, x_TI, experts_N)
 
     def _apply(self, fn, recurse=True):

@@ -1,6 +1,8 @@
 """Sixteen lanes at a time in numba: what LLVM's own vectorizer does not make of packed codes, said outright.
 
-Every function here is a few LLVM instructions on `<16 x float>`; LLVM cuts them to what the processor has (AVX-512, AVX2, NEON).
+Every function here is a few LLVM instructions on `<16 x float>`; LLVM cuts them to what the processor has (AVX-512, AVX2,
+NEON).
+numba's cache looks at the age of the kernels' own file: after a change here, touch `cpu.py`.
 """
 
 from llvmlite import ir
