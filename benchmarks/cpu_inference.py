@@ -1,6 +1,6 @@
 """Packed weights on a CPU beside the 16-bit ones, in turn in one process: decoding a token, and a prefill of 4 x 512.
 
-python benchmarks/cpu_inference.py [MODEL] [--threads 1] [--rounds 15] [--prefill-rounds 5] [--only WORD]
+python benchmarks/cpu_inference.py [MODEL] [--threads 1] [--rounds 15] [--prefill-rounds 5] [--only WORD] [--slots]
 
 Two blocks of random experts, beyond the processor's caches, and, if its folder is given, a whole model whose experts are
 rounded in place (attention to 4 bits). Prints each variant's median milliseconds, and its time over that of each packed one:
@@ -55,10 +55,13 @@ def unaided(is_so: bool):
 def random_packed(original: nn.Module, widths: list[int]) -> PackedExperts:
     E = original.num_experts
     packed = PackedExperts(original, (widths * E)[:E], GROUP_SIZE)
-    for matrices in (packed.gate_up, packed.down):
-        matrices.codes.random_(0, 256), matrices.zeros.random_(0, 256)
-        matrices.scales.uniform_(0.005, 0.01)
+    randomize(packed.gate_up), randomize(packed.down)
     return packed
+
+
+def randomize(matrices: PackedMatrices) -> None:
+    matrices.codes.random_(0, 256), matrices.zeros.random_(0, 256)
+    matrices.scales.uniform_(0.005, 0.01)
 
 
 def implemented(original: nn.Module, implementation: str, dtype: torch.dtype) -> nn.Module:
@@ -170,6 +173,31 @@ def measure(variants: dict, timed: Callable, draw: Callable, rounds: int, clock:
         print(f"| {name} | {statistics.median(times):.2f} | {' | '.join(ratios)} |", flush=True)
 
 
+def crossover(rounds: int, clock: Callable) -> None:
+    """For so many slots of a matrix: the time by unpacking over the time from the packed words, the median over the rounds."""
+    slots = (1, 2, 3, 4, 6, 8, 12, 16)
+    print(f"\n| matrix, bits | {' | '.join(map(str, slots))} |\n|---|{'---:|' * len(slots)}")
+    for rows, columns in ((512, 128), (2048, 1024), (7168, 1024)):
+        for width in (1, 2, 3, 4, 8):
+            packed = PackedMatrices([width], rows, columns, GROUP_SIZE)
+            randomize(packed)
+            cells, repeats = [], max(1, 2**21 // (rows * columns))
+            for num in slots:
+                x, first = torch.randn(num, columns), torch.zeros(num, dtype=torch.long)
+                ratios = []
+                for _ in range(rounds + 1):
+                    times = [clock()]
+                    for _ in range(repeats):
+                        nn.functional.linear(x, packed.matrix(0, torch.float32))
+                    times.append(clock())
+                    for _ in range(repeats):
+                        packed.products(x, first)
+                    times.append(clock())
+                    ratios.append((times[1] - times[0]) / (times[2] - times[1]))
+                cells.append(f"{statistics.median(ratios[1:]):.1f}")
+            print(f"| {rows} x {columns}, {width} | {' | '.join(cells)} |", flush=True)
+
+
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -177,7 +205,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--prefill-rounds", type=int, default=5)
-    parser.add_argument("--only", default="")
+    parser.add_argument("--only", default="", metavar="WORD", help="of a block's title, or model")
+    parser.add_argument("--slots", action="store_true", help="only the number of slots from which unpacking pays")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -185,6 +214,8 @@ def main() -> None:
     names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
     machine = f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
     print(f"{machine}, {args.threads} thread(s), torch {torch.__version__}")
+    if args.slots:
+        return crossover(args.rounds, clock)
     for title, (H, I, E, K, layers) in SHAPES.items():
         if args.only not in title:
             continue

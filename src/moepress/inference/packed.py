@@ -11,10 +11,14 @@ from moepress.models.families import group_of
 from moepress.quantization.packing import dequantize, unpack
 from moepress.quantization.size import packed_bytes, zero_width
 
-LANES, FEW = 16, 4
-"""The compiled products take groups of whole vectors of so many columns.
+COMPILED = (1, 2, 3, 4, 8)
+"""Widths that the compiled products of a CPU have."""
+LANES = 16
+"""Columns that they take at a time; a group must be a multiple."""
+FEW = 4
+"""Slots for each matrix, on average, up to which products from the packed words take less time than unpacking and torch's.
 
-FEW: slots for each matrix, on average, up to which products from the packed words take less time than unpacking and torch's."""
+They are even at 4 (512 x 128) to 12 slots (7168 x 1024), on one thread of a Zen 4: benchmarks/cpu_inference.py --slots."""
 
 
 def _cpu():
@@ -37,6 +41,7 @@ class PackedMatrices(nn.Module):
         self.code_starts = [sum(code_sizes[:e]) for e in range(len(bits) + 1)]
         self.zero_starts = [sum(zero_sizes[:e]) for e in range(len(bits) + 1)]
         self.places = torch.tensor([bits, self.code_starts[:-1], self.zero_starts[:-1]], device="cpu")
+        self.has_kernel = set(bits) <= set(COMPILED) and group_size % LANES == 0
         scales = torch.empty(len(bits), rows, columns // group_size, dtype=torch.float16, device=device)
         self.register_buffer("codes", torch.empty(self.code_starts[-1], dtype=torch.uint8, device=device))
         self.register_buffer("zeros", torch.empty(self.zero_starts[-1], dtype=torch.uint8, device=device))
@@ -58,8 +63,8 @@ class PackedMatrices(nn.Module):
 
     @property
     def is_compiled(self) -> bool:
-        """Whether there are compiled products: on a CPU, unless groups are odd or the scales are being tuned."""
-        return self.codes.is_cpu and self.scales.dtype == torch.float16 and self.group_size % LANES == 0
+        """Whether there are compiled products: on a CPU, unless widths or groups are odd or the scales are being tuned."""
+        return self.has_kernel and self.codes.is_cpu and self.scales.dtype == torch.float16
 
     def multiplies(self, x: torch.Tensor, num_slots: int) -> bool:
         """Whether `products` from the packed words is the way for so many slots; it has no backward."""
