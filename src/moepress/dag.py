@@ -284,7 +284,7 @@ def compared(experiments: list[Experiment]) -> list[Experiment]:
     return found
 
 
-REPORT_VERSION = 1
+REPORT_VERSION = 2
 
 
 def report_artefact(name: str, caption: str, experiments: list[Experiment]) -> Artefact:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import yaml
 
 from moepress import pruning
 from moepress.artefacts import read_json
@@ -258,6 +259,14 @@ def load(runs: list[dict], results: Path) -> list[Run]:
     check_same_text(found)
     check_same_items(found)
     return found
+
+
+def of_report(folder: Path) -> list[Run]:
+    """The runs of a finished report, by its folder: for notebooks and scripts."""
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise ValueError(f"{folder}: no report; it has no config.yaml")
+    return load(yaml.safe_load(path.read_text(encoding="utf-8"))["config"]["runs"], folder.parent.parent)
 
 
 def methods(runs: Iterable[Run]) -> list[list[Run]]:
