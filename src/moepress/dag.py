@@ -187,7 +187,7 @@ STAGES: dict[str, Stage] = {
     "pruning": Stage(1, ("pruning",), _pruning_inputs, run_label),
     "evaluation": Stage(4, ("evaluation",), _evaluation_inputs, run_label),
     "decomposition": Stage(1, tuple(f"evaluation.{name}" for name in _TEXT), _decomposition_inputs, _checkpoint_label),
-    "latency": Stage(1, ("latency",), lambda c: {"corpus": ("corpus", c), **_checkpoint(c), **_model(c)}, run_label),
+    "latency": Stage(2, ("latency",), lambda c: {"corpus": ("corpus", c), **_checkpoint(c), **_model(c)}, run_label),
 }
 """The DAG: what each stage's key depends on. The report, which joins many experiments, is added by `report_artefact`."""
 
