@@ -6,6 +6,7 @@ Legend: T tokens, H hidden size, I intermediate size, E experts, K selected expe
 import torch
 from torch import nn
 
+from moepress.inference import kernels
 from moepress.models.experts import Experts
 from moepress.models.families import group_of
 from moepress.quantization.packing import dequantize, unpack
@@ -49,21 +50,27 @@ class PackedMatrices(nn.Module):
 
 
 class PackedLinear(PackedMatrices):
-    """A linear layer of `bits` bits."""
+    """A linear layer of `bits` bits; on a GPU through the kernels where they can be used."""
 
     def __init__(self, linear: nn.Linear, bits: int, group_size: int):
         super().__init__([bits], linear.out_features, linear.in_features, group_size, linear.weight.device)
         self.bias = linear.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if kernels.take(self, x):
+            return kernels.linear_forward(self, x)
         return nn.functional.linear(x, self.matrix(0, x.dtype), self.bias)
 
 
 class PackedExperts(Experts):
-    """Routed experts whose weights stay packed, expert e in bits[e] bits; see `Experts` for `original`."""
+    """Routed experts whose weights stay packed, expert e in bits[e] bits; see `Experts` for `original`.
+
+    On a GPU they run through the kernels where they can be used; `model.set_experts_implementation` chooses otherwise.
+    """
 
     def __init__(self, original: nn.Module, bits: list[int], group_size: int, device=None):
         super().__init__(original)
+        self.config = original.config
         H, I = self.hidden_size, self.intermediate_size
         assert len(bits) == self.num_experts, (len(bits), self.num_experts)
         self.gate_up = PackedMatrices(bits, 2 * I, H, group_size, device)
@@ -74,3 +81,8 @@ class PackedExperts(Experts):
 
     def down_matrix(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
         return self.down.matrix(expert, dtype)
+
+    def forward(self, hidden_TH, top_k_index_TK, top_k_weights_TK) -> torch.Tensor:
+        if kernels.take(self, hidden_TH, getattr(self.config, "_experts_implementation", None)):
+            return kernels.experts_forward(self, hidden_TH, top_k_index_TK, top_k_weights_TK)
+        return super().forward(hidden_TH, top_k_index_TK, top_k_weights_TK)
