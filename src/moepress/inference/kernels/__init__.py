@@ -62,7 +62,9 @@ def _refusal(module, parts: list) -> str | None:
         if part.codes.is_cuda and torch.cuda.get_device_capability(part.codes.device) < (8, 0):
             return "the GPU is older than compute capability 8.0"
         if any(start % layout.ALIGN for start in part.code_starts):
-            return f"matrices of {part.rows} x {part.columns} in these widths do not all start at a multiple of {layout.ALIGN} bytes"
+            return f"not all matrices of {part.rows} x {part.columns} start at a multiple of {layout.ALIGN} bytes"
+        if layout.plane_of(part.group_size) < 2:
+            return f"groups of {part.group_size} weights are no multiple of 16"
         if part.codes.data_ptr() % layout.ALIGN:
             return f"the codes lie at no multiple of {layout.ALIGN} bytes; move the model off the GPU and back"
     if len(parts) == 2 and layout.join_of(module.activate) is None:

@@ -1,20 +1,22 @@
-"""Triton kernels over packed matrices: what runs on the device. `launch.py` calls them, `twin.py` says the same in torch.
+"""Triton kernels over packed matrices: what runs on the device; `launch.py` calls them.
 
-The unit of everything is the **chunk**: 8 codes of a row that lie side by side. At every width a chunk is whole bytes (at 1, 2, 4
-and 8 bits one load of 8, 16, 32 or 64 bits; at 3 bits one of 16 from the two-bit stream and one of 8 from the one-bit
-stream), and a group of weights is whole chunks. Code j of all chunks is **plane** j. A plane is unpacked by shifting all
-chunks alike, so no weight ever changes its thread or is reordered; instead the input is laid out once in the same order
-(`launch.planes`): of each 128 columns first code 0 of the 16 chunks, then code 1, ...
+The unit of everything is the **chunk**: 8 codes of a row that lie side by side. At every width a chunk is whole bytes: one load
+of 8, 16, 32 or 64 bits at 1, 2, 4 and 8 bits; at 3 bits one of 16 from the two-bit stream, which holds the codes' high
+bits, and one of 8 from the one-bit stream behind it. Code j of all chunks of a tile is **plane** j: all chunks shifted alike
+and masked, so unpacking moves no weight between threads. For that the inputs are laid out once in the planes' order
+(`layout.planes`). A tile has up to 16 chunks a row, so many that it lies in one group: a row has one scale and zero there.
 
-A code becomes a number without a conversion: shifted to the top of a float32's mantissa under the exponent of 1, it reads
+A code becomes a number without a conversion: at the top of a float32's mantissa, under the exponent of 1, it reads
 `v = 1 + code / 2**bits`. So `scale * (code - zero / 4) = a * v + t` with `a = scale * 2**bits` and
-`t = -scale * (2**bits + zero / 4)`. Scales have 11 significant bits, codes and zeros at most 10: every one of these products
-and sums is exact in float32, and the weights are to the bit those that `packing.dequantize` gives.
+`t = -scale * (2**bits + zero / 4)`. Scales have 11 significant bits, codes and zeros at most 10: each of these products and
+sums is exact in float32, and the weights are to the bit those that `packing.dequantize` gives.
 
-Kernels are deterministic: no atomics, and sums over parts and over a token's experts are taken in order.
+Kernels are deterministic: no atomics; parts of a sum and a token's experts are added in a fixed order. Where a layer has
+several widths, a program branches on its expert's: one launch for all, as at decode launches cost more than a branch that
+all threads of a program take alike, and as all experts' programs then fill the device together.
 
-Legend: T tokens, K selected experts, S = T * K slots (slot s is choice s % K of token s // K), E experts, R rows of a tile,
-B slots of a tile, C chunks of a tile, G groups.
+Legend: T tokens, K selected experts, S = T * K slots (slot s is choice s % K of token s // K), E experts, R rows of the matrix
+and B slots of a program.
 """
 
 import triton
@@ -28,7 +30,7 @@ def _constant(value: int):
     return value if is_interpreted() else tl.constexpr(value)
 
 
-CHUNK, PLANE, TILE, ALIGN = map(_constant, (layout.CHUNK, layout.PLANE, layout.TILE, layout.ALIGN))
+CHUNK, ALIGN = map(_constant, (layout.CHUNK, layout.ALIGN))
 SILU, CLAMPED = map(_constant, (layout.SILU, layout.CLAMPED))
 DENSE, LEADER = map(_constant, (layout.DENSE, layout.LEADER))
 
@@ -63,12 +65,19 @@ def _moved(field, FROM: tl.constexpr, TO: tl.constexpr, WIDTH: tl.constexpr):
 def _values(field, low, j: tl.constexpr, BITS: tl.constexpr):
     """Plane j of chunks: `1 + code / 2**BITS`, float32; the mantissa's 23 bits hold the code at their top."""
     if BITS == 3:
-        bits = _moved(field, 2 * j, 21, 2) | _moved(low, j, 20, 1)
+        bits = _moved(low, j, 20, 1) | (_moved(field, 2 * j, 21, 2) | 0x3F800000)
     elif BITS == 8:
-        bits = _moved((field >> (8 * j)).to(tl.int32), 0, 15, 8)
+        bits = _moved((field >> (8 * j)).to(tl.int32), 0, 15, 8) | 0x3F800000
     else:
-        bits = _moved(field, BITS * j, 23 - BITS, BITS)
-    return (bits | 0x3F800000).to(tl.float32, bitcast=True)
+        bits = _moved(field, BITS * j, 23 - BITS, BITS) | 0x3F800000
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _pair(field, low, a, t, j: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr):
+    """`[R, PLANE, 2]`: the weights of planes j and j + 4."""
+    below, above = _values(field, low, j, BITS), _values(field, low, j + 4, BITS)
+    return tl.join((a * below + t).to(DTYPE), (a * above + t).to(DTYPE))
 
 
 @triton.jit
@@ -80,7 +89,7 @@ def _field(stream_ptr, n, mask, FIELD: tl.constexpr):
 
 @triton.jit
 def _affine(zeros_ptr, scales_ptr, n, mask, COUNT: tl.constexpr, BITS: tl.constexpr):
-    """`(a, t)` of groups n of a matrix with COUNT of them: a weight is `a * v + t`. Zeros have BITS + 2 bits: one field or two."""
+    """`(a, t)` of groups n of a matrix with COUNT of them. Zeros have BITS + 2 bits: one field, or two in two streams."""
     HIGH: tl.constexpr = 2 if BITS == 1 else (8 if BITS == 8 else 4)
     LOW: tl.constexpr = BITS + 2 - HIGH
     zero = _field(zeros_ptr, n, mask, HIGH)
@@ -93,32 +102,32 @@ def _affine(zeros_ptr, scales_ptr, n, mask, COUNT: tl.constexpr, BITS: tl.conste
 @triton.jit
 def _one(
     x_ptr, codes_ptr, zeros_ptr, scales_ptr, row, row_mask, start, stop,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr, TILE_GROUPS: tl.constexpr, TILE_CHUNKS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr, PLANE: tl.constexpr, AT_ONCE: tl.constexpr,
     BITS: tl.constexpr,
 ):  # fmt: skip
-    """`[R]`: rows of a matrix times one input, over tiles start .. stop of TILE_GROUPS groups each, on the ordinary cores.
+    """`[R]`: rows of a matrix times one input, over tiles start .. stop, AT_ONCE together, on the ordinary cores.
 
     In a chunk all weights share `a` and `t`, so they enter once for a chunk: `a * sum_j v_j x_j + t * sum_j x_j`.
     """
     GROUPS: tl.constexpr = COLUMNS // GROUP
     R: tl.constexpr = row.shape[0]
-    chunk = tl.arange(0, TILE_CHUNKS)
-    total = tl.zeros([R, TILE_GROUPS, TILE_CHUNKS], tl.float32)
-    for tile in range(start, stop):
-        group = tile * TILE_GROUPS + tl.arange(0, TILE_GROUPS)
-        there = (group < GROUPS)[:, None] & (chunk < GROUP // CHUNK)[None, :]
-        c = group[:, None] * (GROUP // CHUNK) + chunk[None, :]
-        index = row[:, None, None] * (COLUMNS // CHUNK) + c[None, :, :]
-        field, low = _chunks(codes_ptr, index, row_mask[:, None, None] & there[None, :, :], ROWS * COLUMNS, BITS)
-        place = (c // PLANE) * TILE + c % PLANE
-        products = tl.zeros([R, TILE_GROUPS, TILE_CHUNKS], tl.float32)
-        inputs = tl.zeros([TILE_GROUPS, TILE_CHUNKS], tl.float32)
-        for j in tl.static_range(CHUNK):
-            x = tl.load(x_ptr + place + j * PLANE, there, 0).to(tl.float32)
+    w = tl.arange(0, PLANE)
+    total = tl.zeros([R, AT_ONCE, PLANE], tl.float32)
+    for first in range(start, stop, AT_ONCE):
+        tile = first + tl.arange(0, AT_ONCE)
+        there = tile < stop
+        c = row[:, None, None] * (COLUMNS // CHUNK) + tile[None, :, None] * PLANE + w[None, None, :]
+        mask = row_mask[:, None, None] & there[None, :, None]
+        field, low = _chunks(codes_ptr, c, mask, ROWS * COLUMNS, BITS)
+        x_at = x_ptr + tile[:, None] * (CHUNK * PLANE) + w[None, :]
+        inputs = tl.load(x_at, there[:, None], 0).to(tl.float32)
+        products = _values(field, low, 0, BITS) * inputs[None, :, :]
+        for j in tl.static_range(1, CHUNK):
+            x = tl.load(x_at + j * PLANE, there[:, None], 0).to(tl.float32)
             products += _values(field, low, j, BITS) * x[None, :, :]
             inputs += x
-        mask = row_mask[:, None] & (group < GROUPS)[None, :]
-        a, t = _affine(zeros_ptr, scales_ptr, row[:, None] * GROUPS + group[None, :], mask, ROWS * GROUPS, BITS)
+        n = row[:, None] * GROUPS + (tile * (CHUNK * PLANE) // GROUP)[None, :]
+        a, t = _affine(zeros_ptr, scales_ptr, n, row_mask[:, None] & there[None, :], ROWS * GROUPS, BITS)
         total += a[:, :, None] * products + t[:, :, None] * inputs[None, :, :]
     return tl.sum(tl.sum(total, 2), 1)
 
@@ -126,82 +135,81 @@ def _one(
 @triton.jit
 def _many(
     x_ptr, x_row, x_mask, x_stride, codes_ptr, zeros_ptr, scales_ptr, row, row_mask, start, stop,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, WIDEN: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr, PLANE: tl.constexpr, BITS: tl.constexpr,
+    WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """`[R, B]`: rows of a matrix times B inputs, over tiles start .. stop of 128 columns, on the tensor cores.
+    """`[R, B]`: rows of a matrix times B inputs, over tiles start .. stop, on the tensor cores.
 
-    The weights are the left factor, which the tensor cores take from registers, where they are unpacked.
+    The weights are the left factor, which Hopper's tensor cores take from registers, where they are unpacked.
     """
     GROUPS: tl.constexpr = COLUMNS // GROUP
-    w = tl.arange(0, PLANE)
-    total = tl.zeros([row.shape[0], x_row.shape[0]], tl.float32)
+    TILE: tl.constexpr = CHUNK * PLANE
+    R: tl.constexpr = row.shape[0]
+    w, k = tl.arange(0, PLANE), tl.arange(0, TILE)
+    x_at = x_ptr + x_row[None, :].to(tl.int64) * x_stride + k[:, None]
+    total = tl.zeros([R, x_row.shape[0]], tl.float32)
     for tile in range(start, stop):
-        c = tile * PLANE + w
-        c_mask = c < COLUMNS // CHUNK
-        mask = row_mask[:, None] & c_mask[None, :]
-        field, low = _chunks(codes_ptr, row[:, None] * (COLUMNS // CHUNK) + c[None, :], mask, ROWS * COLUMNS, BITS)
-        if GROUP % TILE == 0:  # the whole tile lies in one group
-            n = row[:, None] * GROUPS + tile // (GROUP // TILE)
-            a, t = _affine(zeros_ptr, scales_ptr, n, row_mask[:, None], ROWS * GROUPS, BITS)
-        else:
-            n = row[:, None] * GROUPS + c[None, :] // (GROUP // CHUNK)
-            a, t = _affine(zeros_ptr, scales_ptr, n, mask, ROWS * GROUPS, BITS)
-        for j in tl.static_range(CHUNK):
-            x_at = x_row[None, :].to(tl.int64) * x_stride + (tile * TILE + j * PLANE + w)[:, None]
-            x = tl.load(x_ptr + x_at, x_mask[None, :] & c_mask[:, None], 0)
-            weights = (a * _values(field, low, j, BITS) + t).to(x.dtype)
-            if WIDEN:  # the same numbers: products of bfloat16 are exact in float32
-                weights, x = weights.to(tl.float32), x.to(tl.float32)
-            total = tl.dot(weights, x, total, input_precision="ieee")
+        c = row[:, None] * (COLUMNS // CHUNK) + tile * PLANE + w[None, :]
+        field, low = _chunks(codes_ptr, c, row_mask[:, None], ROWS * COLUMNS, BITS)
+        n = row * GROUPS + tile * TILE // GROUP
+        a, t = _affine(zeros_ptr, scales_ptr, n, row_mask, ROWS * GROUPS, BITS)
+        a, t = a[:, None], t[:, None]
+        x = tl.load(x_at + tile * TILE, x_mask[None, :], 0)
+        DTYPE: tl.constexpr = x.dtype
+        even = tl.join(_pair(field, low, a, t, 0, BITS, DTYPE), _pair(field, low, a, t, 2, BITS, DTYPE))
+        odd = tl.join(_pair(field, low, a, t, 1, BITS, DTYPE), _pair(field, low, a, t, 3, BITS, DTYPE))
+        joined = tl.join(even, odd)  # [R, PLANE, 2, 2, 2], the plane's number in binary
+        weights = tl.reshape(tl.trans(joined, 0, 2, 3, 4, 1), [R, TILE])
+        if WIDEN:  # the same numbers: products of bfloat16 are exact in float32
+            weights, x = weights.to(tl.float32), x.to(tl.float32)
+        total = tl.dot(weights, x, total, input_precision="ieee")
     return total
 
 
 @triton.jit
 def _product(
     x_ptr, x_row, x_mask, x_stride, codes_ptr, zeros_ptr, scales_ptr, table_ptr, e, row, row_mask, split,
-    SPLITS: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    GROUP: tl.constexpr, TILE_GROUPS: tl.constexpr, TILE_CHUNKS: tl.constexpr, BITS: tl.constexpr, WIDEN: tl.constexpr,
+    SPLITS: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr,
+    PLANE: tl.constexpr, AT_ONCE: tl.constexpr, BITS: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """Part `split` of SPLITS of matrix e's rows times the inputs, its width being BITS: `[R, B]`, or `[R, 1]` for one input."""
+    """Part `split` of SPLITS of matrix e's rows times the inputs, its width being BITS: `[R, B]`."""
     scales_ptr += e * (ROWS * (COLUMNS // GROUP))
     codes_ptr += tl.load(table_ptr + e) * ALIGN
     zeros_ptr += tl.load(table_ptr + E + e)
-    ONE: tl.constexpr = x_row.shape[0] == 1
-    SPAN: tl.constexpr = TILE_GROUPS * GROUP if ONE else TILE
-    TILES: tl.constexpr = (COLUMNS + SPAN - 1) // SPAN
+    TILES: tl.constexpr = COLUMNS // (CHUNK * PLANE)
     PART: tl.constexpr = (TILES + SPLITS - 1) // SPLITS
     start = split * PART
     stop = tl.minimum(start + PART, TILES)
-    if ONE:
+    if x_row.shape[0] == 1:
         x_ptr += tl.sum(x_row, 0).to(tl.int64) * x_stride
         found = _one(
-            x_ptr, codes_ptr, zeros_ptr, scales_ptr, row, row_mask, start, stop,
-            ROWS, COLUMNS, GROUP, TILE_GROUPS, TILE_CHUNKS, BITS,
-        )[:, None]  # fmt: skip
+            x_ptr, codes_ptr, zeros_ptr, scales_ptr, row, row_mask, start, stop, ROWS, COLUMNS, GROUP, PLANE, AT_ONCE, BITS
+        )[:, None]
     else:
         found = _many(
             x_ptr, x_row, x_mask, x_stride, codes_ptr, zeros_ptr, scales_ptr, row, row_mask, start, stop,
-            ROWS, COLUMNS, GROUP, BITS, WIDEN,
+            ROWS, COLUMNS, GROUP, PLANE, BITS, WIDEN,
         )  # fmt: skip
     return found
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots"])
 def multiply(
     x_ptr, x_stride, y_ptr, y_stride, y_split_stride, codes_ptr, zeros_ptr, scales_ptr, table_ptr, bias_ptr,
     slots_ptr, blocks_ptr, num_slots, alpha, limit,
     FIND: tl.constexpr, JOIN: tl.constexpr, WIDTHS: tl.constexpr, HAS_BIAS: tl.constexpr, INTERLEAVED: tl.constexpr,
     E: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, X_PER_SLOT: tl.constexpr,
-    R: tl.constexpr, B: tl.constexpr, SLOTS: tl.constexpr, CHOICES: tl.constexpr, SPLITS: tl.constexpr,
-    TILE_GROUPS: tl.constexpr, TILE_CHUNKS: tl.constexpr, WIDEN: tl.constexpr,
+    PLANE: tl.constexpr, OUT_PLANE: tl.constexpr, R: tl.constexpr, B: tl.constexpr, SLOTS: tl.constexpr,
+    CHOICES: tl.constexpr, SPLITS: tl.constexpr, AT_ONCE: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """A tile of rows and slots of `y[split, slot] = join(matrix[expert of slot] @ x[...] + bias)`.
 
     Programs: (slot or block of slots, block of rows, part of the columns). x: `planes` of the inputs, one a token, or with
     X_PER_SLOT one a slot. y: float32 parts, or with JOIN the planes of what the next matrix takes.
     table: `[3, E]` int64, of each matrix: where its codes (in units of ALIGN bytes) and zeros start, and its width.
-    slots: with LEADER the experts `[T, K]`, E for none; with SORTED the slots by expert. blocks: `[3, blocks]` int32, with SORTED,
-    of each block its expert (E: no block) and its first and last place in slots. WIDTHS: bit b set where some expert has b bits.
+    slots: with LEADER the experts `[T, K]`, E for none; with SORTED the slots by expert. blocks: with SORTED `[3, blocks]`
+    int32, of each its expert (E: no block), its first place in slots and the expert's last. WIDTHS: bit b is set where some
+    expert has b bits.
     SLOTS, CHOICES: num_slots and K, up to a power of two.
     """
     program, block, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -254,7 +262,7 @@ def multiply(
             if bits == width:
                 y = _product(
                     x_ptr, x_row, slot_mask, x_stride, codes_ptr, zeros_ptr, scales_ptr, table_ptr, e, row, row_mask, split,
-                    SPLITS, E, ROWS, COLUMNS, GROUP, TILE_GROUPS, TILE_CHUNKS, width, WIDEN,
+                    SPLITS, E, ROWS, COLUMNS, GROUP, PLANE, AT_ONCE, width, WIDEN,
                 )  # fmt: skip
     if HAS_BIAS:
         bias = tl.load(bias_ptr + e * ROWS + row, row_mask, 0).to(tl.float32)
@@ -267,12 +275,13 @@ def multiply(
         else:
             gate = tl.minimum(gate, limit)
             y = (tl.minimum(tl.maximum(up, -limit), limit) + 1) * gate * tl.sigmoid(alpha * gate)
-        place = out // TILE * TILE + (out % CHUNK) * PLANE + out % TILE // CHUNK
+        TILE: tl.constexpr = CHUNK * OUT_PLANE
+        place = out // TILE * TILE + out % CHUNK * OUT_PLANE + out % TILE // CHUNK
     y_at = y_ptr + split * y_split_stride + slot[None, :].to(tl.int64) * y_stride + place[:, None]
     tl.store(y_at, y.to(y_ptr.dtype.element_ty), (out < NUM_OUT)[:, None] & slot_mask[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots", "columns"])
 def combine(
     parts_ptr, out_ptr, experts_ptr, weights_ptr, num_slots, columns,
     E: tl.constexpr, K: tl.constexpr, SPLITS: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr,

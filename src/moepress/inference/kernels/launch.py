@@ -6,6 +6,7 @@ Legend: T tokens, H hidden size, I intermediate size, E experts, K selected expe
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -18,29 +19,43 @@ DECODE_TOKENS = 16
 
 @dataclass(frozen=True)
 class Tile:
-    """Of a program: rows of the matrix, slots, groups of columns at a time (one slot only), warps, and stages of its loop."""
+    """Of a program: rows of the matrix, slots, tiles of columns at a time (more than one only for one slot), warps, and stages
+    of its loop. These were chosen by the compiled code (registers, instructions a weight), not yet by the clock."""
 
     rows: int
     slots: int
-    groups: int
+    at_once: int
     warps: int
     stages: int
 
 
-ONE = Tile(rows=16, slots=1, groups=4, warps=4, stages=3)
-FEW = Tile(rows=64, slots=DECODE_TOKENS, groups=1, warps=4, stages=4)
-MANY = {16: FEW} | {n: Tile(rows=128, slots=n, groups=1, warps=8 if n == 128 else 4, stages=3) for n in (32, 64, 128)}
+ONE = Tile(rows=32, slots=1, at_once=4, warps=4, stages=1)
+FEW = Tile(rows=128, slots=DECODE_TOKENS, at_once=1, warps=4, stages=3)
+MANY = [FEW, *(Tile(rows=128, slots=slots, at_once=1, warps=4, stages=3) for slots in (32, 64))]
+MANY += [Tile(rows=128, slots=128, at_once=1, warps=8, stages=3), Tile(rows=128, slots=256, at_once=1, warps=8, stages=2)]
 PROGRAMS = 1056
 """Below so many programs (eight for each of an H100's 132 multiprocessors) columns are split between several."""
 
 
-def tile_for(num_tokens: int, slots_per_matrix: float) -> Tile:
-    """The smallest tile that takes a matrix's slots in one block, were they spread evenly; for few tokens by their number."""
-    if num_tokens == 1:
+def tile_for(x_TC: torch.Tensor, slots_per_matrix: float) -> Tile:
+    """By the number of tokens where they are few; else the smallest that takes a matrix's slots in one block, were they spread
+    evenly, as far as the device's shared memory goes."""
+    if len(x_TC) == 1:
         return ONE
-    if num_tokens <= DECODE_TOKENS:
+    if len(x_TC) <= DECODE_TOKENS:
         return FEW
-    return MANY[min(128, max(16, triton.next_power_of_2(int(slots_per_matrix))))]
+    fitting = [tile for tile in MANY if _shared_bytes(tile, x_TC.element_size()) <= _shared_limit(x_TC.device)] or [FEW]
+    return next((tile for tile in fitting if tile.slots >= slots_per_matrix), fitting[-1])
+
+
+def _shared_bytes(tile: Tile, itemsize: int) -> int:
+    """Of the inputs and the codes, these at 8 bits, in all stages of the loop."""
+    return tile.stages * layout.CHUNK * layout.PLANE * (tile.slots * itemsize + tile.rows)
+
+
+@cache
+def _shared_limit(device: torch.device) -> int:
+    return 2**31 if device.type == "cpu" else torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 class Matrices:
@@ -50,40 +65,54 @@ class Matrices:
         self.packed = packed
         starts = [start // layout.ALIGN for start in packed.code_starts[:-1]]
         self.table = torch.tensor([starts, packed.zero_starts[:-1], packed.bits], device=packed.codes.device)
-        group = packed.group_size
+        self.plane = layout.plane_of(packed.group_size)
         self.shape = {
             "WIDTHS": sum(1 << width for width in set(packed.bits)),
             "E": len(packed.bits),
             "ROWS": packed.rows,
             "COLUMNS": packed.columns,
-            "GROUP": group,
-            "TILE_CHUNKS": triton.next_power_of_2(group // layout.CHUNK),
+            "GROUP": packed.group_size,
+            "PLANE": self.plane,
         }
 
     def splits(self, tile: Tile, blocks: int) -> int:
         """Into how many parts the columns go, so that the device has work for all its multiprocessors; a power of two."""
         programs = blocks * triton.cdiv(self.packed.rows, tile.rows)
-        span = tile.groups * self.packed.group_size if tile.slots == 1 else layout.TILE
-        most = max(1, triton.cdiv(self.packed.columns, span) // 2)
+        most = min(16, self.packed.columns // (layout.CHUNK * self.plane * tile.at_once) // 4)
         splits = 1
-        while splits * programs < PROGRAMS and 2 * splits <= min(most, 16):
+        while splits * programs < PROGRAMS and 2 * splits <= most:
             splits *= 2
         return splits
 
-    def multiply(self, x, y, tile: Tile, find: int, programs: int, num_slots: int, join=None, bias=None, slots=None, blocks=None,
-                 choices: int = 1, x_per_slot: bool = True) -> None:  # fmt: skip
-        """See `device.multiply`. x: planes. y: `[splits, S, rows]`, or with `join` the planes `[S, ...]` of the next input."""
-        packed, y = self.packed, y if y.dim() == 3 else y[None]
-        per_program = tile.rows // 2 if join else tile.rows
-        outputs = packed.rows // 2 if join else packed.rows
-        device.multiply[(programs, triton.cdiv(outputs, per_program), len(y))](
+    def multiply(
+        self,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        tile: Tile,
+        find: int,
+        programs: int,
+        num_slots: int,
+        choices: int = 1,
+        slots: torch.Tensor | None = None,
+        blocks: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
+        join: layout.Join | None = None,
+        out_plane: int = 1,
+        x_per_slot: bool = True,
+    ) -> None:
+        """See `device.multiply`. x: planes, of every slot or every token. y: `[splits, S, rows]`; with `join` the planes
+        `[1, S, rows / 2]` that the next matrix takes, of `out_plane` chunks."""
+        packed, absent = self.packed, self.table
+        rows, step = (packed.rows // 2, tile.rows // 2) if join else (packed.rows, tile.rows)
+        device.multiply[(programs, triton.cdiv(rows, step), len(y))](
             x, x.stride(0), y, y.stride(1), y.stride(0), packed.codes, packed.zeros, packed.scales, self.table,
-            bias if bias is not None else self.table, slots if slots is not None else self.table,
-            blocks if blocks is not None else self.table, num_slots, join.alpha if join else 0.0, join.limit if join else 0.0,
-            FIND=find, JOIN=join.code if join else 0, HAS_BIAS=bias is not None,
-            INTERLEAVED=bool(join and join.interleaved), K=choices, X_PER_SLOT=x_per_slot, R=tile.rows, B=tile.slots,
-            SLOTS=triton.next_power_of_2(num_slots) if find == layout.LEADER else 1, CHOICES=triton.next_power_of_2(choices),
-            SPLITS=len(y), TILE_GROUPS=tile.groups, WIDEN=is_interpreted() and x.dtype == torch.bfloat16, num_warps=tile.warps, num_stages=tile.stages, **self.shape,
+            absent if bias is None else bias, absent if slots is None else slots, absent if blocks is None else blocks,
+            num_slots, join.alpha if join else 0.0, join.limit if join else 0.0,
+            **self.shape, FIND=find, JOIN=join.code if join else 0, INTERLEAVED=bool(join and join.interleaved),
+            HAS_BIAS=bias is not None, K=choices, X_PER_SLOT=x_per_slot, OUT_PLANE=out_plane, R=tile.rows, B=tile.slots,
+            SLOTS=triton.next_power_of_2(num_slots) if find == layout.LEADER else 1,
+            CHOICES=triton.next_power_of_2(choices), SPLITS=len(y), AT_ONCE=tile.at_once,
+            WIDEN=is_interpreted() and x.dtype == torch.bfloat16, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
 
 
@@ -98,6 +127,11 @@ def combine(parts: torch.Tensor, out: torch.Tensor, num_experts: int = 1, expert
     return out
 
 
+def _input(x_TC: torch.Tensor, matrices: Matrices) -> torch.Tensor:
+    """Planes of the inputs; of a single one as float32, which its kernel would otherwise convert for every row."""
+    return layout.planes(x_TC.float() if len(x_TC) == 1 else x_TC, matrices.plane)
+
+
 def experts_forward(experts, hidden_TH: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
     """What `PackedExperts` computes, `[T, H]`; index E means "no expert" and costs nothing. No token takes an expert twice."""
     T, K = index_TK.shape
@@ -105,7 +139,7 @@ def experts_forward(experts, hidden_TH: torch.Tensor, index_TK: torch.Tensor, we
         return torch.zeros_like(hidden_TH)
     gate_up, down, join = plan(experts)
     index_TK, weights_TK, E = index_TK.contiguous(), weights_TK.contiguous(), experts.num_experts
-    tile = tile_for(T, T * K / E)
+    tile = tile_for(hidden_TH, T * K / E)
     if T <= DECODE_TOKENS:
         found = {"find": layout.LEADER, "programs": T * K, "slots": index_TK}
     else:
@@ -113,13 +147,13 @@ def experts_forward(experts, hidden_TH: torch.Tensor, index_TK: torch.Tensor, we
         found = {"find": layout.SORTED, "programs": blocks.shape[1], "slots": order, "blocks": blocks}
     found |= {"tile": tile, "num_slots": T * K, "choices": K}
 
-    x = layout.planes(hidden_TH)
-    span = layout.TILE
-    inner = x.new_empty(T * K, triton.cdiv(experts.intermediate_size, span) * span)
-    gate_up.multiply(x, inner, join=join, bias=experts.gate_up_proj_bias, x_per_slot=False, **found)
+    x = _input(hidden_TH, gate_up)
+    inner = x.new_empty(1, T * K, experts.intermediate_size)
+    bias = experts.gate_up_proj_bias
+    gate_up.multiply(x, inner, join=join, out_plane=down.plane, bias=bias, x_per_slot=False, **found)
     splits = down.splits(tile, found["programs"])
     parts = x.new_empty(splits, T * K, experts.hidden_size, dtype=torch.float32)
-    down.multiply(inner, parts, bias=experts.down_proj_bias, **found)
+    down.multiply(inner[0], parts, bias=experts.down_proj_bias, **found)
     return combine(parts, torch.empty_like(hidden_TH), E, index_TK, weights_TK)
 
 
@@ -131,11 +165,11 @@ def linear_forward(linear, x: torch.Tensor) -> torch.Tensor:
     if T == 0:
         return out.view(*x.shape[:-1], linear.rows)
     (matrix,) = plan(linear)
-    tile = tile_for(T, T)
+    tile = tile_for(x_TC, T)
     programs = triton.cdiv(T, tile.slots)
     splits = matrix.splits(tile, programs)
     parts = out[None] if splits == 1 else out.new_empty(splits, *out.shape, dtype=torch.float32)
-    matrix.multiply(layout.planes(x_TC), parts, tile, layout.DENSE, programs, T, bias=linear.bias)
+    matrix.multiply(_input(x_TC, matrix), parts, tile, layout.DENSE, programs, T, bias=linear.bias)
     if splits > 1:
         combine(parts, out)
     return out.view(*x.shape[:-1], linear.rows)

@@ -7,31 +7,32 @@ Legend: T tokens, K selected experts, S = T * K slots, E experts, X blocks of sl
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import gcd
 
 import torch
 
 CHUNK = 8
 """Codes of a row that lie side by side and are loaded as one."""
 PLANE = 16
-"""Chunks of a plane."""
-TILE = CHUNK * PLANE
-"""Columns whose planes lie together."""
+"""Chunks of a plane, at most."""
 ALIGN = 16
 """Bytes to which every matrix's codes are aligned, so that loads may be wide."""
 SILU, CLAMPED = 1, 2
-"""What joins gate and up: `silu(gate) * up`; gpt_oss's `(up + 1) * gate * sigmoid(alpha * gate)`, both clamped. 0: a lone matrix."""
+"""What joins gate and up: `silu(gate) * up`, or of clamped ones gpt_oss's `(up + 1) * gate * sigmoid(alpha * gate)`."""
 DENSE, LEADER, SORTED = 0, 1, 2
 """How a program finds its slots. DENSE: one matrix for all. LEADER: the first slot of an expert does all slots of that expert,
 the others end at once. SORTED: from a table of blocks of slots sorted by expert."""
 
 
-def planes(x_TC: torch.Tensor) -> torch.Tensor:
-    """The inputs in the order in which kernels unpack weights, their columns filled up to whole tiles: `[T, tiles * TILE]`.
+def plane_of(group_size: int) -> int:
+    """Chunks of a plane, a power of two: so many that a tile, CHUNK planes, lies in one group of weights."""
+    return gcd(PLANE, group_size // CHUNK)
 
-    Of each 128 columns first those of code 0 of the 16 chunks, then those of code 1, ...
-    """
-    x_TC = torch.nn.functional.pad(x_TC, (0, -x_TC.shape[1] % TILE)) if x_TC.shape[1] % TILE else x_TC
-    return x_TC.reshape(len(x_TC), -1, PLANE, CHUNK).mT.contiguous().view(x_TC.shape)
+
+def planes(x_TC: torch.Tensor, plane: int) -> torch.Tensor:
+    """`[T, C]`: the inputs in the order in which kernels unpack weights. Of each tile of CHUNK * plane columns first those of
+    code 0 of all its chunks, then those of code 1, ..."""
+    return x_TC.reshape(len(x_TC), -1, plane, CHUNK).mT.reshape(x_TC.shape)
 
 
 def sorted_blocks(index_TK: torch.Tensor, num_experts: int, block: int) -> tuple[torch.Tensor, torch.Tensor]:
