@@ -58,14 +58,16 @@ def check(experts, x, index, weights):
     assert found.dtype == x.dtype and found.shape == x.shape
     size = exact.abs().max().clamp(min=1e-6)
     allowed = 2e-5 if x.dtype == torch.float32 else torch.finfo(x.dtype).eps
+    if x.dtype == torch.bfloat16 and kernels.is_interpreted():
+        allowed *= 4  # the interpreter cuts numbers off at bfloat16's last bit instead of rounding them
     assert (found.float() - exact).abs().max() <= (plain - exact).abs().max() + allowed * size
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
-@pytest.mark.parametrize("columns, group_size", [(256, 128), (192, 96), (64, 32), (32, 16)])
+@pytest.mark.parametrize("columns, group_size", [(128, 128), (96, 96), (64, 32), (32, 16)])
 def test_weights_are_those_of_the_packed_format_to_the_bit(bits, columns, group_size):
     """Inputs that each pick one column, by both kernels: on the tensor cores, and for a single input."""
-    linear = filled(PackedLinear(nn.Linear(columns, 40 if columns > 64 else 64, bias=False), bits, group_size))
+    linear = filled(PackedLinear(nn.Linear(columns, 40 if columns > 32 else 64, bias=False), bits, group_size))
     expected = linear.matrix(0, torch.float32).T
     assert kernels.refusal(linear) is None
     assert torch.equal(kernels.linear_forward(linear, torch.eye(columns, device=DEVICE)), expected)
@@ -73,26 +75,27 @@ def test_weights_are_those_of_the_packed_format_to_the_bit(bits, columns, group_
         assert torch.equal(kernels.linear_forward(linear, torch.eye(columns, device=DEVICE)[column]), expected[column])
 
 
-@pytest.mark.parametrize("T", [1, 2, 7, 16, 17, 45])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "T, dtype", [*((T, torch.float32) for T in (1, 2, 16, 17, 45)), *((T, dtype) for T in (1, 7, 19) for dtype in DTYPES[1:])]
+)
 def test_experts_of_mixed_widths(T, dtype):
     """Odd numbers of tokens, slots without an expert, experts without a token, rows that fill no tile."""
-    experts = mixtral([1, 2, 3, 4, 8, 2, 3], 128, 96, 32)
-    x = torch.randn(T, 128, generator=torch.Generator().manual_seed(T)).to(DEVICE, dtype)
-    check(experts, x, *routed(T, 3, 7, seed=T, dropped=0.2 if T > 1 else 0, unused=1))
+    experts = mixtral([1, 2, 3, 4, 8, 2], 64, 96, 32)
+    x = torch.randn(T, 64, generator=torch.Generator().manual_seed(T)).to(DEVICE, dtype)
+    check(experts, x, *routed(T, 3, 6, seed=T, dropped=0.2 if T > 1 else 0, unused=1))
 
 
 @pytest.mark.parametrize("hidden, intermediate, group_size", [(256, 128, 128), (384, 64, 64), (192, 160, 96)])
 def test_experts_of_other_shapes(hidden, intermediate, group_size):
     experts = mixtral([3, 2], hidden, intermediate, group_size)
-    for T in (1, 5, 20):
+    for T in (1, 5):
         x = torch.randn(T, hidden, generator=torch.Generator().manual_seed(T)).to(DEVICE)
         check(experts, x, *routed(T, 1, 2, seed=T))
 
 
 def test_columns_split_between_programs():
     """At decode a long row is the work of several programs, whose parts are added in order."""
-    experts = mixtral([2, 4], 64, 4096, 128)
+    experts = mixtral([2, 4], 64, 1024, 32)
     from moepress.inference.kernels.launch import FEW, ONE
 
     down = kernels.plan(experts)[1]

@@ -70,7 +70,7 @@ class PackedExperts(Experts):
 
     def __init__(self, original: nn.Module, bits: list[int], group_size: int, device=None):
         super().__init__(original)
-        self.config = original.config
+        self.config = getattr(original, "config", None)
         H, I = self.hidden_size, self.intermediate_size
         assert len(bits) == self.num_experts, (len(bits), self.num_experts)
         self.gate_up = PackedMatrices(bits, 2 * I, H, group_size, device)

@@ -45,7 +45,7 @@ def take(module, x: torch.Tensor, implementation: str | None = None) -> bool:
 def refusal(module) -> str | None:
     """Why a `PackedExperts` or `PackedLinear` cannot run through the kernels; None if it can. Found out once a device."""
     parts = _parts(module)
-    place = [part.codes.data_ptr() for part in parts]
+    place = [(part.codes.device, part.codes.data_ptr()) for part in parts]
     if _refusals.get(module, (None,))[0] != place:
         _refusals[module] = place, _refusal(module, parts)
     return _refusals[module][1]
@@ -77,7 +77,7 @@ def plan(module) -> tuple:
     from moepress.inference.kernels.launch import Matrices
 
     parts = _parts(module)
-    place = [part.codes.data_ptr() for part in parts]
+    place = [(part.codes.device, part.codes.data_ptr()) for part in parts]
     if _plans.get(module, (None,))[0] != place:
         join = (layout.join_of(module.activate),) if len(parts) == 2 else ()
         _plans[module] = place, (*map(Matrices, parts), *join)
@@ -88,14 +88,16 @@ def experts_forward(experts, hidden_TH, index_TK, weights_TK) -> torch.Tensor:
     """See `launch.experts_forward`."""
     from moepress.inference.kernels import launch
 
-    return launch.experts_forward(experts, hidden_TH, index_TK, weights_TK)
+    with torch.cuda.device_of(hidden_TH):  # triton launches on the current device
+        return launch.experts_forward(experts, hidden_TH, index_TK, weights_TK)
 
 
 def linear_forward(linear, x: torch.Tensor) -> torch.Tensor:
     """See `launch.linear_forward`."""
     from moepress.inference.kernels import launch
 
-    return launch.linear_forward(linear, x)
+    with torch.cuda.device_of(x):
+        return launch.linear_forward(linear, x)
 
 
 def _only_packed(experts, *_):
