@@ -230,7 +230,7 @@ class Experiment:
 def experiment(overrides: list[str] | tuple[str, ...]) -> Experiment:
     """One experiment from its overrides."""
     config = resolve(overrides)
-    stages = ["evaluation", "latency"]
+    stages = ["evaluation", "latency"] if config["latency"]["repeats"] else ["evaluation"]
     if config["quantization"]["method"] != "none":
         stages += ["quantization", "allocation"]
         if config["evaluation"]["decomposition"] and config["pruning"]["method"] == "none":
