@@ -63,7 +63,7 @@ def _refusal(module, parts: list) -> str | None:
             return "the GPU is older than compute capability 8.0"
         if any(start % layout.ALIGN for start in part.code_starts):
             return f"not all matrices of {part.rows} x {part.columns} start at a multiple of {layout.ALIGN} bytes"
-        if layout.plane_of(part.group_size) < 2:
+        if part.group_size % (2 * layout.CHUNK):
             return f"groups of {part.group_size} weights are no multiple of 16"
         if part.codes.data_ptr() % layout.ALIGN:
             return f"the codes lie at no multiple of {layout.ALIGN} bytes; move the model off the GPU and back"
