@@ -25,6 +25,8 @@ COMMANDS = {
     "compare": "moepress.commands.compare",
     "show": "moepress.commands.show",
     "clean": "moepress.commands.clean",
+    "sync": "moepress.commands.sync",
+    "dashboard": "moepress.commands.dashboard",
 }
 
 
