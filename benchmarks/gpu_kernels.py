@@ -13,8 +13,8 @@ unpack    packed, our own loop that unpacks an expert at a time in plain torch
 A measurement is eight calls with eight routings, so that the second-level cache holds no call's weights for the next; where a
 way can be captured (kernels and grouped, at decode) it is one CUDA graph. Prints the median and quartiles of a call, how
 much faster the kernels are, the bytes of weights that must be read (of experts with tokens) and the share of the measured
-bandwidth that they are read at. Expert use is skewed: each expert has a popularity, 0.6 normal, in its logits. Before timing, the
-kernels' output is compared with plain torch's. --tune times other tiles for decoding too. Exit code 2: there is no GPU.
+bandwidth that they are read at. Expert use is skewed: each expert has a popularity, 0.6 normal, in its logits. Before timing,
+the kernels' output is compared with plain torch's. --tune times other tiles for decoding too. Exit code 2: there is no GPU.
 """
 
 import argparse
