@@ -6,6 +6,7 @@ Legend: T tokens, H hidden size, I intermediate size, E experts, K selected expe
 import torch
 from torch import nn
 
+from moepress.inference import kernels
 from moepress.models.experts import Experts
 from moepress.models.families import group_of
 from moepress.quantization.packing import dequantize, unpack
@@ -88,7 +89,7 @@ class PackedMatrices(nn.Module):
 
 
 class PackedLinear(PackedMatrices):
-    """A linear layer of `bits` bits."""
+    """A linear layer of `bits` bits; on a GPU through the kernels where they can be used."""
 
     def __init__(self, linear: nn.Linear, bits: int, group_size: int):
         super().__init__([bits], linear.out_features, linear.in_features, group_size, linear.weight.device)
@@ -96,6 +97,8 @@ class PackedLinear(PackedMatrices):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         num_slots = x.shape[:-1].numel()
+        if kernels.take(self, x):
+            return kernels.linear_forward(self, x)
         if self.multiplies(x, num_slots):
             y = self.products(x.reshape(num_slots, -1), torch.zeros(num_slots, dtype=torch.long)).to(x.dtype)
             return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
@@ -103,20 +106,30 @@ class PackedLinear(PackedMatrices):
 
 
 class PackedExperts(Experts):
-    """Routed experts whose weights stay packed, expert e in bits[e] bits; see `Experts` for `original`."""
+    """Routed experts whose weights stay packed, expert e in bits[e] bits; see `Experts` for `original`.
+
+    On a GPU they run through the kernels where they can be used; `model.set_experts_implementation` chooses otherwise.
+    """
 
     def __init__(self, original: nn.Module, bits: list[int], group_size: int, device=None):
         super().__init__(original)
+        self.config = getattr(original, "config", None)
         H, I = self.hidden_size, self.intermediate_size
         assert len(bits) == self.num_experts, (len(bits), self.num_experts)
         self.gate_up = PackedMatrices(bits, 2 * I, H, group_size, device)
         self.down = PackedMatrices(bits, H, I, group_size, device)
 
     def forward(self, hidden_TH, top_k_index_TK, top_k_weights_TK) -> torch.Tensor:
-        """As `Experts` has it; few tokens are multiplied with the packed words."""
+        """As `Experts` has it: on a GPU by the kernels, few tokens on a CPU from the packed words."""
+        routed = (hidden_TH, top_k_index_TK, top_k_weights_TK)
+        if kernels.take(self, hidden_TH, getattr(self.config, "_experts_implementation", None)):
+            return kernels.experts_forward(self, *routed)
+        if self.gate_up.multiplies(hidden_TH, top_k_index_TK.numel()) and self.down.is_compiled:
+            return self.few_tokens(*routed)
+        return super().forward(*routed)
+
+    def few_tokens(self, hidden_TH, top_k_index_TK, top_k_weights_TK) -> torch.Tensor:
         T, K = top_k_index_TK.shape
-        if not self.gate_up.multiplies(hidden_TH, T * K) or not self.down.is_compiled:
-            return super().forward(hidden_TH, top_k_index_TK, top_k_weights_TK)
         experts_N = top_k_index_TK.reshape(-1)
         up_NO = self.gate_up.products(hidden_TH, experts_N)
         if self.has_bias:
