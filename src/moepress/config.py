@@ -50,6 +50,8 @@ def values(overrides: list[str] | tuple[str, ...] = ()) -> dict:
     for override in overrides:
         if len(override) > LONGEST_OVERRIDE or re.search("[\0\ud800-\udfff]", override):
             raise ValueError(f"{override[:60]!r}: at most {LONGEST_OVERRIDE} characters of text, NUL not among them")
+        if len(override.partition("=")[0]) > LONGEST_KEY:
+            raise ValueError(f"{override[:60]!r}: no key is longer than {LONGEST_KEY} characters")
     try:
         with guarded_environment():
             config = OmegaConf.to_container(composed(overrides), resolve=True, throw_on_missing=False)
@@ -60,7 +62,7 @@ def values(overrides: list[str] | tuple[str, ...] = ()) -> dict:
     return validate(config)
 
 
-LONGEST_OVERRIDE = 20_000
+LONGEST_OVERRIDE, LONGEST_KEY = 20_000, 100
 OPEN_VARIABLES = ("MOEPRESS_CACHE", "HOME")
 """What configurations may take from the environment: conf/config.yaml does."""
 
@@ -94,11 +96,17 @@ def composed(overrides: list[str] | tuple[str, ...]) -> DictConfig:
     The members of a sweep differ in values more than in groups, and choosing groups is what takes Hydra long (.1 s). So a
     choice of groups is composed once, and values are set in a copy by Hydra's own function.
     """
-    parsed = [_parsed(override) for override in overrides]
+    parsed = []
+    for override in overrides:
+        try:
+            parsed.append(_parsed(override))
+        except HydraException as error:
+            raise ValueError(f"{override[:200]!r}: {readable_error(error, overrides)}") from error
     for one in parsed:
         value = one.value()
         may_be_none = one.key_or_group in ("experiment", "study")
-        is_name = isinstance(value, str | QuotedString) or (value is None and may_be_none)
+        is_name = re.fullmatch(r"[\w./-]{1,100}", str(getattr(value, "text", value))) and isinstance(value, str | QuotedString)
+        is_name = is_name or (value is None and may_be_none)
         if _is_choice(one) and one.type == OverrideType.CHANGE and not one.is_sweep_override() and not is_name:
             raise ValueError(f"{one.key_or_group}={value!r}: give one name{_known_keys([one.input_line])}")
     if any(one.type != OverrideType.CHANGE or one.is_sweep_override() for one in parsed):  # `+a=1`, `~a`: rare
@@ -262,8 +270,17 @@ def _typed(group: str, classes, values: dict) -> dict:
             _TYPED[found] = dataclasses.asdict(OmegaConf.to_object(typed))
         return deepcopy(_TYPED[found])
     except OmegaConfBaseException as error:
-        key = f"{group}.{error.full_key}" if error.full_key else group
+        name = error.full_key or next((name for name, value in values.items() if not _fits(classes, name, value)), None)
+        key = f"{group}.{name}" if name else group
         raise ValueError(f"{key}: {_first_lines(error)}") from error
+
+
+def _fits(schema_class, name: str, value) -> bool:
+    try:
+        OmegaConf.merge(OmegaConf.structured(schema_class), {name: value})
+    except OmegaConfBaseException:
+        return False
+    return True
 
 
 def _leaves(value, path=""):

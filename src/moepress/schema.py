@@ -508,7 +508,8 @@ class TinyArchitecture:
             check(getattr(self, name) <= 2**17, f"model.architecture.{name}", getattr(self, name), f"at most {2**17}")
         heads, groups = self.num_attention_heads, self.num_key_value_heads
         ok = self.hidden_size % (2 * heads) == 0 and heads % groups == 0
-        expected = f"hidden_size={self.hidden_size} must be a multiple of twice it, and it of num_key_value_heads={groups}"
+        of = f"model.architecture.hidden_size={self.hidden_size}"
+        expected = f"{of} must be a multiple of twice it, and it of num_key_value_heads={groups}"
         check(ok, "model.architecture.num_attention_heads", heads, expected)
         ok = self.num_experts_per_tok <= self.num_local_experts
         key = "model.architecture.num_experts_per_tok"

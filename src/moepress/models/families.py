@@ -273,7 +273,11 @@ def read_model(folder: Path, key: str) -> tuple[dict, Shape, dict[str, Entry]]:
 def tensors(folder: Path, config: dict | None = None) -> dict[str, Entry]:
     """Every tensor of a 16-bit model folder by its family's name on disk (see `Dialect`), added ones included."""
     config = json.loads((folder / "config.json").read_text()) if config is None else config
-    return standard_tensors(with_scales(entries(folder)), config)
+    found = entries(folder)
+    for name, entry in found.items():
+        if re.match(r"model\.layers\.(?!\d+\.)", name) or re.search(r"\.experts\.(?!\d+\.)[^.]+\..*weight", name):
+            raise ValueError(f"{entry.path}: holds the tensor {name}, whose layer or expert has no number; fetch it again")
+    return standard_tensors(with_scales(found), config)
 
 
 def standard_tensors(stored: dict[str, Entry], config: dict) -> dict[str, Entry]:
