@@ -1,7 +1,8 @@
 """Bad input: configurations, texts and checkpoints are taken, or refused at once by name with nothing written.
 
 pytest tests/test_bad_input.py -s                                 # prints how many were tried and refused
-HYPOTHESIS_PROFILE=soak pytest tests/test_bad_input.py -s         # many more
+CONFIGURATIONS=2000 pytest tests/test_bad_input.py -s -k any_configuration_is
+HYPOTHESIS_PROFILE=soak pytest tests/test_bad_input.py -s         # many more of everything
 """
 
 import contextlib
@@ -88,7 +89,7 @@ def test_any_configuration_is_resolved_or_refused_by_name(tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     counts, slowest = Counter(), [0.0, 0.0, None]
 
-    @settings(max_examples=20_000 if SOAK else 150, **ANY)
+    @settings(max_examples=int(os.environ.get("CONFIGURATIONS", 20_000 if SOAK else 60)), **ANY)
     @given(overrides())
     def one(lines):
         start = time.process_time(), time.perf_counter()
@@ -108,7 +109,7 @@ def test_any_configuration_is_resolved_or_refused_by_name(tmp_path, monkeypatch)
     one()
     assert not list(tmp_path.iterdir()), "composing writes nothing"
     print(f"\n{sum(counts.values())} configurations: {dict(counts)}; slowest {slowest[0]:.2f} CPU s ({slowest[1]:.2f} s)")
-    assert counts["refused"] > 20 and counts["resolved"] > 20
+    assert min(counts["refused"], counts["resolved"]) >= 10
 
 
 def test_no_number_may_be_nonsense():
@@ -215,7 +216,7 @@ def test_what_is_resolved_runs(model_folder, text_folder, tmp_path):
         "seed": st.integers(0, 2**32 - 1),
     }
 
-    @settings(max_examples=150 if SOAK else 4, **ANY)
+    @settings(max_examples=150 if SOAK else 2, **ANY)
     @given(st.lists(st.sampled_from(sorted(choices)), min_size=1, max_size=5, unique=True), st.data())
     def one(keys, data):
         groups = [key for key in choices if key in keys]

