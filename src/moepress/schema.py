@@ -441,8 +441,9 @@ class Latency:
     hardware: str
 
     def __post_init__(self):
-        for name in ("prefill_batch", "prefill_len", "decode_tokens", "repeats", "threads"):
+        for name in ("prefill_batch", "prefill_len", "decode_tokens", "threads"):
             check(1 <= getattr(self, name) <= 2**20, f"latency.{name}", getattr(self, name), f"between 1 and {2**20}")
+        check(0 <= self.repeats <= 2**20, "latency.repeats", self.repeats, "at least 1, or 0 for no timing")
 
 
 @dataclass
