@@ -111,12 +111,12 @@ def _rows(file: Path, field: str) -> list[tuple[int, str]]:
 
 
 def _parts(line: str, size: int) -> list[str]:
-    """A line in parts of `size` characters, or fewer so that they end at a space where there is one."""
+    """A line in parts of `size` characters, or up to twice as many so that they end at a space."""
     parts, start = [], 0
     while start < len(line):
         end = start + size
         if end < len(line):
-            end = line.rfind(" ", start, end) + 1 or end
+            end = line.find(" ", end, end + size) + 1 or end
         parts.append(line[start:end])
         start = end
     return parts
