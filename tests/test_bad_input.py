@@ -109,7 +109,7 @@ def test_any_configuration_is_resolved_or_refused_by_name(tmp_path, monkeypatch)
     one()
     assert not list(tmp_path.iterdir()), "composing writes nothing"
     print(f"\n{sum(counts.values())} configurations: {dict(counts)}; slowest {slowest[0]:.2f} CPU s ({slowest[1]:.2f} s)")
-    assert min(counts["refused"], counts["resolved"]) >= 10
+    assert min(counts["refused"], counts["resolved"]) >= 5
 
 
 def test_no_number_may_be_nonsense():
