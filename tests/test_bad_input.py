@@ -149,7 +149,7 @@ def test_no_number_may_be_nonsense():
         (["paths.results=-rf"], r"paths\.results='-rf'"),
         (["paths.results=''"], r"paths\.results=''"),
         (["cores=0"], r"cores=0: null for all"),
-        (["tracking.project='a b;c'"], r"tracking\.project='a b;c': letters, digits"),
+        (["tracking.project='a?b'"], r"tracking\.project='a\?b': a W&B project's name"),
         (["model=[1,2]"], r"model=\[1, 2\]: give one name; model is one of"),
         (["quantization=null"], r"quantization=None: give one name; quantization is one of"),
         (["seed=-1"], r"seed=-1: a whole number"),
