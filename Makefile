@@ -4,7 +4,9 @@ CORES ?= $(shell nproc 2>/dev/null || echo 2)
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: run test lint clean install
+MINUTES ?= 60
+
+.PHONY: run test soak lint clean install
 
 install: .venv/installed
 
@@ -22,6 +24,12 @@ run: install
 
 test: install lint
 	pytest -q --durations=10
+
+# Hours: kills over all stages, the tests of a failing machine, the default study with random stops (docs/reliability.md).
+soak: install
+	python tests/faults.py --kills 400
+	pytest -q -m soak
+	python tests/soak.py --minutes $(MINUTES)
 
 lint: install
 	ruff check .

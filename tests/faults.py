@@ -3,9 +3,9 @@
     python tests/faults.py --kills 100 --seed 0
 
 A moment is a time, or the n-th thing that the stage does to a file of its own: the narrow places between two writes, which a
-time hardly ever hits. Every start is a process of its own, forked from one that has imported the libraries; it is the stage's own
-code, `artefacts.run_stage`. What an undisturbed run leaves is compared with what is there after one to four kills and one start
-that is left alone. Prints a line for each stage: kills, those at a write, lives, and the bytes compared.
+time hardly ever hits. Every start is a process of its own, forked from one that has imported the libraries, and runs the stage's
+own code, `artefacts.run_stage`. What an undisturbed run leaves is compared with what is there after one to four kills and one
+start that is left alone. Prints a line for each stage: kills, those at a write, lives, and the bytes compared.
 """
 
 import argparse
@@ -42,7 +42,9 @@ def plans(place: Path) -> dict:
     found = plan.for_experiments([dag.experiment([*small, *member]) for member in members]).artefacts
     tiny = [o for o in small if not o.startswith("model")]
     trained = dag.artefact("model", dag.experiment([*tiny, *TINY]).config)
-    plan.write_tasks([trained], dict.fromkeys(dag.everything([trained]), dag.experiment([*tiny, *TINY]).config), place / "whole")
+    plan.write_tasks(
+        [trained], dict.fromkeys(dag.everything([trained]), dag.experiment([*tiny, *TINY]).config), place / "whole"
+    )
     return found | {trained.folder: trained}
 
 
@@ -60,7 +62,7 @@ TINY = [
 
 
 def start(task: Path, out: Path, log: Path, at_write: int | None = None, count: Path | None = None) -> int:
-    """Fork a process that runs the stage; its id. at_write: it kills itself at that write. count: where it leaves their number."""
+    """Fork a process that runs the stage; its id. at_write: where it kills itself. count: where it leaves the number of writes."""
     child = os.fork()
     if child:
         return child
@@ -81,8 +83,11 @@ def start(task: Path, out: Path, log: Path, at_write: int | None = None, count: 
                 os.kill(os.getpid(), signal.SIGKILL)
 
         sys.addaudithook(hook)
+        import torch
+
         from moepress import artefacts
 
+        torch.set_num_threads(1)  # a thread pool of its own, before any thread asks for one
         artefacts.run_stage(task, out)
         if count is not None:
             count.write_text(str(written[0]))
@@ -144,7 +149,7 @@ def same(whole: Path, out: Path) -> int:
     if names[0] != names[1]:
         raise SystemExit(f"{out}: other files than {whole}: {sorted(names[0] ^ names[1])}")
     for name in names[0]:
-        if (whole / name).read_bytes() != (out / name).read_bytes() and not (whole.parent.name, name) in MEASURED:
+        if (whole / name).read_bytes() != (out / name).read_bytes() and (whole.parent.name, name) not in MEASURED:
             raise SystemExit(f"{out / name}: other bytes than {whole / name}")
     return sum((out / name).stat().st_size for name in names[0])
 
@@ -187,9 +192,6 @@ def survive(place: Path, kills: int, rng: random.Random, stages: list[str] | Non
 
     for stage in {item.stage for item in found.values()}:
         importlib.import_module(f"moepress.stages.{stage}")
-    import torch
-
-    torch.set_num_threads(1)
     cost = {}
     for folder in found:
         cost[folder] = undisturbed(task_path(whole, folder), whole / folder, log)

@@ -144,7 +144,7 @@ def of_the_machine(error: BaseException) -> str | None:
 
 def run_stage(task_file: Path, out: Path) -> None:
     """Run one stage into `out` unless it is there already, or another process makes it."""
-    described = yaml.safe_load(task_file.read_text(encoding="utf-8"))
+    described = read_task(task_file)
     inputs = {role: out.parent.parent / folder for role, folder in described["inputs"].items()}
     if not integrity.is_whole(out):
         with ExitStack() as held:
@@ -156,6 +156,16 @@ def run_stage(task_file: Path, out: Path) -> None:
             elif not integrity.is_whole(out):
                 raise ValueError(f"{out}: not whole, {integrity.PROVENANCE} is missing; delete the folder and run again")
     not_of_the_future([task_file, *inputs.values()])
+
+
+def read_task(path: Path) -> dict:
+    try:
+        found = yaml.safe_load(path.read_bytes())
+        if isinstance(found, dict) and found.keys() >= {"stage", "key", "config", "inputs", "runtime"}:
+            return found
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a task file ({error}); the command that planned it writes it again") from error
+    raise ValueError(f"{path}: not a task file, truncated or altered; the command that planned it writes it again")
 
 
 def _make(described: dict, inputs: dict[str, Path], out: Path) -> None:

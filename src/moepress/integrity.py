@@ -2,8 +2,8 @@
 
     moepress verify                                      # all of results/
 
-A stage checks what it is about to read in the same way. Of the weights of a checkpoint it compares only the sizes where it reads
-but their headers; and where the model lies outside of the results, the hashes are those of `reference.json`. Imports no torch.
+A stage checks in the same way what it is about to read. Of a checkpoint's weights it compares only the sizes where it reads but
+their headers; where the model lies outside of the results, the hashes are those of `reference.json`. Imports no torch.
 """
 
 import hashlib
@@ -71,8 +71,10 @@ def is_whole(folder: Path) -> bool:
 
 
 def check(folders: Iterable[tuple[Path, bool]], results: Path) -> None:
-    """Raise ValueError naming the first file that is not as it was left, and the way out. folders: each with whether its weights
-    are read, and so are to be hashed."""
+    """Raise ValueError naming the first file that is not as it was left, and the way out.
+
+    folders: each with whether its weights are read, and so are to be hashed.
+    """
     for damage in damages(folders):
         raise ValueError(f"{damage}; {way_out(damage, results)}")
 
@@ -81,12 +83,16 @@ def way_out(damage: Damage, results: Path) -> str:
     if damage.outside:
         return f"put back the file that was there when {damage.folder} was made, or give the model as it is now as another run"
     where = "" if results == Path("results") else f" --results={results}"
-    return f"`moepress verify{where}` shows all that is damaged, with --delete it removes it, and the same run computes it again"
+    return (
+        f"`moepress verify{where}` shows all that is damaged, with --delete it removes it, and the same run computes it again"
+    )
 
 
 def damages(folders: Iterable[tuple[Path, bool]], progress=None) -> Iterator[Damage]:
-    """What is wrong with folders, names and sizes first, then hashes. progress: told of every byte that was hashed; a bar of our
-    own where there is much to hash and none is given."""
+    """What is wrong with folders, names and sizes first, then hashes.
+
+    progress: told of every byte that was hashed; a bar of our own where there is much to hash and none is given.
+    """
     listed: list[Listed] = []
     wrong: set[Path] = set()
     for folder, reads_weights in folders:
@@ -174,7 +180,9 @@ def _altered(listed: list[Listed], progress) -> Iterator[Damage]:
                 progress.update(size)
             if found != each.sha256:
                 where = REFERENCE if each.outside else PROVENANCE
-                what = f"cannot be read ({found})" if isinstance(found, OSError) else f"altered, its sha256 is not that of {where}"
+                what = (
+                    f"cannot be read ({found})" if isinstance(found, OSError) else f"altered, its sha256 is not that of {where}"
+                )
                 yield Damage(each.path, what, each.folder, each.outside)
 
 

@@ -98,22 +98,25 @@ def of(folder: Path) -> Path:
     return folder.with_name(f".{folder.name.removesuffix('.partial')}.lock")
 
 
+def working_folder():
+    """This folder, for one moepress at a time; its Snakemake is to be given the lock, too."""
+    waiting = f"works in {Path.cwd()}; waiting for it (Ctrl-C ends only the waiting)"
+    return hold(Path(".snakemake") / "moepress.lock", waiting)
+
+
 @contextmanager
-def snakemake(command: list[str]) -> Iterator[subprocess.Popen]:
-    """A Snakemake process in this folder, after any other that moepress has started here.
+def snakemake(command: list[str], lock: int | None) -> Iterator[subprocess.Popen]:
+    """A Snakemake process in this folder. lock: what it holds as well, for it may outlive this process.
 
     Raises ValueError naming a process that works here without moepress.
     """
-    waiting = f"works in {Path.cwd()}; waiting for it (Ctrl-C ends only the waiting)"
-    with hold(Path(".snakemake") / "moepress.lock", waiting) as lock:
-        if any(Path(".snakemake", "locks").glob("*.lock")) and (working := working_here(("snakemake",))):
-            raise ValueError(f"process {working[0]} still works in {Path.cwd()}: wait for it, or end it and start again")
-        # Snakemake has the lock too: it may outlive this process.
-        process = subprocess.Popen(command, pass_fds=() if lock is None else (lock,))
-        try:
-            yield process
-        finally:
-            process.wait()
+    if any(Path(".snakemake", "locks").glob("*.lock")) and (working := working_here(("snakemake",))):
+        raise ValueError(f"process {working[0]} still works in {Path.cwd()}: wait for it, or end it and start again")
+    process = subprocess.Popen(command, pass_fds=() if lock is None else (lock,))
+    try:
+        yield process
+    finally:
+        process.wait()
 
 
 def inside_snakemake() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 from tqdm import tqdm
 
+from moepress import integrity
 from moepress.artefacts import read_config, write_json
 
 
@@ -22,7 +23,10 @@ def mirror(report: Path, mode: str, project: str) -> list[dict]:
     import wandb
 
     results = report.parent.parent
+    integrity.check([(report, True)], results)
     described = read_config(report)
+    folders = {results / folder for run in described["runs"] for folder in run["artefacts"].values()}
+    integrity.check([(folder, False) for folder in sorted(folders)], results)
     table = pd.read_csv(report / "runs.csv")
     all_keys = table.pop("keys").map(json.loads)
     rows = zip(table.to_dict("records"), all_keys, described["runs"], strict=True)
