@@ -3,9 +3,9 @@
     python tests/faults.py --kills 100 --seed 0
 
 A moment is a time, or the n-th thing that the stage does to a file of its own: the narrow places between two writes, which a
-time hardly ever hits. Every start is a process of its own, forked from one that has imported the libraries, and runs the stage's
-own code, `artefacts.run_stage`. What an undisturbed run leaves is compared with what is there after one to four kills and one
-start that is left alone. Prints a line for each stage: kills, those at a write, lives, and the bytes compared.
+time hardly ever hits. Every start is a process of its own, forked from one that has imported the libraries, and runs the
+stage's own code, `artefacts.run_stage`. What an undisturbed run leaves is compared with what is there after one to four kills
+and one start that is left alone. Prints a line for each stage: kills, those at a write, lives, and the bytes compared.
 """
 
 import argparse
@@ -62,7 +62,7 @@ TINY = [
 
 
 def start(task: Path, out: Path, log: Path, at_write: int | None = None, count: Path | None = None) -> int:
-    """Fork a process that runs the stage; its id. at_write: where it kills itself. count: where it leaves the number of writes."""
+    """Fork a process that runs the stage; its id. at_write: where it kills itself. count: where it leaves the number."""
     child = os.fork()
     if child:
         return child

@@ -3,7 +3,7 @@
     python tests/soak.py --minutes 60 [study=default KEY=VALUE ...]
 
 After each stop: what was whole still is; nothing half-made has a name; no process is left behind; memory and files do not grow.
-In the end every member that was begun is finished, and every file verified. Works in build/soak (--place), where it goes on from
+In the end every member that was begun is finished, and every file verified. Works in build/soak (--place), and goes on from
 what is there.
 """
 
@@ -92,7 +92,8 @@ def soak(place: Place, members: list[list[str]], rng: random.Random, seconds: fl
         begun += [member] if member not in begun else []
         way = rng.choice(WAYS)
         running = place.start(member)
-        peak = watched(place, running, end if way == "none" else time.monotonic() + rng.uniform(1, longest))
+        patience = 5 * longest if way == "none" else rng.uniform(1, longest)
+        peak = watched(place, running, min(end, time.monotonic() + patience))
         peaks.append(peak)
         ways["finished" if running.poll() == 0 else way] += 1
         if running.poll() is None:

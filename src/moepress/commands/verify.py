@@ -34,29 +34,24 @@ def main(arguments: list[str]) -> None:
     found_damages = damages(found)
     for damage in found_damages:
         print(damage)
-    damaged = list(dict.fromkeys(damage.folder for damage in found_damages))
+    outside = [damage for damage in found_damages if damage.outside]
+    for damage in outside[:1]:
+        print(f"{damage.path} lies outside of the results: {integrity.way_out(damage, results)}")
+    damaged = list(dict.fromkeys(damage.folder for damage in found_damages if not damage.outside))
     made = [] if given.only_damaged else made_from(damaged, results)
-    if not damaged:
+    if not found_damages:
         print(f"{len(found)} artefacts, every file as it was left")
         return
-    print(f"{len(damaged)} of {len(found)} artefacts are damaged:")
-    for folder in damaged:
-        print(f"  {folder}")
+    print(f"{len(damaged)} of {len(found)} artefacts are damaged{':' if damaged else ''}")
+    print("".join(f"  {folder}\n" for folder in damaged), end="")
     if made:
         print("made from these:")
-        for folder in made:
-            print(f"  {folder}")
-    if not given.delete:
+        print("".join(f"  {folder}\n" for folder in made), end="")
+    if damaged and not given.delete:
         print(
-            "--delete removes them, and the run that needs them computes them again; with --only-damaged what was made from them "
-            "stays"
+            "--delete removes them, and the run that needs them makes them again; --only-damaged keeps what was made from them"
         )
-        sys.exit(1)
-    kept = [folder for folder in [*made, *damaged] if not removed(folder, results)]
-    outside = [damage for damage in found_damages if damage.outside]
-    if outside:
-        print(f"{outside[0].path} is the model's own and no part of the results: put it back as it was, or run on it as it is")
-    if kept:
+    if not given.delete or not all([removed(folder, results) for folder in [*made, *damaged]]) or outside:
         sys.exit(1)
 
 
