@@ -83,10 +83,14 @@ def start(task: Path, out: Path, log: Path, at_write: int | None = None, count: 
                 os.kill(os.getpid(), signal.SIGKILL)
 
         sys.addaudithook(hook)
+        import threading
+
         import torch
+        from tqdm import tqdm
 
         from moepress import artefacts
 
+        tqdm.set_lock(threading.RLock())  # its own is shared by all that are forked: one killed with it would stop them all
         torch.set_num_threads(1)  # a thread pool of its own, before any thread asks for one
         artefacts.run_stage(task, out)
         if count is not None:
@@ -131,7 +135,7 @@ def life(rng: random.Random, task: Path, whole: Path, out: Path, log: Path, seco
         else:
             child = start(task, out, log)
             if (code := ended(child, rng.uniform(0, seconds))) is None:
-                os.killpg(child, signal.SIGKILL)
+                os.kill(child, signal.SIGKILL)
                 code = ended(child)
         if code not in (0, -signal.SIGKILL):
             raise SystemExit(f"{out}: ended with {code} after a kill:\n{log.read_text()[-3000:]}")
@@ -205,6 +209,8 @@ def survive(place: Path, kills: int, rng: random.Random, stages: list[str] | Non
         folder = rng.choice([folder for folder in wanted if found[folder].stage == stage])
         out = beside(whole, place / f"life-{number}", folder)
         told[stage] += life(rng, task_path(whole, folder), whole / folder, out, log, *cost[folder])
+        kills_so_far = sum(each["kills"] for each in told.values())
+        print(f"{number + 1} lives, {kills_so_far} kills", file=sys.stderr)
     for stage, each in sorted(told.items()):
         print(json.dumps({"stage": stage, **each}))
     print(f"{sum(each['kills'] for each in told.values())} kills survived, every byte as in undisturbed runs")

@@ -1,7 +1,9 @@
 """What docs/reliability.md promises: killed anywhere, damaged, two at a time, on a machine that fails. More: `make soak`."""
 
+import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -9,11 +11,13 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
 from moepress import artefacts, integrity, locks, plan
 from moepress.commands import verify
+from moepress.config import ROOT
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 MOEPRESS = [sys.executable, "-m", "moepress"]
@@ -81,6 +85,55 @@ def test_snakemake_alone_is_killed(place):
     again = run(folder, overrides)
     assert again.returncode == 0 and "the last run here was killed; going on from what is whole" in again.stderr, again.stderr
     assert not list(folder.glob("results/*/*.partial")) and not list(folder.glob("results/*/.*.lock"))
+
+
+@pytest.mark.soak
+def test_a_plain_snakemake_is_killed(place):
+    """The other door: its next run frees the folder, too."""
+    folder, overrides = place
+    shutil.rmtree(folder / "results" / "report")
+    line = " ".join(shlex.quote(override) for override in overrides)
+    command = [sys.executable, "-m", "snakemake", "-s", str(ROOT / "Snakefile"), "--cores", "1"]
+    command += ["--config", f"experiments={json.dumps([line])}"]
+    with (folder / "out.txt").open("w") as log:
+        running = subprocess.Popen(command, cwd=folder, env=ENV, stdout=log, stderr=log, start_new_session=True)
+    until(lambda: list(folder.glob("results/report/*.partial")), running)
+    os.killpg(running.pid, signal.SIGKILL)
+    running.wait()
+    again = subprocess.run(command, cwd=folder, env=ENV, capture_output=True, text=True)
+    assert again.returncode == 0 and "going on from what is whole" in again.stderr, again.stderr
+    assert list(folder.glob("results/report/*/runs.csv"))
+
+
+@pytest.mark.soak
+def test_moepress_alone_is_killed(place):
+    """Its Snakemake works on, and the next run waits for that."""
+    folder, overrides = place
+    shutil.rmtree(folder / "results" / "report")
+    running = begin(folder, overrides)
+    until(lambda: list(folder.glob("results/report/*.partial")), running)
+    os.kill(running.pid, signal.SIGKILL)
+    running.wait()
+    second = run(folder, overrides)
+    assert second.returncode == 0 and "waiting for it" in second.stderr and "computed already" in second.stderr, second.stderr
+
+
+@pytest.mark.soak
+def test_a_stage_alone_is_killed(place):
+    """As the kernel does it where memory ends: the run says which one, and how to go on."""
+    folder, overrides = place
+    shutil.rmtree(folder / "results" / "latency")
+    shutil.rmtree(folder / "results" / "report")
+    running = begin(folder, [*overrides, "cores=1"])
+    (partial,) = until(lambda: list(folder.glob("results/latency/*.partial")), running)
+    stages = [p for p in psutil.process_iter(["cmdline", "cwd"]) if p.info["cwd"] == str(folder)]
+    (stage,) = (p for p in stages if p.info["cmdline"][1:3] == ["-m", "moepress.stages"])
+    stage.kill()
+    assert running.wait(300) == 1
+    said = text(folder)
+    assert f"latency/{partial.name.removesuffix('.partial')}: killed, for want of memory if nobody did it" in said, said
+    assert "1 of 11 artefacts failed" in said and len(list(folder.glob("results/latency/*-????????????"))) == 1, said
+    assert run(folder, overrides).returncode == 0
 
 
 def children(pid):
