@@ -196,6 +196,9 @@ def survive(place: Path, kills: int, rng: random.Random, stages: list[str] | Non
 
     for stage in {item.stage for item in found.values()}:
         importlib.import_module(f"moepress.stages.{stage}")
+    from moepress.report import made
+
+    made.git_commit = lambda: None  # a checkpoint's card names it, and somebody may commit meanwhile
     cost = {}
     for folder in found:
         cost[folder] = undisturbed(task_path(whole, folder), whole / folder, log)

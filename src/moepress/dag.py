@@ -230,7 +230,7 @@ class Experiment:
 def experiment(overrides: list[str] | tuple[str, ...]) -> Experiment:
     """One experiment from its overrides."""
     config = resolve(overrides)
-    stages = ["evaluation", "latency"]
+    stages = ["evaluation", "latency"] if config["latency"]["repeats"] else ["evaluation"]
     if config["quantization"]["method"] != "none":
         stages += ["quantization", "allocation"]
         if config["evaluation"]["decomposition"] and config["pruning"]["method"] == "none":
@@ -284,7 +284,7 @@ def compared(experiments: list[Experiment]) -> list[Experiment]:
     return found
 
 
-REPORT_VERSION = 1
+REPORT_VERSION = 2
 
 
 def report_artefact(name: str, caption: str, experiments: list[Experiment]) -> Artefact:

@@ -220,7 +220,8 @@ def measurement_work(model: Outline, config: dict, is_packed: bool) -> tuple[flo
     evaluated += forward_flops(model, asked, TASK_LENGTH) + -(-asked // TOKENS_AT_ONCE) * unpack
     prefill = unpack + forward_flops(model, latency["prefill_batch"] * latency["prefill_len"], latency["prefill_len"])
     decode = latency["decode_tokens"] * (few + 2 * model.active_weights)
-    return evaluated, (latency["repeats"] + 1) * (prefill + decode + few)
+    timed = (latency["repeats"] + 1) * (prefill + decode + few) if latency["repeats"] else 0
+    return evaluated, timed
 
 
 def task_tokens(evaluation: dict) -> int:

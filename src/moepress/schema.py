@@ -404,8 +404,9 @@ class Latency:
     hardware: str
 
     def __post_init__(self):
-        for name in ("prefill_batch", "prefill_len", "decode_tokens", "repeats", "threads"):
+        for name in ("prefill_batch", "prefill_len", "decode_tokens", "threads"):
             check(getattr(self, name) >= 1, f"latency.{name}", getattr(self, name), "at least 1")
+        check(self.repeats >= 0, "latency.repeats", self.repeats, "at least 1, or 0 for no timing")
 
 
 @dataclass

@@ -6,7 +6,7 @@ rule report:
     output:
         report(
             directory(f"{RESULTS}/report/{{id}}"),
-            patterns=["{name}.html", "figures/{name}.svg", "{name,runs}.csv"],
+            patterns=["{name}.html", "figures/{name}.svg", "{name,runs|costs}.csv"],
             caption="../report/report.rst",
             category="Results",
         ),

@@ -8,8 +8,6 @@ import yaml
 
 from moepress.artefacts import read_config, read_json
 from moepress.models.specialisation import mutual_information
-from moepress.report.compare import mebibytes
-from moepress.report.readable import seconds
 from moepress.report.reading import Run
 
 SIZES = ("folder_bytes", "loaded_bytes")
@@ -128,14 +126,11 @@ def methods(runs: list[Run]) -> dict[str, str]:
 def machine(runs: list[Run]) -> dict[str, str]:
     folders = dict.fromkeys(run.folder(stage) for run in runs for stage in run.artefacts)
     found = [read_json(folder / "provenance.json") for folder in folders if (folder / "provenance.json").is_file()]
-    timed = {name: listed({run.latency[name] for run in runs}) for name in ("device", "threads", "dtype")}
-    facts = {"timed on": f"{timed['device']}, {timed['threads']} threads, {timed['dtype']}"}
+    facts, timed = {}, [run.latency for run in runs if run.latency["device"]]
+    if timed:
+        device, threads, dtype = (listed({one[name] for one in timed}) for name in ("device", "threads", "dtype"))
+        facts["timed on"] = f"{device}, {threads} threads, {dtype}"
     if found:
-        peak = max(found, key=lambda one: one["peak_memory_bytes"])
-        facts["stages"] = (
-            f"{len(found)} artefacts, {seconds(sum(one['seconds'] for one in found))} of work in all; at most "
-            f"{mebibytes(peak['peak_memory_bytes'])} of memory ({peak['stage']})"
-        )
         names = dict.fromkeys(name for one in found for name in one["versions"])
         each = [f"{name} {listed({one['versions'].get(name) for one in found} - {None})}" for name in names]
         facts["versions"] = ", ".join(each)

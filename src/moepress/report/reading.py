@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import yaml
 
 from moepress import pruning
 from moepress.artefacts import read_json
@@ -18,6 +19,9 @@ from moepress.models import families
 LABELS = {"none": "16 bit", "pmq_code": "PMQ as coded", "hessian": "Hessian"}
 LABELS |= {"fast": "ours, fast", "best": "ours, best"}
 LABELS |= {name: name for name in ("uniform", "half", "random", "frequency", "weight", "global")}
+
+UNTIMED = dict.fromkeys(("device", "threads", "dtype", "prefill_ms", "decode_ms", "speedup_prefill", "speedup_decode"))
+"""What latency.json would say of a run with latency.repeats=0."""
 
 
 def label(method: str) -> str:
@@ -168,7 +172,7 @@ class Run:
 
     @cached_property
     def latency(self) -> dict:
-        return self.json("latency", "latency.json")
+        return self.json("latency", "latency.json") if "latency" in self.artefacts else UNTIMED
 
     @cached_property
     def allocated(self) -> dict:
@@ -255,6 +259,14 @@ def load(runs: list[dict], results: Path) -> list[Run]:
     check_same_text(found)
     check_same_items(found)
     return found
+
+
+def of_report(folder: Path) -> list[Run]:
+    """The runs of a finished report, by its folder: for notebooks and scripts."""
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise ValueError(f"{folder}: no report; it has no config.yaml")
+    return load(yaml.safe_load(path.read_text(encoding="utf-8"))["config"]["runs"], folder.parent.parent)
 
 
 def methods(runs: Iterable[Run]) -> list[list[Run]]:
