@@ -58,9 +58,12 @@ def _opened(path: Path, kind: int, waiting: str | None) -> int | None:
             path.parent.mkdir(parents=True, exist_ok=True)
             file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
-            if error.errno in READ_ONLY:
+            if error.errno not in READ_ONLY:
+                raise
+            try:
+                file = os.open(path, os.O_RDONLY)  # another person's
+            except OSError:
                 return None
-            raise
         try:
             try:
                 fcntl.flock(file, kind | fcntl.LOCK_NB)
@@ -72,7 +75,8 @@ def _opened(path: Path, kind: int, waiting: str | None) -> int | None:
                 fcntl.flock(file, kind)
             if _is_named(file, path):
                 if kind == fcntl.LOCK_EX:
-                    os.pwrite(file, f"process {os.getpid()} on {platform.node()}".ljust(80).encode(), 0)
+                    with suppress(OSError):
+                        os.pwrite(file, f"process {os.getpid()} on {platform.node()}".ljust(80).encode(), 0)
                 return file
         except OSError as error:
             if error.errno in NO_LOCKS:
