@@ -68,7 +68,7 @@ def _opened(path: Path, kind: int, waiting: str | None) -> int | None:
             try:
                 fcntl.flock(file, kind | fcntl.LOCK_NB)
             except BlockingIOError:
-                owner = os.pread(file, 200, 0).decode(errors="replace") or "another process"
+                owner = os.pread(file, 200, 0).decode(errors="replace").strip() or "another process"
                 if waiting is None:
                     raise Held(owner) from None
                 print(f"moepress: {owner} {waiting}", file=sys.stderr, flush=True)
