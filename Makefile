@@ -30,6 +30,7 @@ soak: install
 	python tests/faults.py --kills 400
 	pytest -q -m soak
 	python tests/soak.py --minutes $(MINUTES)
+	HYPOTHESIS_PROFILE=soak pytest -q -s tests/test_bad_input.py tests/test_security.py
 
 lint: install
 	ruff check .

@@ -27,6 +27,8 @@ COMMANDS = {
     "show": "moepress.commands.show",
     "clean": "moepress.commands.clean",
     "verify": "moepress.commands.verify",
+    "sync": "moepress.commands.sync",
+    "dashboard": "moepress.commands.dashboard",
 }
 
 

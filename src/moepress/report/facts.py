@@ -91,7 +91,9 @@ def calibration(run: Run) -> str | None:
     found = read_config(run.results / folder)["calibration"]
     domains = ", ".join(found["domains"]) if found["domains"] else "all domains"
     size = f"{found['num_sequences']} sequences of {found['seq_len']} tokens"
-    return f"{size} from {domains}, drawn with seed {found['seed']}"
+    more = described["config"]["quantization"].get("distill_sequences")
+    tuned = f" (the packed model tuned as a whole on up to {more})" if "distillation" in described["inputs"] else ""
+    return f"{size} from {domains}, drawn with seed {found['seed']}{tuned}"
 
 
 def methods(runs: list[Run]) -> dict[str, str]:

@@ -250,6 +250,16 @@ class Run:
         return (seen, out) if seen else (out, [])
 
 
+def shift_by_layer(metrics: dict) -> list[float]:
+    """Share of selected slots that differ from the 16-bit model's in each MoE layer, over all blocks of an evaluation's
+    metrics.json; [] where nothing was compared."""
+    domains = metrics["domains"].values()
+    if not all("selection_shift_by_layer" in domain for domain in domains):
+        return []
+    weights = [domain["num_blocks"] for domain in domains]
+    return np.average([domain["selection_shift_by_layer"] for domain in domains], axis=0, weights=weights).tolist()
+
+
 def load(runs: list[dict], results: Path) -> list[Run]:
     """The runs that a report's configuration lists. Raises ValueError if they were not measured on the same text."""
     fields = ("seed", "is_reference", "quantization", "allocation", "pruning", "artefacts")
