@@ -4,6 +4,8 @@ CORES ?= $(shell nproc 2>/dev/null || echo 2)
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
+MINUTES ?= 60
+
 .PHONY: run test soak lint clean install notebooks rulegraph
 
 install: .venv/installed
@@ -23,8 +25,11 @@ run: install
 test: install lint
 	pytest -q --durations=10
 
-# The long part of the tests of reliability: docs/reliability.md.
+# Hours: kills over all stages, the tests of a failing machine, the default study with random stops (docs/reliability.md).
 soak: install
+	python tests/faults.py --kills 400
+	pytest -q -m soak
+	python tests/soak.py --minutes $(MINUTES)
 	HYPOTHESIS_PROFILE=soak pytest -q -s tests/test_bad_input.py tests/test_security.py
 
 lint: install

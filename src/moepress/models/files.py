@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -36,6 +37,15 @@ def record(path: Path) -> dict:
     """`{bytes, sha256}` of a file."""
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def sync(path: Path) -> None:
+    """Let a file's bytes, or a folder's names, reach the disk."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
 
 
 def read_header(path: Path) -> dict[str, dict]:

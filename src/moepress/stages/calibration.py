@@ -8,6 +8,8 @@ from moepress.artefacts import Task
 from moepress.data import sampling
 from moepress.models.families import locate
 
+UNREAD = ("model",)
+
 
 def run(task: Task) -> None:
     config = task.config["calibration"]

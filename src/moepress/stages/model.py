@@ -6,6 +6,8 @@ from moepress.artefacts import Task, write_json
 from moepress.models import hub
 from moepress.models.files import record
 
+WORK = ("training_state.safetensors", "recovery_state.safetensors", "carving")
+
 
 def run(task: Task) -> None:
     config = task.config["model"]

@@ -20,6 +20,8 @@ from moepress.quantization.experts import Recipe
 from moepress.quantization.qesc import quantize_model
 from moepress.report import card, made
 
+WORK = ("streams", "layers.json")
+
 
 def run(task: Task) -> None:
     recipe = Recipe(**task.config["quantization"])
@@ -64,8 +66,6 @@ def run(task: Task) -> None:
     write_json(task.out / "size.json", size | {"folder_bytes": writer.folder_bytes(task.out)})
     seconds += time.perf_counter() - began
     write_json(task.out / "timing.json", {"quantize_seconds": round(seconds, 3), "layers": timing})
-    hidden_states.drop(folder)  # before what belongs to it, so that a kill between the two only costs time
-    (task.out / "layers.json").unlink()
 
 
 def check_memory(task: Task, stream: ModelStream, bits: list[list[int]]) -> None:

@@ -16,6 +16,8 @@ from moepress.models.streaming import ModelStream
 from moepress.quantization.experts import Gradient, Recipe
 from moepress.statistics import layer_statistics
 
+WORK = ("streams", "layers.json")
+
 
 @torch.inference_mode()
 def run(task: Task) -> None:
@@ -44,8 +46,6 @@ def run(task: Task) -> None:
         streams.advance()
         remaining.update()
     write_json(task.out / "statistics.json", {"widths": widths, "num_tokens": tokens.numel(), "layers": found})
-    hidden_states.drop(folder)  # before what belongs to it, so that a kill between the two only costs time
-    (task.out / "layers.json").unlink()
 
 
 def read_gradient(folder: Path, layer: int, shape: tuple[int, int]) -> Gradient | None:

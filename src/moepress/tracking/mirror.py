@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 from tqdm import tqdm
 
-from moepress import progress
+from moepress import integrity, progress
 from moepress.artefacts import read_json, write_json
 from moepress.lookup import Found
 from moepress.redaction import without_secrets
@@ -65,6 +65,7 @@ def mirror(report: Found, target: Target) -> tuple[list[dict], list[str]]:
 
     Mirrored again, a run is updated. Raises NotReachable.
     """
+    integrity.check([(item.path, False) for item in report.upstream().values() if item.exists], report.results)
     for name in DESCRIBE_A_RUN:
         os.environ.pop(f"WANDB_{name}", None)
     # What is sent later lies with the runs, not in the user's folder: the tables that W&B stages.
