@@ -15,11 +15,11 @@ def check(ok: bool, key: str, value, expected: str) -> None:
         raise ValueError(f"{key}={value!r}: {expected}")
 
 
-def parse_bytes(text: str | int) -> int:
+def parse_bytes(text: str | int, key: str = "allocation.budget") -> int:
     """Bytes in `'12GiB'`, `'800MB'`, `'1e9'` or a plain number."""
     match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([KMGT]?)(i?)B?\s*", str(text), re.IGNORECASE)
     if not match:
-        raise ValueError(f"allocation.budget={text!r}: give a size as 12GiB, 800MB or a number of bytes")
+        raise ValueError(f"{key}={text!r}: give a size as 12GiB, 800MB or a number of bytes")
     number, prefix, binary = match.groups()
     return int(float(number) * (1024 if binary else 1000) ** ("KMGT".index(prefix.upper()) + 1 if prefix else 0))
 
@@ -396,16 +396,38 @@ class Evaluation:
 
 @dataclass
 class Latency:
-    prefill_batch: int
-    prefill_len: int
+    """prefill_batch ... decode_len: whole numbers or lists of them. model: of conf/latency/models/; moepress.latency.shapes checks."""
+
+    prefill_batch: Any
+    prefill_len: Any
+    decode_batch: Any
+    decode_len: Any
     decode_tokens: int
     repeats: int
+    cuda_graphs: bool
+    buffer: str
     threads: int
     hardware: str
+    model: str | None
+    num_layers: int
+    skew: float
+    dtype: str
 
     def __post_init__(self):
-        for name in ("prefill_batch", "prefill_len", "decode_tokens", "repeats", "threads"):
+        for name in ("prefill_batch", "prefill_len", "decode_batch", "decode_len"):
+            given = getattr(self, name)
+            values = given if isinstance(given, list) else [given]
+            ok = values and all(isinstance(value, int) and not isinstance(value, bool) and value >= 1 for value in values)
+            check(bool(ok), f"latency.{name}", given, "a whole number of at least 1, or a list of such: [4, 1]")
+            setattr(self, name, list(dict.fromkeys(values)))
+        for name in ("decode_tokens", "repeats", "threads", "num_layers"):
             check(getattr(self, name) >= 1, f"latency.{name}", getattr(self, name), "at least 1")
+        ok = parse_bytes(self.buffer, "latency.buffer") >= 1 << 20
+        check(ok, "latency.buffer", self.buffer, "at least 1MiB; many times the caches, or they are measured")
+        expected = "a number that is not negative (0: all experts alike; 1: as the words of a language)"
+        check(math.isfinite(self.skew) and self.skew >= 0, "latency.skew", self.skew, expected)
+        known = ("auto", "float32", "bfloat16", "float16")
+        check(self.dtype in known, "latency.dtype", self.dtype, f"one of {', '.join(known)}")
 
 
 @dataclass
