@@ -107,6 +107,11 @@ def test_keys_follow_what_a_stage_reads():
     assert key("evaluation", "quantization=none", "allocation.bits=3") == key("evaluation", "quantization=none")
 
 
+def test_nothing_is_timed_with_no_repeats():
+    assert "latency" in dag.experiment(["quantization=none"]).artefacts
+    assert "latency" not in dag.experiment(["quantization=none", "latency.repeats=0"]).artefacts
+
+
 def test_only_the_rules_that_read_something_wait_for_it():
     def stages(*overrides):
         found = dag.everything([dag.artefact("quantization", config.resolve(overrides))])

@@ -217,6 +217,19 @@ def study(tmp_path_factory) -> tuple[Results, list[dict], Path]:
     return made, runs, made.report(runs)
 
 
+def test_runs_without_timing(results):
+    """latency.repeats=0: no artefact of the stage, no number in its columns, no figure of it."""
+    runs = [results.run(name) for name in ("16bit", "gptq-2", "qesc-2")]
+    for run in runs:
+        del run["artefacts"]["latency"]
+    out = results.report(runs)
+    found = pd.read_csv(out / "runs.csv")
+    assert found[["prefill_ms", "decode_ms", "speedup_prefill", "speedup_decode", "device"]].isna().all(axis=None)
+    assert not (out / "figures" / "speed.csv").exists()
+    summary = (out / "summary.md").read_text()
+    assert "- Speed" not in summary and "nan" not in summary.lower()
+
+
 def test_columns_and_values(study):
     made, runs, out = study
     found = pd.read_csv(out / "runs.csv", keep_default_na=False, na_values=[""])

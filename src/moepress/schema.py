@@ -420,11 +420,12 @@ class Latency:
             ok = values and all(isinstance(value, int) and not isinstance(value, bool) and value >= 1 for value in values)
             check(bool(ok), f"latency.{name}", given, "a whole number of at least 1, or a list of such: [4, 1]")
             setattr(self, name, list(dict.fromkeys(values)))
-        for name in ("decode_tokens", "repeats", "threads", "num_layers"):
+        for name in ("decode_tokens", "threads", "num_layers"):
             check(getattr(self, name) >= 1, f"latency.{name}", getattr(self, name), "at least 1")
+        check(self.repeats >= 0, "latency.repeats", self.repeats, "at least 1, or 0 for no timing")
         ok = parse_bytes(self.buffer, "latency.buffer") >= 1 << 20
         check(ok, "latency.buffer", self.buffer, "at least 1MiB; many times the caches, or they are measured")
-        expected = "a number that is not negative (0: all experts alike; 1: as the words of a language)"
+        expected = "a Zipf exponent that is not negative (0: all experts alike)"
         check(math.isfinite(self.skew) and self.skew >= 0, "latency.skew", self.skew, expected)
         known = ("auto", "float32", "bfloat16", "float16")
         check(self.dtype in known, "latency.dtype", self.dtype, f"one of {', '.join(known)}")

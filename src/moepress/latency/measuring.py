@@ -231,7 +231,10 @@ def graph_times(timed: dict[str, Decode], config: dict) -> dict[str, dict]:
             found[name] = {"no_graph": str(error).splitlines()[0]}
             print(f"{name} is decoded without a CUDA graph: {found[name]['no_graph']}")
             continue
-        timers[name] = (one.variant, lambda one=one, static=static: milliseconds(static.run, static.token_B1.device) / one.steps)
+        timers[name] = (
+            one.variant,
+            lambda one=one, static=static: milliseconds(static.run, static.token_B1.device) / one.steps,
+        )
     times = in_turn(timers, config["repeats"], Silent()) if timers else {}
     return found | {name: {"graph_ms": spread} for name, spread in times.items()}
 
@@ -249,7 +252,9 @@ def with_limits(rows: list[dict], bandwidth: float, flop_rate: float) -> list[di
         limit = must.limit_ms(bandwidth, flop_rate)
         by = "memory" if must.bytes / bandwidth >= must.flops / flop_rate else "arithmetic"
         taken = best_ms(row)["median"]
-        found.append(row | {"must": row["must"] | {"bytes": must.bytes}, "limit_ms": limit, "limited_by": by, "share": limit / taken})
+        found.append(
+            row | {"must": row["must"] | {"bytes": must.bytes}, "limit_ms": limit, "limited_by": by, "share": limit / taken}
+        )
     return found
 
 

@@ -128,8 +128,10 @@ def methods(runs: list[Run]) -> dict[str, str]:
 def machine(runs: list[Run]) -> dict[str, str]:
     folders = dict.fromkeys(run.folder(stage) for run in runs for stage in run.artefacts)
     found = [read_json(folder / "provenance.json") for folder in folders if (folder / "provenance.json").is_file()]
-    timed = {name: listed({run.latency[name] for run in runs}) for name in ("device", "threads", "dtype")}
-    facts = {"timed on": f"{timed['device']}, {timed['threads']} threads, {timed['dtype']}"}
+    facts, timed = {}, [run.latency for run in runs if run.latency["device"]]
+    if timed:
+        device, threads, dtype = (listed({one[name] for one in timed}) for name in ("device", "threads", "dtype"))
+        facts["timed on"] = f"{device}, {threads} threads, {dtype}"
     if found:
         peak = max(found, key=lambda one: one["peak_memory_bytes"])
         facts["stages"] = (

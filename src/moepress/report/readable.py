@@ -81,10 +81,19 @@ def _cells(own: list[Run], table: pd.DataFrame, runs: list[Run]) -> dict[str, Ce
         "size": (mebibytes(row["checkpoint_bytes"]), smaller),
         "changed selections": _share(row["selection_shift"], row["selection_shift_stderr"]) if compressed else NOTHING,
         "experts per token": (f"{row['activated_experts']:.2f}", ""),
-        "prefill": (f"{row['speedup_prefill']:.2f}×" if compressed else "1", milliseconds(row["prefill_ms"])),
-        "decode": (f"{row['speedup_decode']:.2f}×" if compressed else "1", milliseconds(row["decode_ms"])),
+        "prefill": _time(row, "prefill", compressed),
+        "decode": _time(row, "decode", compressed),
         "quantized in": (took, ""),
     }
+
+
+def _time(row: pd.Series, phase: str, compressed: bool) -> Cell:
+    """Speed against 16 bits where both fit in memory, and the time; nothing of a run that was not timed."""
+    taken, speedup = row.get(f"{phase}_ms", np.nan), row.get(f"speedup_{phase}", np.nan)
+    if np.isnan(taken):
+        return NOTHING
+    speed = "" if np.isnan(speedup) else f"{speedup:.2f}×"
+    return (speed if compressed else "1"), milliseconds(taken)
 
 
 def domain_table(runs: list[Run]) -> tuple[list[str], list[list[str | Cell]]]:

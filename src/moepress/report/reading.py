@@ -19,6 +19,9 @@ LABELS = {"none": "16 bit", "pmq_code": "PMQ as coded", "hessian": "Hessian"}
 LABELS |= {"fast": "ours, fast", "best": "ours, best"}
 LABELS |= {name: name for name in ("uniform", "half", "random", "frequency", "weight", "global")}
 
+UNTIMED = dict.fromkeys(("device", "threads", "dtype", "prefill_ms", "decode_ms", "speedup_prefill", "speedup_decode"))
+"""What latency.json would say of a run with latency.repeats=0."""
+
 
 def label(method: str) -> str:
     """A method as people write it."""
@@ -168,7 +171,7 @@ class Run:
 
     @cached_property
     def latency(self) -> dict:
-        return self.json("latency", "latency.json")
+        return self.json("latency", "latency.json") if "latency" in self.artefacts else UNTIMED
 
     @cached_property
     def allocated(self) -> dict:
