@@ -25,6 +25,7 @@ COMMANDS = {
     "compare": "moepress.commands.compare",
     "show": "moepress.commands.show",
     "clean": "moepress.commands.clean",
+    "latency": "moepress.commands.latency",
 }
 
 

@@ -213,7 +213,6 @@ def measurement_work(model: Outline, config: dict, is_packed: bool) -> tuple[flo
     found = [*corpus.get("domains", ["text"]), *corpus.get("test_domains", [])]
     blocks = len(evaluation["domains"] or found) * (evaluation["num_blocks"] or UNKNOWN_BLOCKS)
     unpack = UNPACK_FLOPS * model.routed_weights if is_packed else 0
-    few = UNPACK_FLOPS * model.active_weights if is_packed else 0
     evaluated = forward_flops(model, blocks * evaluation["seq_len"], evaluation["seq_len"])
     evaluated += -(-blocks // evaluation["batch_size"]) * unpack
     asked = task_tokens(evaluation)
@@ -222,8 +221,8 @@ def measurement_work(model: Outline, config: dict, is_packed: bool) -> tuple[flo
 
 
 def latency_work(model: Outline, latency: dict, is_packed: bool) -> float:
-    """FLOPs of timing one model: at each setting every repeat, one to warm up and one to look at; behind the prompts once. The 16-bit
-    model's plain experts are timed at the first of each phase."""
+    """FLOPs of timing one model: at each setting every repeat, one to warm up and one to look at; behind the prompts once. The
+    16-bit model's plain experts are timed at the first of each phase."""
     found = 0.0
     unpack = UNPACK_FLOPS * model.routed_weights if is_packed else 0
     few = UNPACK_FLOPS * model.active_weights if is_packed else 0

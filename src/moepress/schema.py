@@ -396,7 +396,8 @@ class Evaluation:
 
 @dataclass
 class Latency:
-    """prefill_batch ... decode_len: whole numbers or lists of them. model: of conf/latency/models/; moepress.latency.shapes checks."""
+    """prefill_batch ... decode_len: whole numbers or lists of them. model: of conf/latency/models/; moepress.latency.shapes
+    checks."""
 
     prefill_batch: Any
     prefill_len: Any

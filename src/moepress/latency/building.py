@@ -1,5 +1,5 @@
-"""Decoder layers of a real shape with random weights, 16-bit and packed, and a routing of a given skew. Random codes are as good as
-quantized ones: no time depends on their values.
+"""Decoder layers of a real shape with random weights, 16-bit and packed, and a routing of a given skew. Random codes are as
+good as quantized ones: no time depends on their values.
 
 Legend: V vocabulary, K selected experts, E experts, L MoE layers.
 """
@@ -104,8 +104,9 @@ def check_memory(config: dict, dtype: torch.dtype, device: str) -> None:
 
 
 class SkewedRouting:
-    """From now on a token is routed by its number: in each layer to K experts that were drawn for it, without repetition, expert e with
-    probabilities proportional to `(e + 1) ** -skew`. The routers compute what they always do, and the weights remain theirs.
+    """From now on a token is routed by its number: in each layer to K experts that were drawn for it, without repetition,
+    expert e with probabilities proportional to `(e + 1) ** -skew`. The routers compute what they always do, and the weights
+    remain theirs.
 
     tables: `[L][V, K]`.
     """
@@ -115,10 +116,9 @@ class SkewedRouting:
         log_p_E = -skew * torch.arange(1, E + 1, dtype=torch.float64).log()
         self.tables = []
         for layer, router in enumerate(routers_of(model)):
-            noise_VE = (
-                -torch.rand(VOCAB, E, dtype=torch.float64, generator=torch.Generator().manual_seed(layer)).log().neg().log()
-            )
-            self.tables.append((log_p_E + noise_VE).topk(K).indices.to(model.device))  # Gumbel's top-k
+            uniform_VE = torch.rand(VOCAB, E, dtype=torch.float64, generator=torch.Generator().manual_seed(layer))
+            gumbel_VE = -(-uniform_VE.log()).log()  # the largest of log p + Gumbel noise are a draw without repetition
+            self.tables.append((log_p_E + gumbel_VE).topk(K).indices.to(model.device))
             router.register_forward_hook(self.router(self.tables[-1]))
         model.register_forward_pre_hook(self.see, with_kwargs=True)
 

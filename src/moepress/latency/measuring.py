@@ -1,5 +1,5 @@
-"""Times of models side by side: in turn in every round of one process, so that drift hits all alike; and beside each the time that
-the device would need for what must be moved and computed.
+"""Times of models side by side: in turn in every round of one process, so that drift hits all alike; and beside each the time
+that the device would need for what must be moved and computed.
 
 Legend: B sequences, S positions.
 """
@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 
@@ -26,8 +27,8 @@ BEST_EXPERTS = {"cpu": ON_CPU, "cuda": "grouped_mm"}
 
 @dataclass(frozen=True)
 class Variant:
-    """A loaded model as it is timed; several may share it. experts: transformers' name of the experts' implementation, None for the
-    model's own. policy: of pruning. is_costly: timed at each phase's first setting only."""
+    """A loaded model as it is timed; several may share it. experts: transformers' name of the experts' implementation, None
+    for the model's own. policy: of pruning. is_costly: timed at each phase's first setting only."""
 
     name: str
     model: torch.nn.Module
@@ -203,8 +204,8 @@ def measure(models: list[Variant], texts: dict[str, torch.Tensor], config: dict,
 
 
 def look(one: Prefill | Decode) -> dict:
-    """What it must do, and its memory: on a GPU the most that is allocated while it runs, of its own weights and what comes on top;
-    on a CPU, where a process has one peak for all its models, weights and cache."""
+    """What it must do, and its memory: on a GPU the most that is allocated while it runs, of its own weights and what comes on
+    top; on a CPU, where a process has one peak for all its models, weights and cache."""
     model, device = one.variant.model, one.variant.model.device
     is_cuda, before = device.type == "cuda", 0
     if is_cuda:
@@ -231,12 +232,13 @@ def graph_times(timed: dict[str, Decode], config: dict) -> dict[str, dict]:
             found[name] = {"no_graph": str(error).splitlines()[0]}
             print(f"{name} is decoded without a CUDA graph: {found[name]['no_graph']}")
             continue
-        timers[name] = (
-            one.variant,
-            lambda one=one, static=static: milliseconds(static.run, static.token_B1.device) / one.steps,
-        )
+        timers[name] = (one.variant, partial(graph_ms, one, static))
     times = in_turn(timers, config["repeats"], Silent()) if timers else {}
     return found | {name: {"graph_ms": spread} for name, spread in times.items()}
+
+
+def graph_ms(one: Decode, static: StaticDecoding) -> float:
+    return milliseconds(static.run, one.variant.model.device) / one.steps
 
 
 class Silent:
@@ -245,7 +247,8 @@ class Silent:
 
 
 def with_limits(rows: list[dict], bandwidth: float, flop_rate: float) -> list[dict]:
-    """The rows with what the device would need at these rates, and the share of it in the time that was taken: 1 is the limit."""
+    """The rows with what the device would need at these rates, and the share of it in the time that was taken: 1 is the
+    limit."""
     found = []
     for row in rows:
         must = Traffic(**row["must"])
@@ -264,8 +267,8 @@ def best_ms(row: dict) -> dict[str, float]:
 
 
 def headline(rows: list[dict], phase: str, names: tuple[str, str]) -> tuple[dict | None, dict | None]:
-    """The rows of two models at a phase's first setting, their times under `ms`; as CUDA graphs only where both have one. None where a
-    model was not timed."""
+    """The rows of two models at a phase's first setting, their times under `ms`; as CUDA graphs only where both have one. None
+    where a model was not timed."""
     first = next((row for row in rows if row["phase"] == phase), None)
     place = first and (first["batch"], first["length"])
     found = {row["model"]: row for row in rows if row["phase"] == phase and (row["batch"], row["length"]) == place}

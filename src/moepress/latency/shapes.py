@@ -1,5 +1,5 @@
-"""Real models' shapes, for want of their weights: conf/latency/models/NAME.yaml holds what of config.json the shapes follow from.
-Imports no torch."""
+"""Real models' shapes, for want of their weights: conf/latency/models/NAME.yaml holds what of config.json the shapes follow
+from. Imports no torch."""
 
 from omegaconf import OmegaConf
 
@@ -28,8 +28,8 @@ def layers_only(shape: dict, num_layers: int, vocab_size: int) -> dict:
 
 
 def widths(shape: dict, allocation: dict, group_size: int) -> list[int]:
-    """A width for each expert of a layer: the same for all, or the two of `allocation.widths` around `allocation.bits` so that they
-    come to it on average in bytes, the wider ones for the experts that are selected most, as PMQ has it."""
+    """A width for each expert of a layer: the same for all, or the two of `allocation.widths` around `allocation.bits` so that
+    they come to it on average in bytes, the wider ones for the experts that are selected most, as PMQ has it."""
     found = families.shape_of(shape, "latency.model")
     if not allocation.get("widths"):
         return [int(allocation["bits"])] * found.num_experts

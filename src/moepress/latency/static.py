@@ -47,7 +47,8 @@ class StaticDecoding:
 
     @torch.inference_mode()
     def run(self, keep: bool = False) -> list[torch.Tensor]:
-        """Every token from the prompt on, by the graph where there is one; the logits `[B, 1, V]` of each if asked to `keep` them."""
+        """Every token from the prompt on, by the graph where there is one; the logits `[B, 1, V]` of each if asked to `keep`
+        them."""
         self.restart()
         found = []
         for place in range(self.num_prompt, self.ids_BS.shape[1]):

@@ -1,8 +1,8 @@
 """What a forward must do at the least, for the experts that its tokens really select: bytes to move, operations to compute.
 
 A weight is read once, in the bits that it has: of the routed experts only the selected ones, of the embedding only the tokens'
-rows. A key-value cache is written by a prefill, and read and written by a step of decoding. Activations are not counted: they may stay
-in caches.
+rows. A key-value cache is written by a prefill, and read and written by a step of decoding. Activations are not counted: they
+may stay in caches.
 
 Legend: B sequences, S positions, T = B * S tokens, L MoE layers, E experts.
 """
@@ -22,8 +22,8 @@ from moepress.quantization.size import matrix_bytes
 
 @dataclass(frozen=True)
 class Traffic:
-    """Of one forward. Bytes: experts (the selected ones' weights), rest (all other weights), cache. used: distinct experts that a
-    MoE layer's tokens select, mean over layers."""
+    """Of one forward. Bytes: experts (the selected ones' weights), rest (all other weights), cache. used: distinct experts
+    that a MoE layer's tokens select, mean over layers."""
 
     experts: float
     rest: float
@@ -66,8 +66,8 @@ class Parts:
     """Bytes and multiplications of a loaded model's parts.
 
     expert_bytes `[L][E]`; expert_weights `[L]`: of one expert, each multiplied once for a token. rest_bytes: of everything else
-    but an embedding that is only looked up, of which row_bytes are a token's. dense_weights: of the layers, outside the experts.
-    """
+    but an embedding that is only looked up, of which row_bytes are a token's. dense_weights: of the layers, outside the
+    experts."""
 
     def __init__(self, model):
         self.heads = model.config.num_attention_heads

@@ -46,8 +46,8 @@ class Attached:
 
 
 class MayBeLeftOut:
-    """Until removed, tells transformers' grouped experts that some slots may have "no expert": they leave those rows uninitialised
-    otherwise."""
+    """Until removed, tells transformers' grouped experts that some slots may have "no expert": they leave those rows
+    uninitialised otherwise."""
 
     def __init__(self, experts: nn.Module):
         self.experts, self.before = experts, getattr(experts, "_is_expert_parallel", False)

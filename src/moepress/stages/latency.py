@@ -1,5 +1,5 @@
-"""Prefill and decode times on the device at hand, beside the 16-bit model in the same run: of a checkpoint, or of layers of a real
-model's shape with random weights."""
+"""Prefill and decode times on the device at hand, beside the 16-bit model in the same run: of a checkpoint, or of layers of a
+real model's shape with random weights."""
 
 import numpy as np
 import torch
@@ -28,16 +28,15 @@ def run(task: Task) -> None:
     total = measuring.rounds(config) if models else 0
     with tqdm(total=total, desc=f"latency {task.name}", unit="round", mininterval=1) as progress:
         rows = measuring.measure(models, texts, config, progress) if models else []
-    rates = {
-        name: max(value, again)
-        for (name, value), again in zip(rates.items(), rates_of(models, config, device).values(), strict=True)
-    }
+    again = rates_of(models, config, device)
+    rates = {name: max(rate, again[name]) for name, rate in rates.items()}
     rows = measuring.with_limits(rows, **rates) if rows else []
     write_json(task.out / "latency.json", found_of(task, models, rows) | rates | facts)
 
 
 def rates_of(models: list[measuring.Variant], config: dict, device: str) -> dict[str, float]:
-    """What the device can do at this moment, both before and after the timing: on a machine that others use, the better counts."""
+    """What the device can do at this moment, both before and after the timing: on a machine that others use, the better
+    counts."""
     dtype = models[0].model.dtype if models else torch.float32
     bandwidth = devices.bandwidth(device, parse_bytes(config["buffer"], "latency.buffer"))
     return {"bandwidth": bandwidth, "flop_rate": devices.flop_rate(device, dtype)}
@@ -90,7 +89,7 @@ def layers_of_a_shape(task: Task, device: str) -> tuple[list[measuring.Variant],
     building.check_memory(layers, dtype, device)
     widths = shapes.widths(shape, task.config["allocation"], sizes["group_size"])
     original, compressed = (building.build(layers, dtype, device, found, sizes) for found in (None, widths))
-    routing = [building.SkewedRouting(model, config["skew"]) for model in (original, compressed)][0]
+    routing, _ = (building.SkewedRouting(model, config["skew"]) for model in (original, compressed))
     policy = None if task.config["pruning"]["method"] == "none" else task.config["pruning"]
     generator = torch.Generator().manual_seed(0)
     texts = {}
@@ -104,8 +103,8 @@ def layers_of_a_shape(task: Task, device: str) -> tuple[list[measuring.Variant],
 
 
 def found_of(task: Task, models: list[measuring.Variant], rows: list[dict]) -> dict:
-    """latency.json: the machine; of each phase's first setting the model that was asked for and the 16-bit one, as runs.csv shows
-    them (null: not measured, as the model does not fit in memory); and all rows."""
+    """latency.json: the machine; of each phase's first setting the model that was asked for and the 16-bit one, as runs.csv
+    shows them (null: not measured, as the model does not fit in memory); and all rows."""
     config, loaded = task.config["latency"], {variant.name: variant.model for variant in models}
     is_variant = config.get("model") or task.inputs["checkpoint"] != task.inputs["model"] or "pruning" in task.inputs
     measured = "compressed" if is_variant else "16bit"
@@ -115,7 +114,7 @@ def found_of(task: Task, models: list[measuring.Variant], rows: list[dict]) -> d
         own, base = measuring.headline(rows, phase, (measured, "16bit"))
         found[f"{phase}_ms"], found[f"{phase}_ms_16bit"] = (row and row["ms"] for row in (own, base))
         found[f"speedup_{phase}"] = base["ms"]["median"] / own["ms"]["median"] if own and base else None
-        found[f"share_{phase}"] = own and own["share"]
+        found[f"share_{phase}"] = own and own["limit_ms"] / own["ms"]["median"]
     for name, suffix in ((measured, ""), ("16bit", "_16bit")):
         found[f"weight_bytes{suffix}"] = weight_bytes(loaded[name]) if name in loaded else None
     return found | {"measured": measured, "rows": rows}
