@@ -70,7 +70,7 @@ def bytes_of_expert(experts, e: int) -> int:
 @pytest.mark.parametrize("kind", ["16bit", "packed"])
 @pytest.mark.parametrize("num_prompt", [0, 5])
 def test_bytes_to_move_token_by_token(layers, kind, num_prompt):
-    """Of a prefill, and of the steps of decoding: every token's experts looked at by themselves, every other tensor by its name."""
+    """Of a prefill, and of the steps of decoding: each token's experts by themselves, other tensors by name."""
     model, ids_BS, chosen = layers[kind], tokens(2, 7), []
     variant = measuring.Variant(kind, model)
     handles = [router.register_forward_hook(lambda _, args, out: chosen.append(out[2])) for router in routers_of(model)]
