@@ -4,7 +4,7 @@ CORES ?= $(shell nproc 2>/dev/null || echo 2)
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: run test lint clean install
+.PHONY: run test lint clean install notebooks rulegraph
 
 install: .venv/installed
 
@@ -28,6 +28,19 @@ lint: install
 	ruff format --check .
 	snakefmt --check Snakefile workflow
 	snakemake --lint
+
+# The notebooks on the newest report of results/, with their pictures, in results/notebooks/.
+notebooks: install
+	mkdir -p results/notebooks
+	jupyter-execute notebooks/*.ipynb --output='../results/notebooks/{notebook_name}'
+	@echo "executed: results/notebooks/*.ipynb"
+
+# The picture of the stages in README.md, of two experiments that together have them all; needs graphviz.
+rulegraph: install
+	snakemake --rulegraph dot --config experiments='["allocation=global evaluation.decomposition=true", "pruning=odp"]' \
+	  overrides=tracking=offline 2> /dev/null | sed -E 's/color = "[^"]*"/color = "#b84e00"/; /^    (graph|node)\[/d; /label = "all"|-> 0$$/d' \
+	  | tred | dot -Tsvg -Grankdir=LR -Gbgcolor='#fbfaf8' -Gpad=0.15 -Granksep=0.25 -Nshape=box -Nfontname=Helvetica \
+	  -Nmargin=0.08 -Nfontsize=14 -Nfontcolor='#1f2328' -Nheight=0.4 > docs/images/workflow.svg
 
 # Downloads stay in the user's cache (paths.cache), the environment in .venv.
 clean:

@@ -113,6 +113,8 @@ def text_folder(tmp_path_factory):
 
 
 SMALL = [
+    "allocation=pmq",
+    "quantization=qesc",
     "quantization.group_size=32",
     "calibration.num_sequences=8",
     "calibration.seq_len=64",

@@ -92,6 +92,16 @@ def test_show_tells_the_tree_and_its_cost(made, said):
         show.main(["abcdef", f"--results={place}"])
 
 
+def test_small_differences_are_told_from_none_and_zero_has_no_sign():
+    for (value, stderr), expected in {
+        (0.0, 0.0): ("0.0000", "0.0000 to 0.0000"),
+        (-2e-5, 0.01): ("0.0000", "-0.0223 to +0.0223"),
+        (-2e-5, 1e-6): ("-0.0000200", "-0.0000222 to -0.0000178"),
+        (0.5, np.nan): ("+0.5000", "unknown: one block only"),
+    }.items():
+        assert compare.numbers_of(paired.Difference(value, stderr, 10)) == expected
+
+
 @pytest.fixture
 def copied(made, tmp_path, monkeypatch):
     """The results again, the overrides that made them, and a folder beside them that is nobody's to remove."""

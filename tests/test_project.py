@@ -1,10 +1,15 @@
 """The project's own promises: pins with reasons, one set for pip and conda, formatted and linted, imports that point down."""
 
 import ast
+import os
 import re
+import subprocess
+import sys
 import tomllib
+import zipfile
 
 import yaml
+from hatchling.builders.wheel import WheelBuilder
 
 from moepress.config import ROOT
 
@@ -31,6 +36,27 @@ def test_every_dependency_is_used():
 def test_conda_takes_the_same_set():
     conda = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
     assert conda[-1]["pip"] == ["torch==2.13.0", "-e .[dev]"]
+
+
+def test_the_wheel_works_outside_its_checkout(tmp_path):
+    """It has the configuration, the workflow with its default profile, and the plugin where Hydra finds it."""
+    wheel = next(WheelBuilder(str(ROOT)).build(directory=str(tmp_path / "wheel"), versions=["standard"]))
+    installed, place = tmp_path / "site", tmp_path / "place"
+    place.mkdir()
+    zipfile.ZipFile(wheel).extractall(installed)
+    for folder in ("conf", "workflow"):
+        for path in (ROOT / folder).rglob("*.*"):
+            assert path.is_dir() or (installed / "moepress" / path.relative_to(ROOT)).read_bytes() == path.read_bytes()
+    environment = {**os.environ, "PYTHONPATH": str(installed)}
+    say = "import moepress, hydra_plugins.moepress_launcher as plugin; print(moepress.__file__, plugin.__file__)"
+    dry = ["-m", "snakemake", "-s", str(installed / "moepress" / "Snakefile"), "--cores", "1", "-n", "--quiet", "rules"]
+    for command in (["-c", say], ["-m", "moepress", "--cfg", "hydra"], dry):
+        done = subprocess.run([sys.executable, *command], cwd=place, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        if command is dry:
+            assert f"profile {installed}/moepress/profiles/default" in done.stderr
+        else:
+            assert str(ROOT / "src") not in done.stdout and str(installed) in done.stdout
 
 
 MATH = ["allocation", "quantization/grid", "quantization/gptq", "quantization/router", "quantization/packing"]

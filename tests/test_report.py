@@ -18,7 +18,20 @@ from docutils.core import publish_parts
 from safetensors.numpy import save_file
 
 from moepress.artefacts import Task
-from moepress.report import awareness, compare, figures, heatmaps, interactive, lines, paired, readable, reading, style, table
+from moepress.report import (
+    awareness,
+    compare,
+    costs,
+    figures,
+    heatmaps,
+    interactive,
+    lines,
+    paired,
+    readable,
+    reading,
+    style,
+    table,
+)
 from moepress.stages import report
 
 ROOT = Path(__file__).parents[1]
@@ -366,11 +379,37 @@ def test_every_figure_and_its_caption(study):
         ElementTree.parse(out / f"figures/{name}.svg")
 
 
+def test_costs_count_every_artefact_once(study):
+    _, runs, out = study
+    spent = pd.read_csv(out / "costs.csv")
+    wanted = {folder for run in runs for folder in run["artefacts"].values()} | {"calibration/8x64-cccc"}
+    assert sorted(spent["artefact"]) == sorted(wanted), "what is shared, once"
+    assert spent["stage"].drop_duplicates().tolist()[:2] == ["corpus", "model"] and spent["stage"].iloc[-1] == "latency"
+    headings, rows = costs.table(spent)
+    assert len({len(row) for row in (headings, *rows)}) == 1 and rows[-1][0] == ("all", f"{len(spent)} artefacts")
+    assert rows[-1][1][0] == readable.seconds(2.0 * len(spent)) and rows[0][-1] == "1 GiB"
+    page = (out / "index.html").read_text()
+    assert all(f"<td>{stage}\n<small>" in page for stage in spent["stage"])
+
+
+def test_costs_hold_what_no_run_names(results):
+    """What an artefact was made from is found through it; what was deleted is passed over."""
+    run = results.run("qesc-2")
+    results.config("calibration/8x64-cccc", {}, {"corpus": "corpus/default-bbbb", "gone": "gradients/gone-ffff"})
+    results.config(run["artefacts"]["quantization"], {}, {"calibration": "calibration/8x64-cccc"})
+    slow = {"stage": "calibration", "seconds": 90.0, "cpu_seconds": {"startup": 1.0, "total": 45.0}, "peak_memory_bytes": 2**31}
+    results.write(results.root / "calibration/8x64-cccc/provenance.json", slow)
+    (own,) = reading.load([run], results.root)
+    found = costs.by_stage(costs.tabulate([own]))
+    assert found.loc["calibration"].tolist() == [1, 90.0, 45.0, 2**31] and "gradients" not in found.index
+    assert np.isnan(found.loc["model", "cpu_seconds"]) and costs.table(costs.tabulate([own]))[1][-1][2] == "45.0 s"
+
+
 def test_captions_for_snakemake(study):
     """One file says what every page, figure and table is; it is a Jinja template of reStructuredText."""
     template = jinja2.Environment().from_string((ROOT / "workflow/report/report.rst").read_text())
     texts, strict = {}, {"halt_level": 2}
-    for name in ("index", "runs", *figures.FIGURES):
+    for name in ("index", "runs", "costs", *figures.FIGURES):
         wildcards = {"id": "default-0"} if name == "runs" else {"id": "default-0", "name": name}
         text = template.render(snakemake=SimpleNamespace(wildcards=wildcards))
         texts[name] = publish_parts(text, writer="html", settings_overrides=strict)["body"]

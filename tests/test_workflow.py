@@ -16,7 +16,8 @@ import yaml
 from conftest import small_experiment
 from moepress.config import ROOT
 
-ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
+SECRETS = {"WANDB_API_KEY": "0f1e2d3c4b5a69788796a5b4c3d2e1f00f1e2d3c", "HF_TOKEN": "hf_aZbYcXdWeVfUgThSiRjQkPlOm"}
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", **SECRETS}
 QESC = ["allocation.bits=2.5", "quantization=qesc"]
 
 
@@ -34,7 +35,8 @@ def moepress(folder, *overrides, check=True):
 
 
 def artefacts(folder):
-    return {str(p.relative_to(folder / "results")) for p in (folder / "results").glob("*/*-????????????") if p.is_dir()}
+    found = {str(p.relative_to(folder / "results")) for p in (folder / "results").glob("*/*-????????????") if p.is_dir()}
+    return {name for name in found if not name.startswith("wandb/")}
 
 
 def test_one_experiment_and_its_neighbours(place):
@@ -49,7 +51,10 @@ def test_one_experiment_and_its_neighbours(place):
     assert rows[1]["checkpoint_bytes"] == str(
         sum(p.stat().st_size for p in folder.glob("results/quantization/*/*.safetensors"))
     )
-    assert list(folder.glob("results/wandb/wandb/offline-run-*")), "mirrored without a key"
+    stages = len(list(folder.glob("results/*/*/provenance.json")))
+    assert len(list(folder.glob("results/wandb/offline-run-*"))) == stages + len(rows), "mirrored without a key"
+    for path in (path for path in folder.rglob("*") if path.is_file()):
+        assert not any(secret.encode() in path.read_bytes() for secret in SECRETS.values()), f"{path} holds a secret"
     assert not list(folder.glob("results/*/*.partial"))
 
     # every folder is whole: configuration, provenance, hashes
@@ -114,27 +119,33 @@ def test_control_c_at_any_moment(place):
     assert (folder / report / "runs.csv").is_file()
 
 
-def test_a_sweep_killed_and_started_again_only_finishes(place):
-    """The real launcher over the real Snakemake; killed, it leaves the folder locked, which the next run sees to."""
+@pytest.mark.parametrize(("how", "seed"), [(signal.SIGKILL, 11), (signal.SIGINT, 12)])
+def test_a_sweep_stopped_and_started_again_only_finishes(place, how, seed):
+    """The real launcher over the real Snakemake; killed, it leaves the folder locked, which the next run sees to; at a
+    Ctrl-C, which a terminal sends to all of its processes, it unlocks the folder itself."""
     folder, small = place
-    sweep = ["--multirun", *small, "allocation=uniform", "allocation.bits=3", "quantization=rtn,gptq", "seed=11"]
+    sweep = ["--multirun", *small, "allocation=uniform", "allocation.bits=3", "quantization=rtn,gptq", f"seed={seed}"]
     before = artefacts(folder)
-    running = subprocess.Popen([sys.executable, "-m", "moepress", *sweep], cwd=folder, env=ENV, start_new_session=True)
+    command = [sys.executable, "-m", "moepress", *sweep]
+    running = subprocess.Popen(command, cwd=folder, env=ENV, stderr=subprocess.PIPE, text=True, start_new_session=True)
     while running.poll() is None and not any(name.startswith("calibration/") for name in artefacts(folder) - before):
         time.sleep(0.05)
-    os.killpg(running.pid, signal.SIGKILL)
-    running.wait()
+    os.killpg(running.pid, how)
+    said = running.communicate()[1]
     kept = artefacts(folder)
     made = {name: (folder / "results" / name / "provenance.json").read_bytes() for name in kept}
-    assert list(folder.glob(".snakemake/locks/*.lock")), "killed in the middle"
+    assert not any(name.startswith("quantization/gptq") for name in kept - before), "stopped in the middle"
+    if how == signal.SIGINT:
+        assert running.returncode == 130 and "stopping; the same command goes on" in said and "Traceback" not in said
+    assert bool(list(folder.glob(".snakemake/locks/*.lock"))) == (how == signal.SIGKILL)
     finished = moepress(folder, *sweep)
-    assert "going on from what is whole" in finished.stderr
+    assert ("going on from what is whole" in finished.stderr) == (how == signal.SIGKILL)
     assert all((folder / "results" / name / "provenance.json").read_bytes() == made[name] for name in kept)
     report = folder / finished.stdout.splitlines()[-1]
     with (report / "runs.csv").open() as file:
         assert [row["run"] for row in csv.DictReader(file)] == ["16bit", "rtn-3", "gptq-3"]
-    once = [name.split("/")[0] for name in artefacts(folder) - before]
-    assert once.count("calibration") == 1 and once.count("quantization") == 2
+    once = [name.rpartition("-")[0] for name in artefacts(folder) - before]
+    assert once.count("calibration/8x64") == once.count("quantization/gptq-3") == 1
     assert "everything is computed already" in moepress(folder, *sweep).stderr
 
 

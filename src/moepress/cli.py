@@ -26,6 +26,8 @@ COMMANDS = {
     "show": "moepress.commands.show",
     "clean": "moepress.commands.clean",
     "latency": "moepress.commands.latency",
+    "sync": "moepress.commands.sync",
+    "dashboard": "moepress.commands.dashboard",
 }
 
 

@@ -83,7 +83,19 @@ def _statistics_inputs(c):
 
 def _quantization_inputs(c):
     calibration = {} if c["quantization"]["method"] == "rtn" else {"calibration": ("calibration", c)}
+    if calibration and (wanted := distill_sequences(c)) is not None:
+        calibration["distillation"] = ("calibration", {**c, "calibration": {**c["calibration"], "at_most": wanted}})
     return {**_model(c), **calibration, "allocation": ("allocation", c)}
+
+
+def distill_sequences(c: dict) -> int | None:
+    """Sequences of the sample that the whole packed model is tuned on, no more than its steps take; None where that is the
+    calibration's own."""
+    quantization = c["quantization"]
+    if not quantization.get("distill_steps") or quantization["distill_sequences"] is None:
+        return None
+    each = max(1, quantization["tune_tokens"] // c["calibration"]["seq_len"])
+    return min(quantization["distill_sequences"], quantization["distill_steps"] * each)
 
 
 def _pruning_inputs(c):
@@ -156,7 +168,7 @@ STAGES: dict[str, Stage] = {
         2,
         ("calibration",),
         lambda c: {"corpus": ("corpus", c), **_model(c)},
-        lambda c: f"{c['calibration']['num_sequences']}x{c['calibration']['seq_len']}",
+        lambda c: f"{c['calibration'].get('at_most', c['calibration']['num_sequences'])}x{c['calibration']['seq_len']}",
     ),
     "gradients": Stage(
         1,
@@ -298,7 +310,7 @@ def compared(experiments: list[Experiment]) -> list[Experiment]:
     return found
 
 
-REPORT_VERSION = 1
+REPORT_VERSION = 2
 
 
 def report_artefact(name: str, caption: str, experiments: list[Experiment]) -> Artefact:

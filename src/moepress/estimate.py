@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 
 from moepress.artefacts import read_config, read_json
+from moepress.dag import distill_sequences
 from moepress.evaluation import benchmarks, suites
 from moepress.models import outline as outlines
 from moepress.models.families import FAMILIES, kind_of, locate
@@ -107,8 +108,10 @@ def disk(model: Outline, config: dict, folder_bytes: int | None) -> dict[str, in
     if config["quantization"]["method"] in ("gptq", "qesc"):
         streams = 6  # the same of the quantized model
         streams += config["quantization"]["tune_steps"] > 0  # and what a layer is tuned towards
+        sample = distill_sequences(config)
+        streams += 3 * (sample or 0) / calibration["num_sequences"]  # and of the larger sample, through the 16-bit model
     each = 4 * calibration["num_sequences"] * calibration["seq_len"] * model.shape.hidden_size
-    found = {"hidden states, while it runs": streams * each}
+    found = {"hidden states, while it runs": int(streams * each)}
     if has_gradients(config):
         each = gradient_tokens(config) * model.shape.hidden_size
         found["gradients"] = 2 * len(model.shape.moe_layers) * each
@@ -204,6 +207,8 @@ def quantization_work(model: Outline, calibration: dict, settings: dict) -> tupl
         seen = settings["distill_steps"] * max(settings["tune_tokens"], calibration["seq_len"])
         flops += 4 * forward_flops(model, seen, calibration["seq_len"])
         flops += settings["distill_steps"] * 2 * UNPACK_FLOPS * model.routed_weights
+        if settings["distill_sequences"] is not None:  # and that text through the 16-bit model
+            flops += forward_flops(model, seen, calibration["seq_len"])
     return flops, steps
 
 

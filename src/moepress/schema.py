@@ -263,6 +263,7 @@ class GPTQ(RTN):
     tune_rest: bool
     tune_asymmetry: float
     distill_steps: int
+    distill_sequences: int | None
 
     def __post_init__(self):
         super().__post_init__()
@@ -274,6 +275,10 @@ class GPTQ(RTN):
         check(0 <= self.refine_rounds <= 100, "quantization.refine_rounds", self.refine_rounds, "between 0 and 100")
         for name in ("tune_steps", "distill_steps"):
             check(getattr(self, name) >= 0, f"quantization.{name}", getattr(self, name), "0 for none, or more")
+        wanted = self.distill_sequences
+        check(
+            wanted is None or wanted >= 1, "quantization.distill_sequences", wanted, "null for the calibration's, or at least 1"
+        )
         check(self.tune_tokens >= 1, "quantization.tune_tokens", self.tune_tokens, "at least 1")
         expected = "above 0 and at most 0.1 of a scale, a step"
         check(0 < self.tune_rate <= 0.1, "quantization.tune_rate", self.tune_rate, expected)
@@ -432,14 +437,29 @@ class Latency:
         check(self.dtype in known, "latency.dtype", self.dtype, f"one of {', '.join(known)}")
 
 
+MIRRORED = (
+    *("corpus", "model", "calibration", "gradients", "statistics", "allocation", "quantization", "pruning", "evaluation"),
+    *("decomposition", "latency", "report"),
+)
+"""Stages whose folders are artifacts at W&B."""
+
+
 @dataclass
 class Tracking:
     mode: str
     project: str
+    entity: str | None
+    upload: list[str]
 
     def __post_init__(self):
         modes = ("disabled", "offline", "online")
         check(self.mode in modes, "tracking", self.mode, "one of disabled, offline, online")
+        is_name = re.fullmatch(r"[^/\\#?%:\s][^/\\#?%:]{0,127}", self.project)
+        check(
+            bool(is_name), "tracking.project", self.project, "a W&B project's name: up to 128 characters, none of / \\ # ? % :"
+        )
+        for stage in self.upload:
+            check(stage in MIRRORED, "tracking.upload", stage, f"stages, of {', '.join(MIRRORED)}")
 
 
 @dataclass

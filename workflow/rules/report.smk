@@ -6,7 +6,7 @@ rule report:
     output:
         report(
             directory(f"{RESULTS}/report/{{id}}"),
-            patterns=["{name}.html", "figures/{name}.svg", "{name,runs}.csv"],
+            patterns=["{name}.html", "figures/{name}.svg", "{name,runs|costs}.csv"],
             caption="../report/report.rst",
             category="Results",
         ),
@@ -28,6 +28,6 @@ rule tracking:
     conda:
         "../../environment.yml"
     params:
-        project=PLAN.project,
+        settings=PLAN.tracking,
     shell:
-        "python -m moepress.tracking {input.report:q} {output:q} {params.project:q} 2>&1 | tee {log:q}"
+        "python -m moepress.tracking {input.report:q} {output:q} {params.settings:q} 2>&1 | tee {log:q}"

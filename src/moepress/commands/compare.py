@@ -80,7 +80,8 @@ def differences(runs: list[Run], others: list[Run]) -> Iterator[str]:
     rows = [("", "difference", "95 % interval", "")]
     for metric, one in paired.Pair(runs, others, paired.SIXTEEN).differences.items():
         if not np.isnan(one.value):
-            rows.append((NAMES.get(metric, metric), f"{one.value:+.4f}", interval(one), verdict(metric, one)))
+            number, between = numbers_of(one)
+            rows.append((NAMES.get(metric, metric), number, between, verdict(metric, one)))
     yield from (f"  {line}" for line in aligned(rows, left_last=True))
 
 
@@ -91,9 +92,19 @@ def title(runs: list[Run]) -> str:
     return runs[0].name if len(runs) == 1 else f"{runs[0].title} ({len(runs)} seeds)"
 
 
-def interval(one: paired.Difference) -> str:
+def numbers_of(one: paired.Difference) -> tuple[str, str]:
+    """The difference and its interval: four decimals, and as many more as show two digits of half the interval."""
     low, high = one.interval
-    return "unknown: one block only" if np.isnan(low) else f"{low:+.4f} to {high:+.4f}"
+    if np.isnan(low):
+        return signed(one.value, 4), "unknown: one block only"
+    places = int(np.clip(1 - np.floor(np.log10((high - low) / 2)), 4, 8)) if high > low else 4
+    return signed(one.value, places), f"{signed(low, places)} to {signed(high, places)}"
+
+
+def signed(value: float, places: int) -> str:
+    """`+0.0123`; what rounds to zero has no sign."""
+    text = f"{value:+.{places}f}"
+    return text if float(text) else text[1:]
 
 
 def verdict(metric: str, one: paired.Difference) -> str:

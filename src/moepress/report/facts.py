@@ -8,8 +8,6 @@ import yaml
 
 from moepress.artefacts import read_config, read_json
 from moepress.models.specialisation import mutual_information
-from moepress.report.compare import mebibytes
-from moepress.report.readable import seconds
 from moepress.report.reading import Run
 
 SIZES = ("folder_bytes", "loaded_bytes")
@@ -93,7 +91,9 @@ def calibration(run: Run) -> str | None:
     found = read_config(run.results / folder)["calibration"]
     domains = ", ".join(found["domains"]) if found["domains"] else "all domains"
     size = f"{found['num_sequences']} sequences of {found['seq_len']} tokens"
-    return f"{size} from {domains}, drawn with seed {found['seed']}"
+    more = described["config"]["quantization"].get("distill_sequences")
+    tuned = f" (the packed model tuned as a whole on up to {more})" if "distillation" in described["inputs"] else ""
+    return f"{size} from {domains}, drawn with seed {found['seed']}{tuned}"
 
 
 def methods(runs: list[Run]) -> dict[str, str]:
@@ -135,11 +135,6 @@ def machine(runs: list[Run]) -> dict[str, str]:
         reads, computes = (max(one[name] for one in timed) / 1e9 for name in ("bandwidth", "flop_rate"))
         facts["the device's limit"] = f"{reads:.3g} GB of memory and {computes:.3g} GFLOP a second, measured beside the times"
     if found:
-        peak = max(found, key=lambda one: one["peak_memory_bytes"])
-        facts["stages"] = (
-            f"{len(found)} artefacts, {seconds(sum(one['seconds'] for one in found))} of work in all; at most "
-            f"{mebibytes(peak['peak_memory_bytes'])} of memory ({peak['stage']})"
-        )
         names = dict.fromkeys(name for one in found for name in one["versions"])
         each = [f"{name} {listed({one['versions'].get(name) for one in found} - {None})}" for name in names]
         facts["versions"] = ", ".join(each)

@@ -7,7 +7,7 @@ from pathlib import Path
 import jinja2
 import pandas as pd
 
-from moepress.report import compare, facts, interactive, readable
+from moepress.report import compare, costs, facts, interactive, readable
 from moepress.report.figures import FIGURES
 from moepress.report.reading import Run
 from moepress.report.template import PAGE
@@ -17,7 +17,9 @@ POINTS_TO_PIXELS = 1.17
 
 
 def write(name: str, caption: str, runs: list[Run], table: pd.DataFrame, out: Path, figures: list[str]) -> None:
-    """Write index.html and summary.md into `out`, which holds figures/NAME.svg of each of `figures` already."""
+    """Write index.html, costs.csv and summary.md into `out`, which holds figures/NAME.svg of each of `figures` already."""
+    spent = costs.tabulate(runs)
+    spent.to_csv(out / "costs.csv", index=False, lineterminator="\n")
     sentences = compare.summary(runs)
     groups = readable.groups(runs, table)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
@@ -36,6 +38,7 @@ def write(name: str, caption: str, runs: list[Run], table: pd.DataFrame, out: Pa
         libraries=interactive.library(),
         figures=[_figure(figure, out / "figures") for figure in figures],
         facts=facts.all_facts(runs),
+        cost_table=costs.table(spent),
         sources=facts.sources(runs),
         runs=runs,
     )

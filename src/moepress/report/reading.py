@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import yaml
 
 from moepress import pruning
 from moepress.artefacts import read_json
@@ -255,6 +256,16 @@ class Run:
         return (seen, out) if seen else (out, [])
 
 
+def shift_by_layer(metrics: dict) -> list[float]:
+    """Share of selected slots that differ from the 16-bit model's in each MoE layer, over all blocks of an evaluation's
+    metrics.json; [] where nothing was compared."""
+    domains = metrics["domains"].values()
+    if not all("selection_shift_by_layer" in domain for domain in domains):
+        return []
+    weights = [domain["num_blocks"] for domain in domains]
+    return np.average([domain["selection_shift_by_layer"] for domain in domains], axis=0, weights=weights).tolist()
+
+
 def load(runs: list[dict], results: Path) -> list[Run]:
     """The runs that a report's configuration lists. Raises ValueError if they were not measured on the same text."""
     fields = ("seed", "is_reference", "quantization", "allocation", "pruning", "artefacts")
@@ -264,6 +275,14 @@ def load(runs: list[dict], results: Path) -> list[Run]:
     check_same_text(found)
     check_same_items(found)
     return found
+
+
+def of_report(folder: Path) -> list[Run]:
+    """The runs of a finished report, by its folder: for notebooks and scripts."""
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise ValueError(f"{folder}: no report; it has no config.yaml")
+    return load(yaml.safe_load(path.read_text(encoding="utf-8"))["config"]["runs"], folder.parent.parent)
 
 
 def methods(runs: Iterable[Run]) -> list[list[Run]]:

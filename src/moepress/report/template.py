@@ -52,6 +52,7 @@ th:first-child, td:first-child { text-align: left; position: sticky; left: 0; z-
   max-width: 46vw; white-space: normal; overflow-wrap: break-word; }
 table.plain td, table.plain th { text-align: left; }
 table.plain td { white-space: normal; overflow-wrap: break-word; }
+table.costs tbody tr:last-child td { font-weight: 650; border-top-width: 2px; }
 tr.size th { background: var(--code); text-align: left; font-weight: 600; padding: .3rem .7rem; max-width: none; }
 tr.best td { background: var(--best); }
 tr.best td:first-child { font-weight: 650; }
@@ -77,6 +78,7 @@ summary { cursor: pointer; font-weight: 600; margin-top: 1rem; }
   dl { grid-template-columns: 1fr; gap: 0; }
   dd { margin-bottom: .6rem; }
   .summary { padding: .3rem .9rem; }
+  table.costs th, table.costs td { padding-inline: .38rem; min-width: 0; }
 }
 @media print { .scroll, .picture { overflow: visible; border: 0; } details > * { display: block; } }
 </style>
@@ -158,6 +160,11 @@ src="data:image/svg+xml;base64,{{ figure.base64 }}"></div>
 {% endfor %}
 </dl>
 {% endfor %}
+<h3 id="costs">What they cost</h3>
+{{ table(*cost_table, kind="costs") }}
+<p class="note">Every artefact of these runs counts once, however many runs share it and whenever it was made; those that were
+made side by side shared the machine. Below a time is its share of the whole. Processor time is that of all threads. Memory is
+the most that one process had, pages of mapped files included. Each artefact: <code>costs.csv</code>.</p>
 <h3>Sources of the text</h3>
 {{ table(*sources, kind="plain") }}
 <details>
