@@ -4,7 +4,7 @@ CORES ?= $(shell nproc 2>/dev/null || echo 2)
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: run test lint clean install notebooks rulegraph
+.PHONY: run test soak lint clean install notebooks rulegraph
 
 install: .venv/installed
 
@@ -22,6 +22,10 @@ run: install
 
 test: install lint
 	pytest -q --durations=10
+
+# The long part of the tests of reliability: docs/reliability.md.
+soak: install
+	HYPOTHESIS_PROFILE=soak pytest -q -s tests/test_bad_input.py tests/test_security.py
 
 lint: install
 	ruff check .

@@ -197,7 +197,7 @@ def test_keys_take_a_number_or_a_list():
     found = values(["latency.prefill_batch=2", "latency.decode_batch=[1,8]"])["latency"]
     assert (found["prefill_batch"], found["decode_batch"]) == ([2], [1, 8])
     for wrong in ("0", "[]", "[1,0]", "x", "true"):
-        with pytest.raises(ValueError, match=r"latency\.decode_batch.*at least 1, or a list"):
+        with pytest.raises(ValueError, match=r"latency\.decode_batch.*between 1 and 1048576, or a list"):
             values([f"latency.decode_batch={wrong}"])
     one, same = (
         ("latency.prefill_batch=4", "latency.prefill_len=[512]"),
@@ -306,7 +306,7 @@ def test_the_command_measures_once(asked, tmp_path, capsys, monkeypatch):
     [
         (["latency.model=big"], r"latency\.model=big: one of small"),
         (["pruning=odp"], "pruning=odp: is fitted to real weights"),
-        (["latency.num_layers=0"], r"latency\.num_layers=0: at least 1"),
+        (["latency.num_layers=0"], r"latency\.num_layers=0: between 1"),
         (["latency.skew=-1"], r"latency\.skew=-1\.0: a Zipf exponent"),
         (["allocation.budget=1GiB"], r"give allocation\.bits"),
     ],

@@ -187,7 +187,7 @@ STAGES: dict[str, Stage] = {
     "pruning": Stage(1, ("pruning",), _pruning_inputs, run_label),
     "evaluation": Stage(4, ("evaluation",), _evaluation_inputs, run_label),
     "decomposition": Stage(1, tuple(f"evaluation.{name}" for name in _TEXT), _decomposition_inputs, _checkpoint_label),
-    "latency": Stage(2, ("latency",), lambda c: {"corpus": ("corpus", c), **_checkpoint(c), **_model(c)}, run_label),
+    "latency": Stage(3, ("latency",), lambda c: {"corpus": ("corpus", c), **_checkpoint(c), **_model(c)}, run_label),
 }
 """The DAG: what each stage's key depends on. The report, which joins many experiments, is added by `report_artefact`."""
 
@@ -273,11 +273,28 @@ def run_names(experiments: list[Experiment]) -> list[str]:
 
 def load_study(name: str) -> dict:
     """`{name, caption, seeds, base, experiments}` of conf/study/NAME.yaml."""
-    path = ROOT / "conf" / "study" / f"{name}.yaml"
-    if not path.is_file():
-        known = ", ".join(sorted(found.stem for found in path.parent.glob("*.yaml")))
-        raise ValueError(f"study={name}: no such file in conf/study/; there is {known}")
-    return OmegaConf.to_container(OmegaConf.load(path))
+    files = {found.stem: found for found in (ROOT / "conf" / "study").glob("*.yaml")}
+    if name not in files:
+        raise ValueError(f"study={name}: no such file in conf/study/; there is {', '.join(sorted(files))}")
+    return checked_study(OmegaConf.to_container(OmegaConf.load(files[name])), f"study={name}")
+
+
+NOT_A_STUDYS = re.compile(r"[+~]*(paths|out|hydra|tracking|evaluation\.run_generated_code)\b")
+"""What a study, which somebody else may have written, leaves to whoever runs it."""
+
+
+def checked_study(study, key: str) -> dict:
+    """A study as it is; ValueError for what is none, or what sets keys that are the caller's own."""
+    texts = isinstance(study, dict) and all(isinstance(study.get(name), str) for name in ("name", "caption"))
+    lists = texts and all(isinstance(study.get(name), list) for name in ("base", "experiments"))
+    if not lists or not all(isinstance(line, str) for line in (*study["base"], *study["experiments"])):
+        raise ValueError(f"{key}: a study has name and caption (texts), base and experiments (lists of overrides)")
+    if not study["experiments"] or not all(type(seed) is int for seed in study.get("seeds", [])):
+        raise ValueError(f"{key}: give at least one experiment, and seeds, if any, as a list of whole numbers")
+    for line in [*study["base"], *shlex.split(" ".join(study["experiments"]))]:
+        if NOT_A_STUDYS.match(line):
+            raise ValueError(f"{key}: sets {line!r}, which is for whoever runs the study: give it on the command line")
+    return study
 
 
 def study_experiments(study: dict, overrides: list[str] | tuple[str, ...] = ()) -> list[Experiment]:
