@@ -18,8 +18,8 @@ from PIL import Image
 from moepress import cli, plan, tracking
 from moepress.artefacts import read_json
 from moepress.commands import dashboard, sync
-from moepress.commands.lookup import Found
 from moepress.config import ROOT
+from moepress.lookup import Found
 from moepress.redaction import HIDDEN, secrets, without_secrets
 from moepress.tracking import mirror, records
 from wandb_server import Server

@@ -9,8 +9,7 @@ from pathlib import Path
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from moepress import dag, locks, plan
-from moepress.commands import lookup
+from moepress import dag, locks, lookup, plan
 from moepress.config import ROOT, values
 from moepress.forecast import aligned
 from moepress.quantization.budget import readable

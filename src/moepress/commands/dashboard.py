@@ -4,8 +4,8 @@ import argparse
 import json
 import sys
 
+from moepress import lookup
 from moepress.artefacts import read_json, write_json
-from moepress.commands import lookup
 from moepress.config import values
 from moepress.tracking import mirror, records
 

@@ -6,8 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from moepress import lookup
 from moepress.artefacts import read_json
-from moepress.commands import lookup
 from moepress.tracking import mirror
 
 

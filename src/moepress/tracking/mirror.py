@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from moepress import progress
 from moepress.artefacts import read_json, write_json
-from moepress.commands.lookup import Found
+from moepress.lookup import Found
 from moepress.redaction import without_secrets
 from moepress.tracking.records import Record, of_report
 

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from moepress.artefacts import read_json
-from moepress.commands.lookup import Found
+from moepress.lookup import Found
 from moepress.models import families
 from moepress.redaction import without_secrets
 from moepress.report.reading import shift_by_layer
