@@ -8,6 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from moepress import cli, dag
+from moepress.commands import latency as asking
 from moepress.config import resolve, values
 from moepress.latency import building, device, measuring, shapes, traffic
 from moepress.latency.static import StaticDecoding
@@ -245,7 +246,7 @@ def test_no_token_takes_an_expert_twice(layers):
     ],
 )
 def test_shapes_have_the_published_number_of_weights(name, billions):
-    shape = shapes.read(name)
+    shape = asking.read(name)
     dense = shape.get("first_k_dense_replace", 0)
     num_layers = shape["num_hidden_layers"] - dense
     assert num_layers == shapes.layers_in_all(shape)
@@ -260,7 +261,7 @@ def outline(shape: dict, num_layers: int):
 
 
 def test_widths_have_the_mean_that_is_asked_for():
-    shape = shapes.read("qwen3-30b-a3b")
+    shape = asking.read("qwen3-30b-a3b")
     mix = {"method": "pmq", "widths": [1, 2, 3], "bits": 2.5}
     assert shapes.widths(shape, mix, 128) == [3] * 64 + [2] * 64
     assert shapes.widths(shape, mix | {"bits": 2.0}, 128) == [2] * 128
@@ -271,7 +272,7 @@ def test_widths_have_the_mean_that_is_asked_for():
 @pytest.fixture
 def asked(tmp_path, monkeypatch) -> list[str]:
     """The command's arguments for the small shape."""
-    monkeypatch.setattr(shapes, "FOLDER", tmp_path)
+    monkeypatch.setattr(asking, "FOLDER", tmp_path)
     (tmp_path / "small.yaml").write_text(json.dumps(SHAPE))
     quick = ["latency.repeats=2", "latency.threads=1", "latency.buffer=1MiB", "quantization.group_size=16", "device=cpu"]
     settings = ["latency.prefill_batch=2", "latency.prefill_len=[16,8]", "latency.decode_batch=1", "latency.decode_len=8"]
@@ -317,7 +318,7 @@ def test_what_cannot_be_timed_is_refused(asked, overrides, message):
 
 
 def test_layers_that_do_not_fit_are_refused(monkeypatch):
-    config = shapes.layers_only(shapes.read("mixtral-8x22b"), 3, building.VOCAB)
+    config = shapes.layers_only(asking.read("mixtral-8x22b"), 3, building.VOCAB)
     monkeypatch.setattr(building.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 16 << 30}))
     with pytest.raises(ValueError, match=r"latency\.num_layers=3: takes .* 1 layers fit, or latency\.dtype=bfloat16"):
         building.check_memory(config, torch.float32, "cpu")

@@ -4,21 +4,34 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
+from omegaconf import OmegaConf
+
 from moepress import artefacts, dag
-from moepress.config import values
+from moepress.config import ROOT, values
 from moepress.forecast import aligned
-from moepress.latency import shapes
 from moepress.models import families
 from moepress.quantization.budget import readable
 
+FOLDER = ROOT / "conf" / "latency" / "models"
 HEADINGS = ("phase", "batch x length", "model", "ms", "quartiles", "speed", "must move", "limit", "of the limit", "memory")
+
+
+def names() -> list[str]:
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def read(name: str | None) -> dict:
+    """The shape of that name, in config.json's words. Raises ValueError naming those that there are."""
+    if name not in names():
+        raise ValueError(f"latency.model={name}: one of {', '.join(names())} (conf/latency/models/)")
+    return OmegaConf.to_container(OmegaConf.load(FOLDER / f"{name}.yaml"))
 
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
         "moepress latency",
         description="Time some decoder layers of a real model's shape, with random weights, packed and at 16 bits.",
-        epilog=f"latency.model= one of {', '.join(shapes.names())}. Also latency.num_layers, latency.skew (Zipf exponent of "
+        epilog=f"latency.model= one of {', '.join(names())}. Also latency.num_layers, latency.skew (Zipf exponent of "
         "how often experts are selected), latency.prefill_batch, .prefill_len, .decode_batch, .decode_len (numbers or lists), "
         "latency.dtype, allocation.bits, allocation=uniform, quantization.group_size, pruning=pesf, device. The result is kept "
         "in paths.results/latency/; asked for again, it is only printed.",
@@ -35,7 +48,7 @@ def main(arguments: list[str]) -> None:
 
 def planned(config: dict) -> dag.Artefact:
     """The artefact of a checked configuration. Raises ValueError for what cannot be timed without weights."""
-    shape = shapes.read(config["latency"]["model"])
+    shape = read(config["latency"]["model"])
     allocation, quantization, pruning = config["allocation"], config["quantization"], config["pruning"]
     if quantization["method"] == "none":
         raise ValueError("quantization=none: the 16-bit layers are timed beside packed ones in any case; leave it out")

@@ -1,24 +1,8 @@
 """Real models' shapes, for want of their weights: conf/latency/models/NAME.yaml holds what of config.json the shapes follow
 from. Imports no torch."""
 
-from omegaconf import OmegaConf
-
-from moepress.config import ROOT
 from moepress.models import families
 from moepress.quantization.size import expert_bytes, mixed
-
-FOLDER = ROOT / "conf" / "latency" / "models"
-
-
-def names() -> list[str]:
-    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
-
-
-def read(name: str | None) -> dict:
-    """The shape of that name, in config.json's words. Raises ValueError naming those that there are."""
-    if name not in names():
-        raise ValueError(f"latency.model={name}: one of {', '.join(names())} (conf/latency/models/)")
-    return OmegaConf.to_container(OmegaConf.load(FOLDER / f"{name}.yaml"))
 
 
 def layers_only(shape: dict, num_layers: int, vocab_size: int) -> dict:
