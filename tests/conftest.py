@@ -126,7 +126,10 @@ SMALL = [
     "evaluation.tasks=none",
     "latency.prefill_len=32",
     "latency.prefill_batch=2",
+    "latency.decode_batch=1",
+    "latency.decode_len=8",
     "latency.decode_tokens=2",
+    "latency.buffer=1MiB",
     "latency.repeats=1",
     "latency.threads=1",
 ]

@@ -27,6 +27,7 @@ COMMANDS = {
     "show": "moepress.commands.show",
     "clean": "moepress.commands.clean",
     "verify": "moepress.commands.verify",
+    "latency": "moepress.commands.latency",
     "sync": "moepress.commands.sync",
     "dashboard": "moepress.commands.dashboard",
 }

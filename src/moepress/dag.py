@@ -187,7 +187,7 @@ STAGES: dict[str, Stage] = {
     "pruning": Stage(1, ("pruning",), _pruning_inputs, run_label),
     "evaluation": Stage(4, ("evaluation",), _evaluation_inputs, run_label),
     "decomposition": Stage(1, tuple(f"evaluation.{name}" for name in _TEXT), _decomposition_inputs, _checkpoint_label),
-    "latency": Stage(2, ("latency",), lambda c: {"corpus": ("corpus", c), **_checkpoint(c), **_model(c)}, run_label),
+    "latency": Stage(3, ("latency",), lambda c: {"corpus": ("corpus", c), **_checkpoint(c), **_model(c)}, run_label),
 }
 """The DAG: what each stage's key depends on. The report, which joins many experiments, is added by `report_artefact`."""
 
@@ -196,8 +196,10 @@ NOT_IN_KEY = {
     "corpus": ("path",),
     "quantization": ("name",),
     "evaluation": ("decomposition",),
+    "latency": ("model", "num_layers", "skew"),
 }
-"""Where something lies and how it is called is no part of what it is; its fingerprint is. The decomposition is a stage."""
+"""Where something lies and how it is called is no part of what it is; its fingerprint is. The decomposition is a stage, and the
+shapes of latency.model have artefacts of their own, see `shape_artefact`."""
 
 
 def artefact(stage: str, config: dict) -> Artefact:
@@ -223,6 +225,16 @@ def make_artefact(stage: str, version: int, label: str, config: dict, inputs: di
     return Artefact(stage, key, safe, config, inputs)
 
 
+def shape_artefact(config: dict, shape: dict) -> Artefact:
+    """The times of layers of a real model's shape with random weights. config: as `values` gives it; shape: of
+    conf/latency/models/."""
+    names = {"latency": tuple(config["latency"]), "quantization": _SIZES, "allocation": ("method", "bits", "widths")}
+    sliced = {group: {name: config[group].get(name) for name in found} for group, found in names.items()}
+    label = f"{config['latency']['model']}-{config['allocation']['bits']:g}-{pruning.label(config['pruning']).lower()}"
+    sliced |= {"pruning": config["pruning"], "shape": shape}
+    return make_artefact("latency", STAGES["latency"].version, label, sliced, {})
+
+
 @dataclass(frozen=True)
 class Experiment:
     """config: resolved. artefacts: stage -> Artefact of the stages with a row to fill."""
@@ -242,6 +254,8 @@ class Experiment:
 def experiment(overrides: list[str] | tuple[str, ...]) -> Experiment:
     """One experiment from its overrides."""
     config = resolve(overrides)
+    if name := config["latency"]["model"]:
+        raise ValueError(f"latency.model={name}: no experiment, but a shape to time: moepress latency latency.model={name} ...")
     stages = ["evaluation", "latency"] if config["latency"]["repeats"] else ["evaluation"]
     if config["quantization"]["method"] != "none":
         stages += ["quantization", "allocation"]

@@ -48,11 +48,11 @@ def check_seed(key: str, value) -> None:
     check(ok, key, value, "a whole number, not negative and below 2^32")
 
 
-def parse_bytes(text: str | int) -> int:
+def parse_bytes(text: str | int, key: str = "allocation.budget") -> int:
     """Bytes in `'12GiB'`, `'800MB'`, `'1e9'` or a plain number."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d*)?(?:e\d\d?)?)\s*([KMGT]?)(i?)B?\s*", str(text), re.IGNORECASE | re.ASCII)
     if not match or len(str(text)) > 40:
-        raise ValueError(f"allocation.budget={text!r}: give a size as 12GiB, 800MB or a number of bytes")
+        raise ValueError(f"{key}={text!r}: give a size as 12GiB, 800MB or a number of bytes")
     number, prefix, binary = match.groups()
     return int(float(number) * (1024 if binary else 1000) ** ("KMGT".index(prefix.upper()) + 1 if prefix else 0))
 
@@ -438,17 +438,40 @@ class Evaluation:
 
 @dataclass
 class Latency:
-    prefill_batch: int
-    prefill_len: int
+    """prefill_batch ... decode_len: whole numbers or lists of them. model: of conf/latency/models/; moepress.latency.shapes
+    checks."""
+
+    prefill_batch: Any
+    prefill_len: Any
+    decode_batch: Any
+    decode_len: Any
     decode_tokens: int
     repeats: int
+    cuda_graphs: bool
+    buffer: str
     threads: int
     hardware: str
+    model: str | None
+    num_layers: int
+    skew: float
+    dtype: str
 
     def __post_init__(self):
-        for name in ("prefill_batch", "prefill_len", "decode_tokens", "threads"):
+        for name in ("prefill_batch", "prefill_len", "decode_batch", "decode_len"):
+            given = getattr(self, name)
+            values = given if isinstance(given, list) else [given]
+            ok = values and all(type(value) is int and 1 <= value <= 2**20 for value in values)
+            check(bool(ok), f"latency.{name}", given, f"a whole number between 1 and {2**20}, or a list of such: [4, 1]")
+            setattr(self, name, list(dict.fromkeys(values)))
+        for name in ("decode_tokens", "threads", "num_layers"):
             check(1 <= getattr(self, name) <= 2**20, f"latency.{name}", getattr(self, name), f"between 1 and {2**20}")
         check(0 <= self.repeats <= 2**20, "latency.repeats", self.repeats, "at least 1, or 0 for no timing")
+        ok = parse_bytes(self.buffer, "latency.buffer") >= 1 << 20
+        check(ok, "latency.buffer", self.buffer, "at least 1MiB; many times the caches, or they are measured")
+        expected = "a Zipf exponent that is not negative (0: all experts alike)"
+        check(math.isfinite(self.skew) and self.skew >= 0, "latency.skew", self.skew, expected)
+        known = ("auto", "float32", "bfloat16", "float16")
+        check(self.dtype in known, "latency.dtype", self.dtype, f"one of {', '.join(known)}")
 
 
 MIRRORED = (

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from moepress import integrity, locks
-from moepress.commands import lookup
+from moepress import integrity, locks, lookup
 from moepress.commands.clean import remove
 from moepress.integrity import Damage
 

@@ -132,6 +132,8 @@ def machine(runs: list[Run]) -> dict[str, str]:
     if timed:
         device, threads, dtype = (listed({one[name] for one in timed}) for name in ("device", "threads", "dtype"))
         facts["timed on"] = f"{device}, {threads} threads, {dtype}"
+        reads, computes = (max(one[name] for one in timed) / 1e9 for name in ("bandwidth", "flop_rate"))
+        facts["the device's limit"] = f"{reads:.3g} GB of memory and {computes:.3g} GFLOP a second, measured beside the times"
     if found:
         names = dict.fromkeys(name for one in found for name in one["versions"])
         each = [f"{name} {listed({one['versions'].get(name) for one in found} - {None})}" for name in names]

@@ -21,6 +21,7 @@ LABELS |= {"fast": "ours, fast", "best": "ours, best"}
 LABELS |= {name: name for name in ("uniform", "half", "random", "frequency", "weight", "global")}
 
 UNTIMED = dict.fromkeys(("device", "threads", "dtype", "prefill_ms", "decode_ms", "speedup_prefill", "speedup_decode"))
+UNTIMED |= {"share_prefill": None, "share_decode": None, "versions": {}, "rows": [], "measured": None}
 """What latency.json would say of a run with latency.repeats=0."""
 
 
@@ -173,6 +174,11 @@ class Run:
     @cached_property
     def latency(self) -> dict:
         return self.json("latency", "latency.json") if "latency" in self.artefacts else UNTIMED
+
+    @property
+    def timed(self) -> list[dict]:
+        """Of latency.json the rows of this run's own model under its policy: one a setting."""
+        return [row for row in self.latency["rows"] if row["model"] == self.latency["measured"]]
 
     @cached_property
     def allocated(self) -> dict:
