@@ -9,8 +9,8 @@ import sys
 import numpy as np
 import pytest
 
-from moepress import cli, dag, execution
-from moepress.commands import clean, compare, lookup, results, show
+from moepress import cli, dag, execution, lookup
+from moepress.commands import clean, compare, results, show
 from moepress.report import paired, reading
 
 
