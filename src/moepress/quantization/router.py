@@ -65,8 +65,8 @@ class Tokens:
         return len(self.x_hat_TH)
 
     def batch(self, rows: slice | torch.Tensor) -> Batch:
-        floats = (self.x_hat_TH, self.target_TE, self.logits_TE)
-        return Batch(*(part[rows].to(self.device).double() for part in floats), self.mask_TE[rows].to(self.device))
+        x_hat, target, logits = (p[rows].to(self.device).double() for p in (self.x_hat_TH, self.target_TE, self.logits_TE))
+        return Batch(x_hat, target, logits, self.mask_TE[rows].to(self.device))
 
     def batches(self) -> Iterator[Batch]:
         for start in range(0, len(self), self.at_once):

@@ -76,7 +76,7 @@ def join_of(activate: Callable[[torch.Tensor], torch.Tensor]) -> Join | None:
     """The join that does what an experts module's `_apply_gate` does, as shown on samples; None where none does."""
     module = getattr(activate, "__self__", None)
     known = [Join(SILU), Join(SILU, interleaved=True)]
-    if hasattr(module, "alpha") and hasattr(module, "limit"):
+    if module is not None and hasattr(module, "alpha") and hasattr(module, "limit"):
         limits = {"alpha": float(module.alpha), "limit": float(module.limit)}
         known += [Join(CLAMPED, interleaved, **limits) for interleaved in (True, False)]
     sample = torch.linspace(-12, 12, 4 * 64).view(4, 64)[:, torch.arange(64) * 37 % 64]
