@@ -4,7 +4,7 @@ CORES ?= $(shell nproc 2>/dev/null || echo 2)
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: run test lint clean install notebooks rulegraph
+.PHONY: run test cluster-test lint clean install notebooks rulegraph
 
 install: .venv/installed
 
@@ -22,6 +22,11 @@ run: install
 
 test: install lint
 	pytest -q --durations=10
+
+# A study on a Slurm of two node daemons on this machine, one of them killed; needs Debian's slurm-wlm and munge.
+cluster-test: install
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev,cluster]'
+	pytest -q -rs -m cluster tests/cluster
 
 lint: install
 	ruff check .

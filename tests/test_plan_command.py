@@ -152,7 +152,7 @@ def test_a_local_folder(model_folder, tmp_path, monkeypatch):
 
 def test_what_the_machine_lacks(model_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(estimate, "machine_memory", lambda: 100 << 20)
+    monkeypatch.setattr(forecast.limits, "memory_limit", lambda: 100 << 20)
     monkeypatch.setattr(estimate, "free_disk", lambda folder: 1 << 20)
     with pytest.raises(SystemExit) as ended:
         forecast.main(["model=local", f"model.path={model_folder}", *SMALL])

@@ -12,8 +12,6 @@ import subprocess
 import time
 from pathlib import Path
 
-import psutil
-
 from moepress.artefacts import read_config, read_json
 from moepress.evaluation import benchmarks, suites
 from moepress.models import outline as outlines
@@ -57,6 +55,20 @@ def gradient_tokens(config: dict) -> int:
     return min(config["gradients"]["num_sequences"], config["calibration"]["num_sequences"]) * config["calibration"]["seq_len"]
 
 
+def is_fitted(config: dict) -> bool:
+    """Whether the pruning policy needs the model and calibration text: PESF's does not."""
+    return config["pruning"]["method"] not in ("none", "pesf")
+
+
+def has_decomposition(config: dict) -> bool:
+    """As `dag.experiment` has it."""
+    return (
+        config["quantization"]["method"] != "none"
+        and config["evaluation"]["decomposition"]
+        and config["pruning"]["method"] == "none"
+    )
+
+
 def memory(model: Outline, config: dict, packed_bytes: int | None, device: str, has: int) -> dict[str, int]:
     """Stage -> bytes at its peak, of RAM on "cpu", of the GPU on "cuda". packed_bytes: of the packed model, loaded. has: bytes
     that there are; a 16-bit model beyond them is evaluated a layer at a time, and nothing is timed against it.
@@ -84,6 +96,10 @@ def memory(model: Outline, config: dict, packed_bytes: int | None, device: str, 
     found["evaluation at 16 bits"] = (library + original if is_whole else layer) + logits
     if quantized:
         found["evaluation"] = library + packed_bytes + logits
+    if is_fitted(config):  # whole, as it is loaded
+        found["pruning"] = library + (packed_bytes if quantized else original) + 4 * TOKENS_AT_ONCE * (8 * H + 4 * I)
+    if has_decomposition(config):  # one model after the other
+        found["decomposition"] = max(found["evaluation"], found["evaluation at 16 bits"])
     found["latency"] = library + original * is_whole + (packed_bytes if quantized else 0)
     return found
 
@@ -133,6 +149,10 @@ def seconds(model: Outline, config: dict, flops_per_second: float, correction: f
     if method != "none":
         flops, steps = quantization_work(model, config["calibration"], settings)
         found["quantization"] = correction * (flops / flops_per_second + STEP_SECONDS * steps)
+    if is_fitted(config):
+        found["pruning"] = pruning_work(model, config) / flops_per_second
+    if has_decomposition(config):
+        found["decomposition"] = decomposition_work(model, config) / flops_per_second
     once = measurement_work(model, config, is_packed=False)
     found["evaluation and latency"] = sum(once) / flops_per_second
     if method != "none":
@@ -224,6 +244,33 @@ def measurement_work(model: Outline, config: dict, is_packed: bool) -> tuple[flo
     return evaluated, timed
 
 
+def unpacking(model: Outline, config: dict) -> float:
+    """FLOPs that a forward of a packed model costs beside its products; none where nothing is packed."""
+    return UNPACK_FLOPS * model.routed_weights if config["quantization"]["method"] != "none" else 0.0
+
+
+def pruning_work(model: Outline, config: dict) -> float:
+    """FLOPs of the passes over the calibration text that fit a policy, and of the one under it."""
+    calibration = config["calibration"]
+    tokens = calibration["num_sequences"] * calibration["seq_len"]
+    once = forward_flops(model, tokens, calibration["seq_len"]) + -(-tokens // TOKENS_AT_ONCE) * unpacking(model, config)
+    return once * (1 if config["pruning"].get("threshold") is not None else 2)
+
+
+def decomposition_work(model: Outline, config: dict) -> float:
+    """FLOPs of the test text's perplexity three times: the packed model as it is and with the 16-bit selections, and that one."""
+    evaluation, blocks = config["evaluation"], num_blocks(config)
+    once = forward_flops(model, blocks * evaluation["seq_len"], evaluation["seq_len"])
+    return 3 * once + 2 * -(-blocks // evaluation["batch_size"]) * unpacking(model, config)
+
+
+def num_blocks(config: dict) -> int:
+    """Blocks of test text, of all domains."""
+    evaluation, corpus = config["evaluation"], config["corpus"]
+    found = [*corpus.get("domains", ["text"]), *corpus.get("test_domains", [])]
+    return len(evaluation["domains"] or found) * (evaluation["num_blocks"] or UNKNOWN_BLOCKS)
+
+
 def task_tokens(evaluation: dict) -> int:
     """Of all requests of the tasks, about; those of tasks that only the hub has are not known before."""
     found = 0
@@ -261,15 +308,15 @@ def carving_flops(model: Outline, settings: dict) -> float:
     return 2 * tokens * model.num_weights + fits + 4 * 2 * distilled * model.num_weights
 
 
-def measured_flops(duration: float = 0.5) -> float:
+def measured_flops(duration: float = 0.5, clock=time.perf_counter) -> float:
     """Floating-point operations in a second of float32 matrix products on this machine's CPU."""
     import numpy as np
 
     size = 1024
     a = np.ones((size, size), np.float32)
     a @ a
-    count, start = 0, time.perf_counter()
-    while (taken := time.perf_counter() - start) < duration:
+    count, start = 0, clock()
+    while (taken := clock() - start) < duration:
         a @ a
         count += 1
     return 2 * size**3 * count / taken
@@ -295,14 +342,6 @@ def correction_from(results: Path, flops_per_second: float, device: str) -> floa
         except (OSError, ValueError, KeyError, ZeroDivisionError):  # a folder whose model has gone, or of another version
             continue
     return statistics.median(ratios) if ratios else None
-
-
-def machine_memory() -> int:
-    """Bytes of RAM, or what this process's control group may take of it."""
-    total = psutil.virtual_memory().total
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.is_file() else ""
-    return min(total, int(text)) if text.isdigit() else total
 
 
 def gpu_memory() -> int | None:

@@ -12,6 +12,7 @@ rule gradients:
     threads: PLAN.threads("gradients", ALL_CORES)
     resources:
         gpu=PLAN.gpus,
+        mem_mb=PLAN.memory("gradients"),
     shell:
         RUN
 
@@ -29,6 +30,7 @@ rule statistics:
     threads: PLAN.threads("statistics", ALL_CORES)
     resources:
         gpu=PLAN.gpus,
+        mem_mb=PLAN.memory("statistics"),
     shell:
         RUN
 
@@ -43,6 +45,8 @@ rule allocation:
         f"{RESULTS}/logs/allocation/{{id}}.log",
     conda:
         "../../environment.yml"
+    resources:
+        mem_mb=PLAN.memory("allocation"),
     shell:
         RUN
 
@@ -60,6 +64,7 @@ rule quantization:
     threads: PLAN.threads("quantization", ALL_CORES)
     resources:
         gpu=PLAN.gpus,
+        mem_mb=PLAN.memory("quantization"),
     shell:
         RUN
 
@@ -77,5 +82,6 @@ rule pruning:
     threads: PLAN.threads("pruning", ALL_CORES)
     resources:
         gpu=PLAN.gpus,
+        mem_mb=PLAN.memory("pruning"),
     shell:
         RUN
