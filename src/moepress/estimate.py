@@ -28,8 +28,16 @@ TRIAL_FLOPS = 250
 """What one trial of the grid search costs for one weight: some ten passes over memory, in a matrix product's operations."""
 UNPACK_FLOPS = 400
 """What it costs to unpack one weight, likewise."""
-REFINE_UPDATES = 14
-"""What one round of refinement costs, in GPTQ's own updates: seven products of the error with the curvature, each of two."""
+ELEMENT_FLOPS = 160
+"""What one activation costs on its way into and out of a product (gathered, normed, gated, summed up), likewise. A small model
+spends half of its time on it, one with a hidden size of 4096 a few percent."""
+REFINE_UPDATES = 22
+"""What one round of refinement costs, in GPTQ's own updates: eleven products of the error with the curvature, each of two."""
+REFINE_STEPS = 0.3
+"""And for each column of each matrix, in steps of GPTQ's loop."""
+TUNE_STEPS = 22
+"""What a step of tuning costs for each expert beside its arithmetic, likewise: forward, forward again, backward, each unpacking.
+Measured on the small default model alone."""
 CHARACTERS_PER_TOKEN = 3.5
 TASK_LENGTH = 100
 """Tokens of a task's request, about."""
@@ -162,8 +170,16 @@ def seconds(model: Outline, config: dict, flops_per_second: float, correction: f
 
 
 def forward_flops(model: Outline, tokens: int, length: int) -> float:
-    """Two for every weight that a token meets, and attention's scores and values."""
-    return 2 * tokens * model.active_weights + 4 * tokens * length * model.shape.hidden_size * model.shape.num_layers
+    """Two for every weight that a token meets, attention's scores and values, and what activations cost besides."""
+    shape = model.shape
+    around = shape.num_layers * 4 * shape.hidden_size + len(shape.moe_layers) * expert_elements(model, shape.top_k)
+    products = 2 * tokens * model.active_weights + 4 * tokens * length * shape.hidden_size * shape.num_layers
+    return products + ELEMENT_FLOPS * tokens * around
+
+
+def expert_elements(model: Outline, slots: float) -> float:
+    """Activations of experts that run so often."""
+    return slots * 2 * (model.shape.intermediate_size + model.shape.hidden_size)
 
 
 def trials(settings: dict) -> int:
@@ -182,10 +198,12 @@ def experts_work(model: Outline, tokens: int, settings: dict, method: str) -> tu
         return 0.0, search, 0.0
     routed = tokens * K
     gate_up = 2 * (tokens + routed) * H**2 + 4 / 3 * E * H**3
-    down = (routed + E * min(tokens, I)) * (4 * I * H + 2 * I**2) + 4 / 3 * E * I**3
+    seen = routed + E * min(tokens, I)
+    down = seen * (4 * I * H + 2 * I**2) + ELEMENT_FLOPS * expert_elements(model, seen) + 4 / 3 * E * I**3
     updates = E * (2 * I * H**2 + H * I**2)
     updates *= 1 + REFINE_UPDATES * settings["refine_rounds"]
-    return gate_up, search + down + updates, -(-E // experts_at_once(H, I, E)) * (H + I)
+    steps = -(-E // experts_at_once(H, I, E)) + REFINE_STEPS * settings["refine_rounds"] * E
+    return gate_up, search + down + updates, steps * (H + I)
 
 
 def statistics_work(model: Outline, config: dict) -> tuple[float, float]:
@@ -193,7 +211,8 @@ def statistics_work(model: Outline, config: dict) -> tuple[float, float]:
     calibration, widths = config["calibration"], len(config["statistics"]["widths"])
     tokens = calibration["num_sequences"] * calibration["seq_len"]
     gate_up, each, steps = experts_work(model, tokens, config["quantization"], config["statistics"]["quantizer"])
-    outputs = 2 * 2 * tokens * model.shape.top_k * model.expert_weights
+    slots = tokens * model.shape.top_k
+    outputs = 2 * (2 * slots * model.expert_weights + ELEMENT_FLOPS * expert_elements(model, slots))  # as it is, and quantized
     layers = len(model.shape.moe_layers)
     flops = forward_flops(model, tokens, calibration["seq_len"]) + layers * (gate_up + widths * (each + outputs))
     return flops, layers * widths * steps
@@ -216,14 +235,17 @@ def quantization_work(model: Outline, calibration: dict, settings: dict) -> tupl
                 flops += again * 2 * tokens * entry.numel + 2 * tokens * columns**2 + 4 / 3 * columns**3 + rows * columns**2
                 steps += columns
     flops += 2 * forward_flops(model, tokens, calibration.get("seq_len", 0))
+    num_experts = len(model.shape.moe_layers) * model.shape.num_experts
     if method != "rtn" and settings["tune_steps"]:  # forward, and back with an expert's forward anew; twice it is unpacked
         seen = settings["tune_steps"] * max(settings["tune_tokens"], calibration["seq_len"])
         flops += forward_flops(model, tokens, calibration["seq_len"]) + 4 * forward_flops(model, seen, calibration["seq_len"])
         flops += settings["tune_steps"] * 2 * UNPACK_FLOPS * model.routed_weights
+        steps += settings["tune_steps"] * TUNE_STEPS * num_experts
     if method != "rtn" and settings["distill_steps"]:
         seen = settings["distill_steps"] * max(settings["tune_tokens"], calibration["seq_len"])
         flops += 4 * forward_flops(model, seen, calibration["seq_len"])
         flops += settings["distill_steps"] * 2 * UNPACK_FLOPS * model.routed_weights
+        steps += settings["distill_steps"] * TUNE_STEPS * num_experts
     return flops, steps
 
 

@@ -90,7 +90,7 @@ class Plan:
 
         def folders(wildcards):
             item = self.artefacts.get(f"{stage}/{wildcards.id}")
-            return [ancient(f"{self.results}/{found.folder}") for found in item.inputs.values()] if item else []
+            return [ancient(f"{self.results}/{found.folder}") for found in item.reads.values()] if item else []
 
         return folders
 
@@ -106,8 +106,10 @@ def memory_mb(stage: str, config: dict) -> int:
     known = estimate.memory(model, config, packed, "cpu", limits.memory_limit())
     is_16bit = stage == "evaluation" and config["quantization"]["method"] == "none"
     needed = known.get("evaluation at 16 bits" if is_16bit else stage, 0)
-    if stage == "model":  # training: weights, gradients, momenta; a given one is only hashed
-        needed = 5 * 2 * model.nbytes if config["model"]["kind"] in ("tiny", "carved") else 0
+    if stage == "statistics_block":
+        needed = known["statistics"]
+    if stage == "model" and config["model"]["kind"] in ("tiny", "carved"):  # a step's activations; weights, gradients, momenta
+        needed = (4 << 30) + 20 * model.num_weights
     return max(LEAST_MEMORY_MB, int(1.5 * needed / 2**20))
 
 

@@ -17,6 +17,25 @@ rule gradients:
         RUN
 
 
+# A block of layers, where statistics.blocks shares them out.
+rule statistics_block:
+    input:
+        PLAN.upstream("statistics_block"),
+        task=PLAN.task("statistics_block"),
+    output:
+        directory(f"{RESULTS}/statistics_block/{{id}}"),
+    log:
+        f"{RESULTS}/logs/statistics_block/{{id}}.log",
+    conda:
+        "../../environment.yml"
+    threads: PLAN.threads("statistics_block", ALL_CORES)
+    resources:
+        gpu=PLAN.gpus,
+        mem_mb=PLAN.memory("statistics_block"),
+    shell:
+        RUN
+
+
 rule statistics:
     input:
         PLAN.upstream("statistics"),
