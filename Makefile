@@ -4,7 +4,9 @@ CORES ?= $(shell nproc 2>/dev/null || echo 2)
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: run test cluster-test lint clean install notebooks rulegraph
+MINUTES ?= 60
+
+.PHONY: run test soak cluster-test lint clean install notebooks rulegraph
 
 install: .venv/installed
 
@@ -23,7 +25,14 @@ run: install
 test: install lint
 	pytest -q --durations=10
 
-# A study on a Slurm of two node daemons on this machine, one of them killed; needs Debian's slurm-wlm and munge.
+# Hours: kills over all stages, the tests of a failing machine, the default study with random stops (docs/reliability.md).
+soak: install
+	python tests/faults.py --kills 400
+	pytest -q -m soak
+	python tests/soak.py --minutes $(MINUTES)
+	HYPOTHESIS_PROFILE=soak pytest -q -s tests/test_bad_input.py tests/test_security.py
+
+# A sweep on a Slurm of two node daemons on this machine, one of them killed (docs/scale.md); needs Debian's slurm-wlm and munge.
 cluster-test: install
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev,cluster]'
 	pytest -q -rs -m cluster tests/cluster

@@ -53,7 +53,12 @@ def measure(folder: Path, results: Path) -> dict:
         sys.exit(f"{folder}: failed; {' '.join(command)}")
     known = read_json(out / "provenance.json")
     used = known["cpu_seconds"]
-    found = {"seconds": used["total"] - used["startup"], "memory": known["peak_memory_bytes"], "streams": most, "folder": size(out)}
+    found = {
+        "seconds": used["total"] - used["startup"],
+        "memory": known["peak_memory_bytes"],
+        "streams": most,
+        "folder": size(out),
+    }
     measured.parent.mkdir(parents=True, exist_ok=True)
     write_json(measured, found)
     return found

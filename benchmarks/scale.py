@@ -41,7 +41,9 @@ def lines(name: str, model: outline.Outline, overrides: list[str], speed: float)
     memory = estimate.memory(model, values, asked.on_cpu, "cpu", 512 << 30)
     seconds, disk = estimate.seconds(model, values, speed), estimate.disk(model, values, asked.folder)
     found = [f"{name}: {forecast.count(model.num_weights)} weights, {forecast.count(model.active_weights)} active, "]
-    found[0] += f"{readable(2 * model.num_weights)} at 16 bits, {readable(unpacked_bytes(model, 'cpu'))} in float32; {asked.label}"
+    found[0] += (
+        f"{readable(2 * model.num_weights)} at 16 bits, {readable(unpacked_bytes(model, 'cpu'))} in float32; {asked.label}"
+    )
     del seconds["evaluation and latency"]
     for label, is_packed in (("evaluation at 16 bits", False), ("evaluation", True)):
         seconds[label], timed = (work / speed for work in estimate.measurement_work(model, values, is_packed))

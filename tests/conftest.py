@@ -1,12 +1,17 @@
 """A small random Mixtral with its tokenizer, and a small corpus: what most tests run on."""
 
+import os
+
 import numpy as np
 import pytest
+import torch
+
+if not torch.cuda.is_available():  # read when triton is first imported, whoever does it
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def write_model(folder, *, layers=2, hidden=64, intermediate=32, experts=4, top_k=2, seed=0, dtype="bfloat16", vocab=300):
     """A random Mixtral in Hugging Face form, with a byte-level tokenizer."""
-    import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -94,8 +99,6 @@ def bytes_outside_experts(shape, tensors, quantization):
 @pytest.fixture(scope="module")
 def one_thread():
     """For models so small that a second thread only waits."""
-    import torch
-
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -113,6 +116,8 @@ def text_folder(tmp_path_factory):
 
 
 SMALL = [
+    "allocation=pmq",
+    "quantization=qesc",
     "quantization.group_size=32",
     "calibration.num_sequences=8",
     "calibration.seq_len=64",
@@ -121,7 +126,10 @@ SMALL = [
     "evaluation.tasks=none",
     "latency.prefill_len=32",
     "latency.prefill_batch=2",
+    "latency.decode_batch=1",
+    "latency.decode_len=8",
     "latency.decode_tokens=2",
+    "latency.buffer=1MiB",
     "latency.repeats=1",
     "latency.threads=1",
 ]

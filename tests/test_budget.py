@@ -9,7 +9,7 @@ import yaml
 from conftest import bytes_outside_experts, write_model
 from moepress.artefacts import run_stage
 from moepress.inference.checkpoint import load_model
-from moepress.latency import weight_bytes
+from moepress.latency.traffic import weight_bytes
 from moepress.models import files, outline
 from moepress.models.streaming import ModelStream
 from moepress.quantization import writer

@@ -28,7 +28,7 @@ def test_values_are_plain_and_resolved():
     [
         (["allocation.bitz=3"], r"bitz.*keys of allocation: .*bits"),
         (["quantisation=gptq"], r"'quantisation' is none of .*quantization"),
-        (["quantization=awq"], r"quantization is one of best, gptq, gptq_clip, gptq_mc, gptq_minmax, none, qesc, rtn"),
+        (["quantization=awq"], r"quantization is one of best, fast, gptq, gptq_clip, gptq_mc, gptq_minmax, none, qesc, rtn"),
         (["+allocation.extra=3"], r"allocation.*extra"),
         (["allocation.bits=many"], r"allocation\.bits.*many"),
         (["allocation.bits=9"], r"allocation\.bits=9.*between 1 and 4"),
@@ -40,11 +40,14 @@ def test_values_are_plain_and_resolved():
         (["allocation=hessian", "allocation.keep=[8]"], r"allocation\.keep=\[8\]: a part of widths"),
         (["allocation=random", "allocation.seed=-1"], r"allocation\.seed=-1"),
         (["allocation=global", "allocation.gap=1"], r"allocation\.gap=1.*below 1"),
-        (["allocation.errors=none"], r"allocation\.errors='none': one of quantizer, minmax, nominal"),
+        (["allocation=pmq", "allocation.errors=none"], r"allocation\.errors='none': one of quantizer, minmax, nominal"),
         (["gradients.num_sequences=0"], r"gradients\.num_sequences=0: at least 1"),
         (["statistics.quantizer=awq"], r"statistics\.quantizer='awq': one of auto, rtn, gptq, minmax"),
         (["allocation.budget=lots"], r"allocation\.budget='lots'.*12GiB"),
-        (["allocation.bits=1"], r"allocation\.bits=1: .*keep=\[2, 3\]; averages from 1\.375 to 3\.625 can be met"),
+        (
+            ["allocation=pmq", "allocation.bits=1"],
+            r"allocation\.bits=1: .*keep=\[2, 3\]; averages from 1\.375 to 3\.625 can be met",
+        ),
         (["quantization.group_size=100"], r"quantization\.group_size=100: a multiple of 8"),
         (["quantization=rtn", "statistics.quantizer=gptq"], r"statistics\.quantizer='gptq': quantization=rtn has no error"),
         (["quantization.damping=-1"], r"quantization\.damping=-1"),
@@ -103,7 +106,9 @@ def test_keys_follow_what_a_stage_reads():
     for override in ("seed=1", "calibration.seq_len=256", "quantization.group_size=64", "allocation.bits=2"):
         assert key("quantization", override) != plain, override
     assert key("model", "seed=1") == key("model"), "the seed of the sample does not train another model"
-    assert key("statistics", "quantization=gptq") == key("statistics"), "GPTQ and QESC share their experts' statistics"
+    assert key("statistics", "quantization=gptq") == key("statistics", "quantization=qesc"), (
+        "GPTQ and QESC share their experts' statistics"
+    )
     assert key("evaluation", "quantization=none", "allocation.bits=3") == key("evaluation", "quantization=none")
 
 
@@ -125,7 +130,7 @@ def test_only_the_rules_that_read_something_wait_for_it():
     shared = {
         key("statistics", f"allocation={method}") for method in ("pmq", "frequency", "weight", "hessian", "bsp", "random")
     }
-    assert shared == {key("statistics")} and key("statistics", "gradients.num_sequences=1") == key("statistics")
+    assert shared == {key("statistics", "allocation=pmq", "gradients.num_sequences=1")} != {key("statistics")}
     assert config.resolve(["allocation=pmq_code"])["statistics"]["quantizer"] == "minmax"
     assert config.resolve(["allocation=pmq_code", "statistics.quantizer=rtn"])["statistics"]["quantizer"] == "rtn"
 
@@ -177,7 +182,7 @@ def test_a_study_without_the_16_bit_model_gets_it():
     study = {"base": ["calibration.seq_len=64"], "experiments": ["quantization=gptq", "quantization=rtn seed=1"]}
     members = dag.study_experiments(study)
     assert [dag.is_reference(m.config) for m in members] == [True, False, False]
-    assert dag.run_names(members) == ["16bit", "gptq-pmq-2.5", "rtn-pmq-2.5 seed=1"]
+    assert dag.run_names(members) == ["16bit", "gptq-global-2.5", "rtn-global-2.5 seed=1"]
 
 
 def test_a_study_under_several_seeds():

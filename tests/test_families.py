@@ -50,6 +50,16 @@ def test_the_zoo_is_complete():
     assert set(ZOO) == set(families.HANDLED)
 
 
+@pytest.mark.parametrize("family", ZOO)
+def test_names_and_shapes_of_every_tensor_are_what_the_configuration_says(zoo, family):
+    assert len(list(ModelStream(zoo(family)).check())) == 3
+    stream = ModelStream(zoo(family))
+    name = max(name for name, entry in stream.entries.items() if name.startswith("model.layers.1.") and entry.path)
+    del stream.entries[name]
+    with pytest.raises(ValueError, match="lacks"):
+        list(stream.check())
+
+
 @torch.inference_mode()
 @pytest.mark.parametrize("family", ZOO)
 def test_the_walk_is_the_model(zoo, family):

@@ -17,7 +17,7 @@ from moepress.quantization.size import mixed
 from moepress.schema import SCHEMA, parse_bytes
 from zoo import write_zoo_model
 
-SMALL = ["quantization.group_size=32", "device=cpu"]
+SMALL = ["allocation=pmq", "quantization=qesc", "quantization.group_size=32", "device=cpu"]
 
 
 def plan(*overrides):
@@ -253,7 +253,7 @@ def test_a_16_bit_model_beyond_the_memory_is_evaluated_a_layer_at_a_time(exact_v
 @pytest.mark.parametrize("method", SCHEMA["allocation"])
 def test_every_allocation_is_planned(method, model_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    asked = ["model=local", f"model.path={model_folder}", f"allocation={method}", "allocation.budget=0.2MiB", *SMALL]
+    asked = [*SMALL, "model=local", f"model.path={model_folder}", f"allocation={method}", "allocation.budget=0.2MiB"]
     text, problems = forecast.forecast(asked)
     assert not problems and f"{method} 0.2MiB (asked" in text
     for line in ("  gradients ", "  hidden states of the gradients, while it runs "):
@@ -268,6 +268,8 @@ def test_more_work_takes_longer(model_folder):
 
     plain = spent()
     assert spent("calibration.num_sequences=640")["quantization"] > plain["quantization"]
+    best, own = spent("quantization=best"), spent("quantization=best", "quantization.distill_sequences=null")
+    assert best["quantization"] > own["quantization"] > plain["quantization"]
     assert spent("statistics.widths=[2]")["statistics"] < plain["statistics"]
     assert "statistics" not in spent("quantization=rtn", "allocation=uniform", "allocation.bits=3")
     assert spent("evaluation.tasks=none")["evaluation and latency"] < spent()["evaluation and latency"]

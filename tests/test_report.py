@@ -183,11 +183,22 @@ class Results:
         def spread(median):
             return {"median": median, "q1": 0.95 * median, "q3": 1.1 * median, "min": 0.9 * median}
 
+        is_reference = "/16bit-" in name and "pesf" not in name
         times = {"prefill_ms": spread(50.0), "decode_ms": spread(4.0)}
         times |= {"prefill_ms_16bit": spread(60.0), "decode_ms_16bit": spread(3.0)}
-        speed = {"speedup_prefill": 1.2, "speedup_decode": 0.75}
-        machine = {"device": "Some CPU", "threads": 2, "dtype": "float32"}
-        self.write(self.folder(name) / "latency.json", machine | times | speed)
+        speed = {"speedup_prefill": 1.2, "speedup_decode": 0.75, "share_prefill": 0.5, "share_decode": 0.25}
+        machine = {"device": "Some CPU", "threads": 2, "dtype": "float32", "bandwidth": 2e10, "flop_rate": 1e11}
+        machine |= {"versions": {"python": "3.11", "torch": "2.13.0"}, "measured": "16bit" if is_reference else "compressed"}
+        must = {"experts": 60.0, "rest": 30.0, "cache": 10.0, "flops": 500.0, "used": 2.0, "bytes": 100.0}
+        limits = {"must": must, "limit_ms": 2.0, "limited_by": "memory", "share": 0.5}
+        limits |= {"memory_bytes": 600, "memory_is": "weights and cache", "experts": "packed", "graph_ms": None}
+        rows = []
+        for model in ("16bit", "16bit-eager") if is_reference else ("16bit", "16bit-eager", "compressed"):
+            for phase, batch, length in (("prefill", 4, 512), ("prefill", 4, 128), ("decode", 1, 128), ("decode", 8, 128)):
+                row = {"model": model, "phase": phase, "batch": batch, "length": length}
+                if model != "16bit-eager" or (batch, length) in ((4, 512), (1, 128)):
+                    rows.append(row | {"ms": spread(batch * length / 50)} | limits)
+        self.write(self.folder(name) / "latency.json", machine | times | speed | {"rows": rows})
 
     def quantize(self, name: str, method: str, bits: float, mixed: bool) -> None:
         low = int(bits) - (bits == int(bits))
@@ -238,7 +249,7 @@ def test_runs_without_timing(results):
     out = results.report(runs)
     found = pd.read_csv(out / "runs.csv")
     assert found[["prefill_ms", "decode_ms", "speedup_prefill", "speedup_decode", "device"]].isna().all(axis=None)
-    assert not (out / "figures" / "speed.csv").exists()
+    assert not (out / "figures" / "speed.csv").exists() and not (out / "figures" / "latency.csv").exists()
     summary = (out / "summary.md").read_text()
     assert "- Speed" not in summary and "nan" not in summary.lower()
 
@@ -282,8 +293,11 @@ def test_columns_and_values(study):
         "decode_ms",
         "speedup_prefill",
         "speedup_decode",
+        "share_prefill",
+        "share_decode",
+        "inference_bytes",
     ]
-    assert list(found.columns) == [*expected, "device", "seed", "keys"]
+    assert list(found.columns) == [*expected, "device", "timed_with", "seed", "keys"]
 
     sixteen, row = found.iloc[0], found.set_index("run").loc["qesc-pmq-2.5"]
     assert (sixteen["model"], sixteen["method"], sixteen["allocation"], sixteen["pruning"]) == ("tiny", *["none"] * 3)
@@ -307,6 +321,8 @@ def test_columns_and_values(study):
     assert row["ppl_mean"] / sixteen["ppl_mean"] == pytest.approx(np.exp(row["delta_nll"]))
     assert row["ppl_ood"] == pytest.approx(row["ppl_elsewhere"])
     assert (row["quantize_seconds"], row["peak_memory_bytes"], row["prefill_ms"]) == (1.5, 2**30, 50)
+    assert (row["share_decode"], row["inference_bytes"]) == (0.25, 600)
+    assert row["timed_with"] == "2 threads, float32, torch 2.13.0"
     pruned = found.set_index("run").loc["qesc-3-pesf-0.3"]
     assert (pruned["pruning"], pruned["activated_experts"]) == ("pesf-0.3", pytest.approx(1.6))
     assert row["acc_piqa"] == pytest.approx(0.7 - above) and row["acc_mean"] == pytest.approx(0.8 - above)
@@ -333,6 +349,16 @@ def test_the_parts_of_the_harm(study):
     both = drawn[(drawn["series"] == "GPTQ") & (drawn["part"] == "both")]
     assert both["delta_nll"].tolist() == pytest.approx([0.3 / 4] * 2) and len(both) == 2, "in and out of domain"
     assert set(drawn["topk_overlap"].dropna()) == {0.9}
+
+
+def test_times_by_size_and_policy(study):
+    """The 16-bit lines once, and of the others one for each size, mix and policy, over every setting."""
+    drawn = pd.read_csv(study[2] / "figures/latency.csv")
+    alone = ["2 bits", "3 bits", "2 bits, mixed", "2.5 bits, mixed", "3 bits, mixed", "3 bits + PESF 0.3", "3 bits + PESF 0.7"]
+    assert drawn.groupby("name").size().to_dict() == dict.fromkeys(["16 bit", *alone], 4) | {"16 bit, plain experts": 2}
+    decode = drawn[(drawn["name"] == "2 bits") & (drawn["phase"] == "decode")]
+    assert decode["x"].tolist() == [1, 8] and decode["ms"].tolist() == [128 / 50, 8 * 128 / 50]
+    assert set(drawn.loc[drawn["phase"] == "prefill", "x"]) == {4 * 512, 4 * 128} and (drawn["share"] == 0.5).all()
 
 
 def test_sensitivity_of_experts(study):

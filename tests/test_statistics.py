@@ -173,5 +173,7 @@ def test_blocks_of_layers_as_jobs_of_their_own(made, tmp_path, blocks):
         if item.stage in ("corpus", "model", "calibration", "statistics_block", "statistics"):
             artefacts.run_stage(artefacts.task_path(tmp_path, folder), tmp_path / folder)
     assert (tmp_path / whole / "statistics.json").read_bytes() == (here / whole / "statistics.json").read_bytes()
-    layers = [[layer["layer"] for layer in artefacts.read_json(tmp_path / part / "statistics.json")["layers"]] for part in parts]
+    layers = [
+        [layer["layer"] for layer in artefacts.read_json(tmp_path / part / "statistics.json")["layers"]] for part in parts
+    ]
     assert sorted(sum(layers, [])) == [0, 1]

@@ -1,12 +1,18 @@
 """Tuning against slow, obvious versions: one gradient by hand, one layer that can be repaired exactly, stop and resume."""
 
+from itertools import product
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
 from conftest import small_experiment
-from moepress import artefacts, plan
+from moepress import artefacts, dag, plan
+from moepress.config import resolve
+from moepress.data import sampling
 from moepress.inference import saving
 from moepress.inference.checkpoint import load
 from moepress.inference.packed import PackedLinear, PackedMatrices
@@ -16,6 +22,7 @@ from moepress.quantization import distilling, grid, writer
 from moepress.quantization.experts import Recipe
 from moepress.quantization.qesc import quantize_model
 from moepress.quantization.tuning import Tuned, token_weights
+from moepress.stages import quantization
 
 COMMON = {"group_size": 32, "clip_min": 0.25, "clip_steps": 4, "fit_rounds": 1, "attention_bits": 4}
 COMMON |= {"damping": 0.01, "block_size": 32, "router_ridge": 0.01}
@@ -156,3 +163,45 @@ def test_killed_while_the_shards_are_rewritten(tmp_path, model_folder, text_fold
     assert len(names) == 5 and not (stopped / folder / "streams").exists()
     assert all((whole / folder / name).read_bytes() == (stopped / folder / name).read_bytes() for name in names)
     load(stopped / folder, "cpu")
+
+
+def test_the_larger_sample_is_asked_for_where_it_is_used_and_changes_no_other_key(model_folder, text_folder):
+    def inputs(*more):
+        config = resolve([*small_experiment(model_folder, text_folder), "quantization=best", *more])
+        return dag.artefact("quantization", config).inputs
+
+    of_gptq = inputs("quantization=gptq")
+    for found, wanted in (
+        (inputs("quantization.distill_sequences=16"), 16),
+        (inputs("quantization.distill_steps=2", "quantization.tune_tokens=192"), 2 * 192 // 64),  # no more than is read
+        (inputs("quantization.distill_sequences=null"), None),
+        (inputs("quantization.distill_steps=0"), None),
+        (of_gptq, None),
+    ):
+        assert found["calibration"].key == of_gptq["calibration"].key
+        assert ("distillation" in found) == (wanted is not None)
+        if wanted is not None:
+            config, own = found["distillation"].config["calibration"], found["calibration"].config["calibration"]
+            assert config == own | {"at_most": wanted}
+
+
+def test_available_against_counting_down():
+    for counts in product(range(4), repeat=3):
+        blocks = {str(i): np.zeros((count, 2)) for i, count in enumerate(counts)}
+        for wanted in range(1, 12):
+            can = [n for n in range(wanted + 1) if np.all(np.array(sampling.even_shares(n, 3)) <= counts)]
+            found = sampling.available(blocks, wanted)
+            assert found == max(can)
+            assert len(sampling.sample_calibration(blocks, found, 0)[0]) == found
+
+
+def test_a_model_that_does_not_fit_is_refused_before_any_work(model_folder, monkeypatch):
+    config = resolve(["model=local", f"model.path={model_folder}", "quantization.group_size=32"])
+    task = SimpleNamespace(config={"quantization": config["quantization"]})
+    stream = ModelStream(model_folder)
+    quantization.check_memory(task, stream, BITS)
+    monkeypatch.setattr(quantization.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    with pytest.raises(ValueError, match=r"distill_steps=250.*experiment=fast"):
+        quantization.check_memory(task, stream, BITS)
+    task.config["quantization"]["distill_steps"] = 0
+    quantization.check_memory(task, stream, BITS)

@@ -16,7 +16,8 @@ import yaml
 from conftest import small_experiment
 from moepress.config import ROOT
 
-ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
+SECRETS = {"WANDB_API_KEY": "0f1e2d3c4b5a69788796a5b4c3d2e1f00f1e2d3c", "HF_TOKEN": "hf_aZbYcXdWeVfUgThSiRjQkPlOm"}
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", **SECRETS}
 QESC = ["allocation.bits=2.5", "quantization=qesc"]
 
 
@@ -34,7 +35,8 @@ def moepress(folder, *overrides, check=True):
 
 
 def artefacts(folder):
-    return {str(p.relative_to(folder / "results")) for p in (folder / "results").glob("*/*-????????????") if p.is_dir()}
+    found = {str(p.relative_to(folder / "results")) for p in (folder / "results").glob("*/*-????????????") if p.is_dir()}
+    return {name for name in found if not name.startswith("wandb/")}
 
 
 def test_one_experiment_and_its_neighbours(place):
@@ -49,7 +51,10 @@ def test_one_experiment_and_its_neighbours(place):
     assert rows[1]["checkpoint_bytes"] == str(
         sum(p.stat().st_size for p in folder.glob("results/quantization/*/*.safetensors"))
     )
-    assert list(folder.glob("results/wandb/wandb/offline-run-*")), "mirrored without a key"
+    stages = len(list(folder.glob("results/*/*/provenance.json")))
+    assert len(list(folder.glob("results/wandb/offline-run-*"))) == stages + len(rows), "mirrored without a key"
+    for path in (path for path in folder.rglob("*") if path.is_file()):
+        assert not any(secret.encode() in path.read_bytes() for secret in SECRETS.values()), f"{path} holds a secret"
     assert not list(folder.glob("results/*/*.partial"))
 
     # every folder is whole: configuration, provenance, hashes

@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from moepress import execution
 from moepress import plan as planning
+from moepress.artefacts import of_the_machine
 from moepress.config import ROOT, readable_error, resolve
 from moepress.sweeps import MemberFailed
 
@@ -25,6 +26,10 @@ COMMANDS = {
     "compare": "moepress.commands.compare",
     "show": "moepress.commands.show",
     "clean": "moepress.commands.clean",
+    "verify": "moepress.commands.verify",
+    "latency": "moepress.commands.latency",
+    "sync": "moepress.commands.sync",
+    "dashboard": "moepress.commands.dashboard",
 }
 
 
@@ -38,14 +43,21 @@ def app(config) -> None:
             raise ValueError(f"out={config.out}: a sweep has many checkpoints; give out= to a single experiment")
         plan = planning.for_overrides(overrides)
         if execution.run(plan, [overrides], execution.settings_of(settings.launcher)):
+            print(execution.failures(plan), file=sys.stderr)
             sys.exit(1)
         if config.out is not None:
             print(f"a copy to publish: {execution.publish(plan, config.out)}", file=sys.stderr)
+        tell(plan, overrides, settings.mode)
     except ValueError as error:
         sys.exit(f"moepress: {error}")
+
+
+def tell(plan: planning.Plan, overrides: list[str], mode: RunMode) -> None:
+    """What came of it, and as the last line the report's folder."""
     if any(override.startswith("study=") for override in overrides):
+        execution.rows(Path(plan.report))  # is it as it was left?
         print((Path(plan.report) / "summary.md").read_text(encoding="utf-8"))
-    elif settings.mode == RunMode.RUN:
+    elif mode == RunMode.RUN:
         print_row(Path(plan.report))
     print(plan.report)
 
@@ -74,8 +86,13 @@ def main() -> None:
         sys.exit(f"moepress: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # `moepress results | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):  # `moepress results | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        elif asked_for_traces == "1" or (why := of_the_machine(error)) is None:
+            raise
+        else:
+            sys.exit(f"moepress: {why}")
     finally:
         os.environ["HYDRA_FULL_ERROR"] = asked_for_traces or "0"
 

@@ -10,6 +10,8 @@ import platform
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from functools import cache, lru_cache
 from pathlib import Path
@@ -18,10 +20,11 @@ from hydra import compose, initialize_config_dir
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, OverrideType
+from hydra.core.override_parser.types import Override, OverrideType, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from omegaconf.resolvers.oc import env as plain_environment
 
 from moepress import pruning, schema
 from moepress.data import settings
@@ -44,16 +47,47 @@ def resolve(overrides: list[str] | tuple[str, ...] = ()) -> dict:
 
 def values(overrides: list[str] | tuple[str, ...] = ()) -> dict:
     """The same before the model and the text are looked at: values checked by themselves."""
+    for override in overrides:
+        if len(override) > LONGEST_OVERRIDE or re.search("[\0\ud800-\udfff]", override):
+            raise ValueError(f"{override[:60]!r}: at most {LONGEST_OVERRIDE} characters of text, NUL not among them")
+        if len(override.partition("=")[0]) > LONGEST_KEY:
+            raise ValueError(f"{override[:60]!r}: no key is longer than {LONGEST_KEY} characters")
     try:
-        config = OmegaConf.to_container(composed(overrides), resolve=True, throw_on_missing=False)
+        with guarded_environment():
+            config = OmegaConf.to_container(composed(overrides), resolve=True, throw_on_missing=False)
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(readable_error(error, overrides)) from error
+    except RecursionError as error:
+        raise ValueError(f"{max(overrides, key=len)[:60]!r}: nested too deeply") from error
     return validate(config)
+
+
+LONGEST_OVERRIDE, LONGEST_KEY = 20_000, 100
+OPEN_VARIABLES = ("MOEPRESS_CACHE", "HOME")
+"""What configurations may take from the environment: conf/config.yaml does."""
+
+
+@contextmanager
+def guarded_environment() -> Iterator[None]:
+    """No other variable is told to a configuration, nor to a study that somebody else wrote: what it holds ends in files that
+    people publish. On a command line the shell puts in a variable's value."""
+
+    def environment(key: str, default: str | None = None) -> str | None:
+        if key not in OPEN_VARIABLES:
+            raise ValueError(f"oc.env:{key}: only {' and '.join(OPEN_VARIABLES)} are read; write the value itself")
+        return os.environ.get(key, default)
+
+    OmegaConf.register_new_resolver("oc.env", environment, replace=True)
+    try:
+        yield
+    finally:
+        OmegaConf.register_new_resolver("oc.env", plain_environment, replace=True)
 
 
 def readable_error(error: Exception, overrides: list[str] | tuple[str, ...]) -> str:
     """Hydra's or OmegaConf's error in a line, with the keys that exist."""
-    return f"{_first_lines(error)}{_known_keys(overrides)}"
+    key = getattr(error, "full_key", None)
+    return f"{f'{key}: ' if key else ''}{_first_lines(error)}{_known_keys(overrides)}"
 
 
 def composed(overrides: list[str] | tuple[str, ...]) -> DictConfig:
@@ -62,7 +96,19 @@ def composed(overrides: list[str] | tuple[str, ...]) -> DictConfig:
     The members of a sweep differ in values more than in groups, and choosing groups is what takes Hydra long (.1 s). So a
     choice of groups is composed once, and values are set in a copy by Hydra's own function.
     """
-    parsed = [_parsed(override) for override in overrides]
+    parsed = []
+    for override in overrides:
+        try:
+            parsed.append(_parsed(override))
+        except HydraException as error:
+            raise ValueError(f"{override[:200]!r}: {readable_error(error, overrides)}") from error
+    for one in parsed:
+        value = one.value()
+        may_be_none = one.key_or_group in ("experiment", "study")
+        is_name = re.fullmatch(r"[\w./-]{1,100}", str(getattr(value, "text", value))) and isinstance(value, str | QuotedString)
+        is_name = is_name or (value is None and may_be_none)
+        if _is_choice(one) and one.type == OverrideType.CHANGE and not one.is_sweep_override() and not is_name:
+            raise ValueError(f"{one.key_or_group}={value!r}: give one name{_known_keys([one.input_line])}")
     if any(one.type != OverrideType.CHANGE or one.is_sweep_override() for one in parsed):  # `+a=1`, `~a`: rare
         return deepcopy(_composed(tuple(overrides), _newest_change()))
     choices = tuple(override for override, one in zip(overrides, parsed, strict=True) if _is_choice(one))
@@ -106,7 +152,18 @@ def validate(config: dict) -> dict:
         if value == "???":
             raise ValueError(f"{key} is not set: give it as {key}=...")
     config = {name: value for name, value in config.items() if name not in ("experiment", "study")}
-    schema.check(isinstance(config["seed"], int), "seed", config["seed"], "a whole number")
+    for key, value in config.items():
+        schema.check_leaf(key, value)
+    for group in schema.SCHEMA:
+        schema.check(isinstance(config[group], dict), group, config[group], "a group of keys; choose one by its name")
+    schema.check_seed("seed", config["seed"])
+    ok = config["cores"] is None or (type(config["cores"]) is int and config["cores"] >= 1)
+    schema.check(ok, "cores", config["cores"], "null for all of the machine's, or at least 1")
+    schema.check(isinstance(config["paths"], dict), "paths", config["paths"], "the folders results and cache")
+    for name, path in config["paths"].items():
+        ok = isinstance(path, str) and path.strip() and not path.startswith("-")
+        schema.check(bool(ok), f"paths.{name}", path, "a folder")
+        schema.check(not set(path) & set("{}*?[]"), f"paths.{name}", path, "a folder without any of {}*?[] in its name")
     if config["statistics"]["quantizer"] == "auto":
         config["statistics"]["quantizer"] = schema.quantizer_of_statistics(config["quantization"], config["allocation"])
     fits = config["statistics"]["quantizer"] != "gptq" or config["quantization"]["method"] not in ("none", "rtn")
@@ -115,11 +172,11 @@ def validate(config: dict) -> dict:
     schema.check(fits or not is_read, "statistics.quantizer", "gptq", expected)
     latency = config["latency"]
     latency["threads"] = os.cpu_count() if latency["threads"] == "auto" else latency["threads"]
+    ok = re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(config["device"]))
+    schema.check(bool(ok), "device", config["device"], "auto, cpu, cuda or cuda:N")
     latency["hardware"] = hardware(config["device"]) if latency["hardware"] == "auto" else latency["hardware"]
     for group, classes in schema.SCHEMA.items():
         config[group] = _typed(group, classes, config[group])
-    ok = re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(config["device"]))
-    schema.check(bool(ok), "device", config["device"], "auto, cpu, cuda or cuda:N")
 
     schema.check(config["out"] is None or isinstance(config["out"], str), "out", config["out"], "a folder, or null")
     objective = config["objective"]
@@ -128,7 +185,24 @@ def validate(config: dict) -> dict:
     schema.check(ok, "objective", objective, "a column of runs.csv, a list of them, or null")
     suites.chosen(config["evaluation"])
     settings.check(config["corpus"])
+    check_splits(config)
     return config
+
+
+def check_splits(config: dict) -> None:
+    """ValueError for a hub corpus without a split that some stage of this experiment reads."""
+    if config["corpus"]["kind"] != "hub":
+        return
+    method, pruned = config["quantization"]["method"], config["pruning"]["method"]
+    is_calibrated = method in ("gptq", "qesc") or (method != "none" and schema.reads_statistics(config["allocation"]))
+    readers = {"test": "the evaluation", "calibration": None, "train": None}
+    if is_calibrated or pruned not in ("none", "pesf"):
+        readers["calibration"] = f"quantization={method} with pruning={pruned}"
+    if config["model"]["kind"] in ("tiny", "carved"):
+        readers["train"] = f"model={config['model']['kind']}"
+    for split, reader in readers.items():
+        if reader and not config["corpus"]["splits"].get(split):
+            raise ValueError(f"corpus.splits.{split} is not set, but {reader} reads that text; name one of the hub's splits")
 
 
 def with_files(config: dict) -> dict:
@@ -187,7 +261,7 @@ def _typed(group: str, classes, values: dict) -> dict:
     if isinstance(classes, dict):
         variant = "kind" if "kind" in values else "method"
         known = ", ".join(classes)
-        schema.check(values.get(variant) in classes, f"{group}.{variant}", values.get(variant), f"one of {known}")
+        schema.check(str(values.get(variant)) in classes, f"{group}.{variant}", values.get(variant), f"one of {known}")
         classes = classes[values[variant]]
     try:
         found = (group, classes, repr(values))
@@ -196,8 +270,17 @@ def _typed(group: str, classes, values: dict) -> dict:
             _TYPED[found] = dataclasses.asdict(OmegaConf.to_object(typed))
         return deepcopy(_TYPED[found])
     except OmegaConfBaseException as error:
-        key = f"{group}.{error.full_key}" if error.full_key else group
+        name = error.full_key or next((name for name, value in values.items() if not _fits(classes, name, value)), None)
+        key = f"{group}.{name}" if name else group
         raise ValueError(f"{key}: {_first_lines(error)}") from error
+
+
+def _fits(schema_class, name: str, value) -> bool:
+    try:
+        OmegaConf.merge(OmegaConf.structured(schema_class), {name: value})
+    except OmegaConfBaseException:
+        return False
+    return True
 
 
 def _leaves(value, path=""):

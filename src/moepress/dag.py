@@ -98,7 +98,19 @@ def _statistics_parts(c):
 
 def _quantization_inputs(c):
     calibration = {} if c["quantization"]["method"] == "rtn" else {"calibration": ("calibration", c)}
+    if calibration and (wanted := distill_sequences(c)) is not None:
+        calibration["distillation"] = ("calibration", {**c, "calibration": {**c["calibration"], "at_most": wanted}})
     return {**_model(c), **calibration, "allocation": ("allocation", c)}
+
+
+def distill_sequences(c: dict) -> int | None:
+    """Sequences of the sample that the whole packed model is tuned on, no more than its steps take; None where that is the
+    calibration's own."""
+    quantization = c["quantization"]
+    if not quantization.get("distill_steps") or quantization["distill_sequences"] is None:
+        return None
+    each = max(1, quantization["tune_tokens"] // c["calibration"]["seq_len"])
+    return min(quantization["distill_sequences"], quantization["distill_steps"] * each)
 
 
 def _pruning_inputs(c):
@@ -174,7 +186,7 @@ STAGES: dict[str, Stage] = {
         2,
         ("calibration",),
         lambda c: {"corpus": ("corpus", c), **_model(c)},
-        lambda c: f"{c['calibration']['num_sequences']}x{c['calibration']['seq_len']}",
+        lambda c: f"{c['calibration'].get('at_most', c['calibration']['num_sequences'])}x{c['calibration']['seq_len']}",
     ),
     "gradients": Stage(
         1,
@@ -200,7 +212,7 @@ STAGES: dict[str, Stage] = {
     "pruning": Stage(1, ("pruning",), _pruning_inputs, run_label),
     "evaluation": Stage(4, ("evaluation",), _evaluation_inputs, run_label),
     "decomposition": Stage(1, tuple(f"evaluation.{name}" for name in _TEXT), _decomposition_inputs, _checkpoint_label),
-    "latency": Stage(1, ("latency",), lambda c: {"corpus": ("corpus", c), **_checkpoint(c), **_model(c)}, run_label),
+    "latency": Stage(3, ("latency",), lambda c: {"corpus": ("corpus", c), **_checkpoint(c), **_model(c)}, run_label),
 }
 """The DAG: what each stage's key depends on. The report, which joins many experiments, is added by `report_artefact`."""
 
@@ -209,10 +221,11 @@ NOT_IN_KEY = {
     "corpus": ("path",),
     "quantization": ("name",),
     "evaluation": ("decomposition",),
+    "latency": ("model", "num_layers", "skew"),
     "statistics": ("blocks",),
 }
-"""Where something lies and how it is called is no part of what it is; its fingerprint is. The decomposition is a stage. In how
-many jobs statistics are computed changes none of them."""
+"""Where something lies and how it is called is no part of what it is; its fingerprint is. The decomposition is a stage, and the
+shapes of latency.model have artefacts of their own, see `shape_artefact`. In how many jobs statistics are computed changes none."""
 
 
 def artefact(stage: str, config: dict) -> Artefact:
@@ -239,6 +252,16 @@ def make_artefact(stage: str, version: int, label: str, config: dict, inputs: di
     return Artefact(stage, key, safe, config, inputs)
 
 
+def shape_artefact(config: dict, shape: dict) -> Artefact:
+    """The times of layers of a real model's shape with random weights. config: as `values` gives it; shape: of
+    conf/latency/models/."""
+    names = {"latency": tuple(config["latency"]), "quantization": _SIZES, "allocation": ("method", "bits", "widths")}
+    sliced = {group: {name: config[group].get(name) for name in found} for group, found in names.items()}
+    label = f"{config['latency']['model']}-{config['allocation']['bits']:g}-{pruning.label(config['pruning']).lower()}"
+    sliced |= {"pruning": config["pruning"], "shape": shape}
+    return make_artefact("latency", STAGES["latency"].version, label, sliced, {})
+
+
 @dataclass(frozen=True)
 class Experiment:
     """config: resolved. artefacts: stage -> Artefact of the stages with a row to fill."""
@@ -258,6 +281,8 @@ class Experiment:
 def experiment(overrides: list[str] | tuple[str, ...]) -> Experiment:
     """One experiment from its overrides."""
     config = resolve(overrides)
+    if name := config["latency"]["model"]:
+        raise ValueError(f"latency.model={name}: no experiment, but a shape to time: moepress latency latency.model={name} ...")
     stages = ["evaluation", "latency"] if config["latency"]["repeats"] else ["evaluation"]
     if config["quantization"]["method"] != "none":
         stages += ["quantization", "allocation"]
@@ -275,11 +300,28 @@ def run_names(experiments: list[Experiment]) -> list[str]:
 
 def load_study(name: str) -> dict:
     """`{name, caption, seeds, base, experiments}` of conf/study/NAME.yaml."""
-    path = ROOT / "conf" / "study" / f"{name}.yaml"
-    if not path.is_file():
-        known = ", ".join(sorted(found.stem for found in path.parent.glob("*.yaml")))
-        raise ValueError(f"study={name}: no such file in conf/study/; there is {known}")
-    return OmegaConf.to_container(OmegaConf.load(path))
+    files = {found.stem: found for found in (ROOT / "conf" / "study").glob("*.yaml")}
+    if name not in files:
+        raise ValueError(f"study={name}: no such file in conf/study/; there is {', '.join(sorted(files))}")
+    return checked_study(OmegaConf.to_container(OmegaConf.load(files[name])), f"study={name}")
+
+
+NOT_A_STUDYS = re.compile(r"[+~]*(paths|out|hydra|tracking|evaluation\.run_generated_code)\b")
+"""What a study, which somebody else may have written, leaves to whoever runs it."""
+
+
+def checked_study(study, key: str) -> dict:
+    """A study as it is; ValueError for what is none, or what sets keys that are the caller's own."""
+    texts = isinstance(study, dict) and all(isinstance(study.get(name), str) for name in ("name", "caption"))
+    lists = texts and all(isinstance(study.get(name), list) for name in ("base", "experiments"))
+    if not lists or not all(isinstance(line, str) for line in (*study["base"], *study["experiments"])):
+        raise ValueError(f"{key}: a study has name and caption (texts), base and experiments (lists of overrides)")
+    if not study["experiments"] or not all(type(seed) is int for seed in study.get("seeds", [])):
+        raise ValueError(f"{key}: give at least one experiment, and seeds, if any, as a list of whole numbers")
+    for line in [*study["base"], *shlex.split(" ".join(study["experiments"]))]:
+        if NOT_A_STUDYS.match(line):
+            raise ValueError(f"{key}: sets {line!r}, which is for whoever runs the study: give it on the command line")
+    return study
 
 
 def study_experiments(study: dict, overrides: list[str] | tuple[str, ...] = ()) -> list[Experiment]:

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 from moepress.artefacts import read_config, read_json
+from moepress.dag import distill_sequences
 from moepress.evaluation import benchmarks, suites
 from moepress.models import outline as outlines
 from moepress.models.families import FAMILIES, kind_of, locate
@@ -131,8 +132,10 @@ def disk(model: Outline, config: dict, folder_bytes: int | None) -> dict[str, in
     if config["quantization"]["method"] in ("gptq", "qesc"):
         streams = 6  # the same of the quantized model
         streams += config["quantization"]["tune_steps"] > 0  # and what a layer is tuned towards
+        sample = distill_sequences(config)
+        streams += 3 * (sample or 0) / calibration["num_sequences"]  # and of the larger sample, through the 16-bit model
     each = 4 * calibration["num_sequences"] * calibration["seq_len"] * model.shape.hidden_size
-    found = {"hidden states, while it runs": streams * each}
+    found = {"hidden states, while it runs": int(streams * each)}
     if has_gradients(config):
         each = gradient_tokens(config) * model.shape.hidden_size
         found["gradients"] = 2 * len(model.shape.moe_layers) * each
@@ -246,6 +249,8 @@ def quantization_work(model: Outline, calibration: dict, settings: dict) -> tupl
         flops += 4 * forward_flops(model, seen, calibration["seq_len"])
         flops += settings["distill_steps"] * 2 * UNPACK_FLOPS * model.routed_weights
         steps += settings["distill_steps"] * TUNE_STEPS * num_experts
+        if settings["distill_sequences"] is not None:  # and that text through the 16-bit model
+            flops += forward_flops(model, seen, calibration["seq_len"])
     return flops, steps
 
 
@@ -255,15 +260,27 @@ def measurement_work(model: Outline, config: dict, is_packed: bool) -> tuple[flo
     found = [*corpus.get("domains", ["text"]), *corpus.get("test_domains", [])]
     blocks = len(evaluation["domains"] or found) * (evaluation["num_blocks"] or UNKNOWN_BLOCKS)
     unpack = UNPACK_FLOPS * model.routed_weights if is_packed else 0
-    few = UNPACK_FLOPS * model.active_weights if is_packed else 0
     evaluated = forward_flops(model, blocks * evaluation["seq_len"], evaluation["seq_len"])
     evaluated += -(-blocks // evaluation["batch_size"]) * unpack
     asked = task_tokens(evaluation)
     evaluated += forward_flops(model, asked, TASK_LENGTH) + -(-asked // TOKENS_AT_ONCE) * unpack
-    prefill = unpack + forward_flops(model, latency["prefill_batch"] * latency["prefill_len"], latency["prefill_len"])
-    decode = latency["decode_tokens"] * (few + 2 * model.active_weights)
-    timed = (latency["repeats"] + 1) * (prefill + decode + few) if latency["repeats"] else 0
-    return evaluated, timed
+    return evaluated, latency_work(model, latency, is_packed)
+
+
+def latency_work(model: Outline, latency: dict, is_packed: bool) -> float:
+    """FLOPs of timing one model: at each setting every repeat, one to warm up and one to look at; behind the prompts once. The
+    16-bit model's plain experts are timed at the first of each phase."""
+    found = 0.0
+    unpack = UNPACK_FLOPS * model.routed_weights if is_packed else 0
+    few = UNPACK_FLOPS * model.active_weights if is_packed else 0
+    for phase in ("prefill", "decode") if latency["repeats"] else ():
+        pairs = [(batch, length) for batch in latency[f"{phase}_batch"] for length in latency[f"{phase}_len"]]
+        for index, (batch, length) in enumerate(pairs):
+            passes = (latency["repeats"] + 2) * (1 if is_packed or index else 2)
+            whole = unpack + forward_flops(model, batch * length, length)
+            step = min(batch * few, unpack) + 2 * batch * model.active_weights
+            found += passes * whole if phase == "prefill" else whole + passes * latency["decode_tokens"] * step
+    return found
 
 
 def unpacking(model: Outline, config: dict) -> float:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from moepress import locks
+from moepress import integrity, locks
 from moepress.artefacts import read_json, write_if_changed
 from moepress.config import ROOT
 from moepress.plan import Plan
@@ -58,17 +58,23 @@ def run(plan: Plan, experiments: list[list[str]], settings: Settings | None = No
     experiments: the overrides of each one, from which Snakemake makes the same plan. Raises KeyboardInterrupt where that
     stopped it.
     """
-    if is_done(plan):
-        print("everything is computed already", file=sys.stderr)
-        return 0
+    if not is_done(plan):
+        with locks.working_folder() as lock:
+            if not is_done(plan):  # by the run that this one waited for
+                return _run(plan, experiments, settings or Settings(), lock)
+    print("everything is computed already", file=sys.stderr)
+    return 0
+
+
+def _run(plan: Plan, experiments: list[list[str]], settings: Settings, lock: int | None) -> int:
     # A file, as a command line has no room for a large sweep. `out` is of the command, not of the DAG.
     lines = [" ".join(shlex.quote(o) for o in overrides if not o.startswith("out=")) for overrides in experiments]
     asked = Path(plan.results) / "tasks" / "asked" / f"{Path(plan.report).name}.json"
     write_if_changed(asked, json.dumps({"experiments": lines}, indent=1, ensure_ascii=False) + "\n")
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--configfile", str(asked)]
-    command += [*(settings or Settings()).options(plan.cores), "--quiet", "host", "rules", "reason"]
+    command += [*settings.options(plan.cores), "--quiet", "host", "rules", "reason"]
     is_stopped = False
-    with locks.snakemake(command) as snakemake:
+    with locks.snakemake(command, lock) as snakemake:
         while True:
             try:
                 code = snakemake.wait()
@@ -81,14 +87,29 @@ def run(plan: Plan, experiments: list[list[str]], settings: Settings | None = No
     return code
 
 
+def failures(plan: Plan) -> str:
+    """What a run that failed says in the end: each artefact that could have been made and was not, why, and how to go on."""
+    results = Path(plan.results)
+    missing = [folder for folder in plan.artefacts if not (results / folder).exists()]
+    failed = [f for f in missing if not any(item.folder in missing for item in plan.artefacts[f].inputs.values())]
+    lines = [f"moepress: {len(failed)} of {len(plan.artefacts)} artefacts failed, the other {len(missing) - len(failed)} that "]
+    lines[0] += f"are missing wait for them; {len(plan.artefacts) - len(missing)} are whole"
+    lines += [f"moepress:   {folder}: {failure(results, [folder])}" for folder in failed]
+    return "\n".join([*lines, "moepress: once that is mended, the same command goes on from what is whole"])
+
+
 def failure(results: Path, folders: Iterable[str]) -> str:
-    """What a run that failed says: of artefacts that are not there, the newest log and its last line."""
+    """Why a run failed: of artefacts that are not there, the newest log and its last line."""
     missing = [results / "logs" / f"{folder}.log" for folder in folders if not (results / folder).exists()]
     logs = sorted((log for log in missing if log.is_file()), key=lambda log: log.stat().st_mtime)
     if not logs:
         return "Snakemake failed before any stage began; its log is the newest in .snakemake/log/"
     lines = logs[-1].read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["(nothing)"]
-    return f"{lines[-1].removeprefix('moepress: ')} (the log: {logs[-1]})"
+    told = [line for line in lines if line.startswith("moepress: ") and not line.endswith("waiting for it")]
+    last = told[-1].removeprefix("moepress: ") if told else lines[-1]
+    if not told and not any(line.startswith("Traceback (most recent call last)") for line in lines):
+        last = f"killed, for want of memory if nobody did it; the last that it said was: {last}"
+    return f"{last} (the log: {logs[-1]})"
 
 
 def last_run(plan: Plan) -> dict[str, Path]:
@@ -102,7 +123,8 @@ def runs(plan: Plan) -> list[dict]:
 
 
 def rows(report: Path) -> list[dict]:
-    """The rows of a report's runs.csv, numbers as such and None for what is not known."""
+    """The rows of a report's runs.csv, numbers as such and None for what is not known. ValueError for a damaged report."""
+    integrity.check([(report, True)], report.parent.parent)
     with (report / "runs.csv").open(newline="", encoding="utf-8") as file:
         return [{name: value(text) for name, text in row.items()} for row in csv.DictReader(file)]
 

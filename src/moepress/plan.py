@@ -1,5 +1,6 @@
 """What Snakemake is to build: the artefacts of the experiments that were asked for, their task files, the targets."""
 
+import json
 import os
 import shlex
 import shutil
@@ -7,7 +8,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from moepress import estimate, forecast
+from moepress import estimate, forecast, tracking
 from moepress.artefacts import write_tasks
 from moepress.config import uses_gpu
 from moepress.dag import (
@@ -36,15 +37,15 @@ SOME_MEMORY_MB = 16000
 @dataclass(frozen=True)
 class Plan:
     """artefacts: folder -> Artefact of everything needed. report: the folder that joins it. targets: for `rule all`.
-    large: ids of the models whose stages take all cores. cores: asked for, None for all. configs: folder -> the whole
-    configuration of the first experiment that needs it."""
+    tracking: what the mirror is asked for, as JSON. large: ids of the models whose stages take all cores. cores: asked for,
+    None for all. configs: folder -> the whole configuration of the first experiment that needs it."""
 
     results: str
     artefacts: dict[str, Artefact]
     report: str
     targets: list[str]
     gpus: int
-    project: str
+    tracking: str
     large: frozenset[str]
     cores: int | None
     configs: dict[str, dict] = field(repr=False)
@@ -136,13 +137,14 @@ def make(name: str, caption: str, experiments: list[Experiment]) -> Plan:
             configs.setdefault(folder, member.config)
     artefacts = write_tasks([report], configs, results)
     targets = [f"{results}/{report.folder}"]
-    tracking = first["tracking"]
-    if tracking["mode"] != "disabled":
-        targets.append(f"{results}/tracking/{tracking['mode']}/{report.id}.json")
+    mode, settings = first["tracking"]["mode"], tracking.settings_of(first["tracking"])
+    if mode != "disabled":
+        targets.append(f"{results}/tracking/{mode}/{report.id}.json")
+        tracking.drop_stale(Path(targets[-1]), settings)
     gpus = int(uses_gpu(first["device"]))
     models = {folder: configs[folder]["model"] for folder, item in artefacts.items() if item.stage == "model"}
     large = frozenset(artefacts[folder].id for folder, model in models.items() if is_large(model))
-    return Plan(str(results), artefacts, targets[0], targets, gpus, tracking["project"], large, first["cores"], configs)
+    return Plan(str(results), artefacts, targets[0], targets, gpus, json.dumps(settings), large, first["cores"], configs)
 
 
 def is_large(model: dict) -> bool:

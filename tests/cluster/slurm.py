@@ -116,7 +116,9 @@ class Cluster:
     def start(self) -> None:
         controller, *ports = free_ports(1 + len(NODES))
         each = f"CPUs={self.cpus} RealMemory={MEMORY_MB} Gres=gpu:1 State=UNKNOWN"
-        lines = [f"NodeName={n} NodeAddr=127.0.0.1 NodeHostname=localhost Port={p} {each}" for n, p in zip(NODES, ports, strict=True)]
+        lines = [
+            f"NodeName={n} NodeAddr=127.0.0.1 NodeHostname=localhost Port={p} {each}" for n, p in zip(NODES, ports, strict=True)
+        ]
         for folder in ("bin", "munge", "state", *NODES):
             (self.place / folder).mkdir(parents=True, mode=0o755)
         values = {"place": self.place, "user": getpass.getuser(), "controller": controller, "timeout": self.timeout}
@@ -129,7 +131,10 @@ class Cluster:
         key = self.place / "munge" / "key"
         key.write_bytes(os.urandom(128))
         key.chmod(0o600)
-        munge = [f"--{name}={self.place}/munge/{name.removesuffix('-file')}" for name in ("socket", "key-file", "pid-file", "log-file", "seed-file")]
+        munge = [
+            f"--{name}={self.place}/munge/{name.removesuffix('-file')}"
+            for name in ("socket", "key-file", "pid-file", "log-file", "seed-file")
+        ]
         self.daemon("munged", "--foreground", "--force", *munge)
         self.wait_for(lambda: (self.place / "munge" / "socket").exists(), "munged's socket")
         self.daemon("slurmctld", "-D", "-f", str(self.place / "slurm.conf"))
@@ -140,7 +145,12 @@ class Cluster:
     def daemon(self, name: str, *arguments: str, called: str | None = None) -> None:
         with (self.place / f"{called or name}.out").open("ab") as out:
             self.daemons[called or name] = subprocess.Popen(
-                [program(name), *arguments], env=self.env, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
+                [program(name), *arguments],
+                env=self.env,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
             )
 
     def start_node(self, node: str) -> None:
@@ -224,6 +234,8 @@ if __name__ == "__main__":
     if lack := missing():
         sys.exit(lack)
     with Cluster(Path(sys.argv[1])) as running:
-        print(f"export SLURM_CONF={running.place}/slurm.conf   # then: sinfo, sbatch ...; Ctrl-C here takes it down", flush=True)
+        print(
+            f"export SLURM_CONF={running.place}/slurm.conf   # then: sinfo, sbatch ...; Ctrl-C here takes it down", flush=True
+        )
         with contextlib.suppress(KeyboardInterrupt):
             signal.pause()

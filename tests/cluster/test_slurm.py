@@ -21,7 +21,9 @@ ALONE = {"provenance.json", "timing.json", ".snakemake_timestamp"}
 @pytest.mark.cluster
 def test_a_sweep_on_two_nodes_one_of_which_dies(tmp_path, model_folder, text_folder):
     """The same keys and bytes as on this machine alone; both nodes work; the death costs one job, which runs again elsewhere."""
-    pytest.importorskip("snakemake_executor_plugin_slurm", reason="no snakemake-executor-plugin-slurm: pip install '.[cluster]'")
+    pytest.importorskip(
+        "snakemake_executor_plugin_slurm", reason="no snakemake-executor-plugin-slurm: pip install '.[cluster]'"
+    )
     if lack := slurm.missing():
         pytest.skip(lack)
     sweep = ["--multirun", *small_experiment(model_folder, text_folder), "latency.repeats=0", "device=cpu"]
@@ -56,7 +58,11 @@ def test_a_sweep_on_two_nodes_one_of_which_dies(tmp_path, model_folder, text_fol
     assert again == {victim[0]: 1}, "the death cost one job, which Slurm queued again"
     lost = [(job["JobId"], job["NodeList"], job["JobState"]) for job in endings if job["JobState"] != "COMPLETED"]
     assert lost == [(*victim[:2], "NODE_FAIL")]
-    members = [job["NodeList"] for job in endings if any(job["JobId"] == j["JobId"] and "rule_quantization" in j["Comment"] for j in jobs)]
+    members = [
+        job["NodeList"]
+        for job in endings
+        if any(job["JobId"] == j["JobId"] and "rule_quantization" in j["Comment"] for j in jobs)
+    ]
     assert set(members) == set(slurm.NODES), "members side by side"
     with_gpu = [job["Comment"] for job in jobs if "gpu:1" in job.get("TresPerJob", "") + job.get("TresPerNode", "")]
     assert len(with_gpu) == 1 and "rule_statistics" in with_gpu[0], "it asked for one"
@@ -65,13 +71,17 @@ def test_a_sweep_on_two_nodes_one_of_which_dies(tmp_path, model_folder, text_fol
 
 def same_files(here: Path, there: Path) -> int:
     """How many files of all artefacts but the report's pages are the same byte for byte, which all must be; and all keys."""
-    folders = [sorted(p.relative_to(place) for p in place.glob("results/*/*-????????????") if p.is_dir()) for place in (here, there)]
+    folders = [
+        sorted(p.relative_to(place) for p in place.glob("results/*/*-????????????") if p.is_dir()) for place in (here, there)
+    ]
     assert folders[0] == folders[1]
     count = 0
     for folder in folders[0]:
         stage = folder.parts[1]
         names = {p.relative_to(here / folder) for p in (here / folder).rglob("*") if p.is_file() and p.name not in ALONE}
-        assert names == {p.relative_to(there / folder) for p in (there / folder).rglob("*") if p.is_file() and p.name not in ALONE}
+        assert names == {
+            p.relative_to(there / folder) for p in (there / folder).rglob("*") if p.is_file() and p.name not in ALONE
+        }
         hashes = [read_json(place / folder / "provenance.json")["files"] for place in (here, there)]
         for name in names - {Path("log.txt")}:
             if stage != "report":

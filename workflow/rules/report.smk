@@ -30,6 +30,6 @@ rule tracking:
     conda:
         "../../environment.yml"
     params:
-        project=PLAN.project,
+        settings=PLAN.tracking,
     shell:
-        "python -m moepress.tracking {input.report:q} {output:q} {params.project:q} 2>&1 | tee {log:q}"
+        "python -m moepress.tracking {input.report:q} {output:q} {params.settings:q} 2>&1 | tee {log:q}"

@@ -9,8 +9,7 @@ from pathlib import Path
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from moepress import dag, locks, plan
-from moepress.commands import lookup
+from moepress import dag, locks, lookup, plan
 from moepress.config import ROOT, values
 from moepress.forecast import aligned
 from moepress.quantization.budget import readable
@@ -63,7 +62,11 @@ def main(arguments: list[str]) -> None:
     if working := locks.working_here():
         raise ValueError(f"process {working[0]} computes here; wait for it, or end it")
     for path in unneeded:
-        remove(path, results)
+        try:
+            with locks.hold(locks.of(path)):
+                remove(path, results)
+        except locks.Held as owner:
+            raise ValueError(f"{path}: {owner} uses it; what comes before it in the list is removed") from None
     print(f"{total}: removed")
 
 

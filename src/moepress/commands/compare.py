@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from moepress.commands import lookup, results
+from moepress import lookup
+from moepress.commands import results
 from moepress.forecast import aligned
 from moepress.report import paired, reading
 from moepress.report.reading import Run

@@ -6,8 +6,7 @@ import re
 import sys
 from pathlib import Path
 
-from moepress import execution
-from moepress.commands import lookup
+from moepress import execution, lookup
 from moepress.forecast import aligned
 from moepress.quantization.budget import readable as readable_bytes
 

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 
 import yaml
 
-from moepress.commands import lookup
-from moepress.commands.lookup import Found
+from moepress import lookup
 from moepress.forecast import aligned, duration
+from moepress.lookup import Found
 from moepress.quantization.budget import readable
 
 

@@ -111,8 +111,6 @@ def _hub(config: dict, cache: Path) -> tuple[pd.DataFrame, dict]:
     """Rows of a `datasets` id, or of a local folder in its form. Our splits that share a hub split divide it."""
     import datasets
 
-    if not config["id"]:
-        raise ValueError("corpus.id is not set: give a `datasets` id such as Salesforce/wikitext, or a folder.")
     domain = Path(config["id"]).name.lower()
     rows = []
     for hub_split in dict.fromkeys(config["splits"][split] for split in _wanted(config)):

@@ -115,6 +115,14 @@ def spread(count: int, wanted: int) -> np.ndarray:
     return (np.arange(wanted) * count) // wanted
 
 
+def available(blocks_by_domain: dict[str, np.ndarray], num_sequences: int) -> int:
+    """The most sequences, up to `num_sequences`, that can be drawn in equal parts of every domain."""
+    counts = [len(blocks) for blocks in blocks_by_domain.values()]
+    while any(share > count for share, count in zip(even_shares(num_sequences, len(counts)), counts, strict=True)):
+        num_sequences -= 1
+    return num_sequences
+
+
 def sample_calibration(blocks_by_domain: dict[str, np.ndarray], num_sequences: int, seed: int) -> tuple[np.ndarray, list]:
     """`(token_ids [num_sequences, seq_len], [(domain, block), ...])`: equal parts of every domain, drawn without repetition.
 

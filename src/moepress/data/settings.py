@@ -1,8 +1,12 @@
 """What values of the group `corpus` make sense; checked before anything heavy is imported or read."""
 
+import math
 import platform
+import re
+from collections import Counter
 
 from moepress.data import packages
+from moepress.schema import check_seed
 
 SPLITS = ("train", "calibration", "test")
 
@@ -10,12 +14,28 @@ SPLITS = ("train", "calibration", "test")
 def check(config: dict) -> None:
     """ValueError, naming the key, for values of the group `corpus` that no corpus can be built with."""
     fractions = config["fractions"]
-    if set(fractions) != set(SPLITS) or min(fractions.values()) <= 0 or abs(sum(fractions.values()) - 1) > 1e-6:
+    shares = [share if isinstance(share, int | float) else math.nan for share in fractions.values()]
+    if set(fractions) != set(SPLITS) or not all(share > 0 for share in shares) or not abs(sum(shares) - 1) <= 1e-6:
         raise ValueError(f"corpus.fractions={fractions}: give a share above 0 for {', '.join(SPLITS)}, 1 in all.")
     share = config["overlap"]["max_share"]
     if config["overlap"]["words"] < 1 or (share is not None and not 0 <= share <= 1):
         raise ValueError(f"corpus.overlap={config['overlap']}: words is 1 or more, max_share in [0, 1] or null.")
+    for name in ("max_characters", "max_documents", "min_documents", "block_characters", "line_characters"):
+        value = config.get(name)
+        if value is not None and value < 1:
+            raise ValueError(f"corpus.{name}={value}: at least 1" + (", or null." if name.startswith("max") else "."))
+    check_seed("corpus.seed", config["seed"])
+    if config.get("field") == "":
+        raise ValueError("corpus.field='': give the name of the field with the text.")
     if config["kind"] == "packages":
+        if not config["domains"]:
+            raise ValueError(f"corpus.domains=[]: name at least one of {', '.join(packages.DOMAINS)}.")
+        twice = [name for name, count in Counter([*config["domains"], *config["test_domains"]]).items() if count > 1]
+        if twice:
+            raise ValueError(
+                f"corpus.domains={config['domains']} and corpus.test_domains={config['test_domains']}: "
+                f"{twice[0]} is in them twice."
+            )
         unknown = sorted({*config["domains"], *config["test_domains"]} - set(packages.DOMAINS))
         if unknown:
             raise ValueError(f"corpus.domains has no {', '.join(unknown)}: there are {', '.join(packages.DOMAINS)}.")
@@ -26,8 +46,14 @@ def check(config: dict) -> None:
             )
     if config["kind"] != "hub":
         return
+    if not config["id"]:
+        raise ValueError("corpus.id is not set: give a `datasets` id such as Salesforce/wikitext, or a folder.")
     if not set(config["splits"]) <= set(SPLITS):
         raise ValueError(f"corpus.splits={config['splits']}: its keys are {', '.join(SPLITS)}.")
+    try:
+        re.compile(config["heading"] or "")
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"corpus.heading={config['heading']!r}: not a regular expression ({error}).") from error
     taken = [split for split in config["splits"].values() if split]
     if config["verbatim"] and (len(set(taken)) < len(taken) or share is not None):
         raise ValueError(

@@ -5,7 +5,9 @@ textfiles.read({"path": "notes/", "field": "text", ...})  ->  [(domain, document
 
 import hashlib
 import json
+import os
 import re
+import unicodedata
 from collections import defaultdict
 from pathlib import Path
 
@@ -31,7 +33,7 @@ def fingerprint(files: list[Path], root: Path) -> str:
     digest = hashlib.sha256()
     for file in files:
         name = file.relative_to(root).as_posix() if file != root else file.name
-        digest.update(f"{name}\0{file.stat().st_size}\0".encode())
+        digest.update(os.fsencode(name) + f"\0{file.stat().st_size}\0".encode())
         with file.open("rb") as stream:
             while block := stream.read(1 << 20):
                 digest.update(block)
@@ -44,7 +46,7 @@ def read(config: dict) -> list[tuple[str, str, str]]:
     The domain of a file is the folder it lies in below `path`, else its stem; a folder of at least `min_documents` files and
     nothing below it is one domain. A .txt or .md file is a document, a
     .jsonl line is one. A domain with fewer than `min_documents` has its documents cut at blank lines into blocks of
-    about `block_characters`, so that there is something to split.
+    about `block_characters`, so that there is something to split; a line longer than `line_characters` is cut at spaces.
 
     Raises ValueError for a missing path, bytes that are not UTF-8, a bad .jsonl line, or no text at all.
     """
@@ -55,26 +57,39 @@ def read(config: dict) -> list[tuple[str, str, str]]:
     for file in files:
         above = root.resolve().name if is_one else file.stem
         domain = above if file.parent == root or file == root else file.parent.name
-        name = file.relative_to(root).as_posix() if file != root else file.name
+        domain, name = _printable(domain), _printable(file.relative_to(root).as_posix() if file != root else file.name)
         rows = _rows(file, config["field"]) if file.suffix.lower() == ".jsonl" else [(None, _decode(file))]
         domains[domain] += [(name if row is None else f"{name}:{row}", text) for row, text in rows if text.strip()]
     domains = {domain: documents for domain, documents in domains.items() if documents}
     if not domains:
         raise ValueError(f"corpus.path={config['path']} holds no usable text: all its files are empty.")
+    sizes = {"size": config["block_characters"], "longest": config["line_characters"]}
     for domain, documents in domains.items():
         if len(documents) < config["min_documents"]:
-            domains[domain] = [block for document in documents for block in _blocks(*document, config["block_characters"])]
+            domains[domain] = [block for document in documents for block in _blocks(*document, **sizes)]
     return [(domain, name, text) for domain, documents in domains.items() for name, text in documents]
 
 
+def _printable(name: str) -> str:
+    """A file's name in characters that every file and page takes, whatever bytes it is made of."""
+    text = os.fsencode(name).decode("utf-8", errors="replace")
+    return "".join("\N{REPLACEMENT CHARACTER}" if unicodedata.category(c) == "Cc" else c for c in text)
+
+
 def _decode(file: Path) -> str:
+    content = file.read_bytes()
     try:
-        return file.read_bytes().decode("utf-8-sig")
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"corpus.path: {file} is not UTF-8 text: byte {error.object[error.start]:#04x} at offset {error.start}. "
-            "Convert it (iconv -t utf-8) or move it away."
-        ) from None
+        where, byte = error.start, content[error.start]
+    else:
+        if "\0" not in text:
+            return text
+        where, byte = content.index(b"\0"), 0
+    raise ValueError(
+        f"corpus.path: {file} is not UTF-8 text: byte {byte:#04x} at offset {where}. "
+        "Convert it (iconv -t utf-8) or move it away."
+    )
 
 
 def _rows(file: Path, field: str) -> list[tuple[int, str]]:
@@ -84,20 +99,39 @@ def _rows(file: Path, field: str) -> list[tuple[int, str]]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # the second: brackets within brackets, thousands of them
             raise ValueError(f"corpus.path: {file} line {number} is not JSON: {error}.") from None
         if not isinstance(row, dict) or not isinstance(row.get(field), str):
             has = sorted(row) if isinstance(row, dict) else type(row).__name__
             raise ValueError(f"corpus.path: {file} line {number} has no text field {field!r} (it has {has}): set corpus.field.")
+        if odd := re.search(r"[\0\ud800-\udfff]", row[field]):
+            raise ValueError(f"corpus.path: {file} line {number} holds {odd[0]!r}, which is no text.")
         rows.append((number, row[field]))
     return rows
 
 
-def _blocks(name: str, text: str, size: int) -> list[tuple[str, str]]:
-    """Cut a text at blank lines, and at line ends where a paragraph is longer than a block."""
+def _parts(line: str, size: int) -> list[str]:
+    """A line in parts of `size` characters, or up to twice as many so that they end at a space."""
+    parts, start = [], 0
+    while start < len(line):
+        end = start + size
+        if end < len(line):
+            end = line.find(" ", end, end + size) + 1 or end
+        parts.append(line[start:end])
+        start = end
+    return parts
+
+
+def _blocks(name: str, text: str, size: int, longest: int) -> list[tuple[str, str]]:
+    """Cut a text at blank lines, at line ends where a paragraph is longer than a block, and lines above `longest`."""
     paragraphs = []
     for paragraph in re.split(r"\n\s*\n", text):
-        paragraphs += [(paragraph, "\n\n")] if len(paragraph) <= size else [(s, "\n") for s in paragraph.split("\n")]
+        if len(paragraph) <= size:
+            paragraphs.append((paragraph, "\n\n"))
+            continue
+        for line in paragraph.split("\n"):
+            *parts, last = [line] if len(line) <= longest else _parts(line, size)
+            paragraphs += [*((part, "") for part in parts), (last, "\n")]
     blocks, block = [], ""
     for paragraph, end in paragraphs:
         block += paragraph + end

@@ -158,7 +158,9 @@ class StreamedBridge(Bridge):
 
         with tqdm(total=stream.shape.num_layers, desc=f"tasks {self.name}".strip(), unit="layer") as progress:
             x_BSH = run_layers(stream, ids_BS, folder, progress, keep)
-        counts = [torch.from_numpy(np.load(folder / f"counts-{index}.npy")) for index in stream.shape.moe_layers]
+        counts = [
+            torch.from_numpy(np.load(folder / f"counts-{index}.npy", allow_pickle=False)) for index in stream.shape.moe_layers
+        ]
         chosen_BLE = torch.stack(counts, 1)
 
         def logits():

@@ -99,7 +99,9 @@ def measure_streamed(
         nll.append(torch.nn.functional.cross_entropy(logits_SV, ids_S[-scored:].to(logits_SV.device)).item())
     if forced is not None:
         return np.asarray(nll), forced.selected_NSLK
-    chosen = np.stack([np.load(folder / f"selected-{index}.npy") for index in stream.shape.moe_layers], axis=2)
+    chosen = np.stack(
+        [np.load(folder / f"selected-{index}.npy", allow_pickle=False) for index in stream.shape.moe_layers], axis=2
+    )
     return np.asarray(nll), chosen.astype(_index_dtype(stream.shape.num_experts))
 
 

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from moepress.inference import manifest
+from moepress.models.files import sync
 
 DTYPES = {
     "BF16": torch.bfloat16,
@@ -29,6 +30,7 @@ def write_shard(folder: Path, name: str, tensors: dict[str, torch.Tensor]) -> No
     path = folder / name
     beside = path.with_suffix(".new")
     save_file({tensor: t.detach().contiguous().cpu() for tensor, t in tensors.items()}, beside, {"format": "pt"})
+    sync(beside)
     manifest.add_shard(folder, name, beside)
     beside.replace(path)
 

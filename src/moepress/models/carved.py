@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.qwen2_moe import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from moepress.data import corpus, sampling
-from moepress.models import carving, dense, distilling, streams
+from moepress.models import carving, dense, distilling
 from moepress.models.carving import Cut
 from moepress.models.limits import TOKENS_AT_ONCE
 from moepress.models.streams import Streams
@@ -64,7 +64,6 @@ def carve(config: dict, corpus_folder: Path, source: Path, out: Path, device: st
         "layers": layers,
     }
     (out / "carving.json").write_text(json.dumps(found, indent=1) + "\n")
-    streams.drop(work)
     return found
 
 

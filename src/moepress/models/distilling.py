@@ -50,7 +50,6 @@ def recover(model, teacher, ids_NS, settings: dict, seed: int, out: Path, device
         if time.perf_counter() - saved > settings["save_seconds"]:
             save(out, trained, optimizer, losses)
             saved = time.perf_counter()
-    (out / STATE).unlink(missing_ok=True)
     teacher.to("cpu")
     model.to("cpu").eval().requires_grad_(False)
     return losses

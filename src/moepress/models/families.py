@@ -13,6 +13,7 @@ from math import gcd
 from pathlib import Path
 
 from moepress.models.files import Entry, entries, read_index, with_scales
+from moepress.schema import MOST_EXPERTS, MOST_LAYERS
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,18 @@ def shape_of(config: dict, key: str, names: Iterable[str] | None = None) -> Shap
             raise ValueError(f"{key}: config.json lacks {name}, which a {model_type} model must give")
         sizes.append(value)
     num_layers, hidden_size, intermediate_size, num_experts, top_k = sizes
-    moe_layers = [layer for layer in range(num_layers) if layer not in (config.get("mlp_only_layers") or ())]
+    for name, value, most in (("layers", num_layers, MOST_LAYERS), ("experts", num_experts, MOST_EXPERTS)):
+        if value > most:
+            raise ValueError(f"{key}: config.json says that there are {value} {name}; at most {most} are handled")
+    if top_k > num_experts:
+        raise ValueError(f"{key}: config.json has {family.top_k}={top_k}, but {num_experts} experts")
+    dense = config.get("mlp_only_layers") or ()
+    if not isinstance(dense, list | tuple) or not isinstance(config.get("vocab_size") or 0, int):
+        raise ValueError(
+            f"{key}: config.json has mlp_only_layers={dense!r}, vocab_size={config.get('vocab_size')!r}; both are "
+            "not what a model of its type has"
+        )
+    moe_layers = [layer for layer in range(num_layers) if layer not in dense]
     if names is not None:
         found = {int(name.split(".")[2]) for name in names if is_expert_matrix(family, name)}
         moe_layers = sorted(layer for layer in found if layer < num_layers)
@@ -226,9 +238,11 @@ def read_config(folder: Path, key: str) -> dict:
     if not path.is_file():
         raise ValueError(f"{key}={str(folder)!r}: no config.json in it, so it is not a Hugging Face model folder")
     try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(config, dict) or not isinstance(config.get("quantization_config") or {}, dict):
+        raise ValueError(f"{path}: not a model's configuration; fetch it again")
     quantized = config.get("quantization_config") or {}
     method = quantized.get("quant_method")
     is_read = method == "mxfp4" or (method == "fp8" and quantized.get("fmt") == "e4m3")
@@ -259,7 +273,11 @@ def read_model(folder: Path, key: str) -> tuple[dict, Shape, dict[str, Entry]]:
 def tensors(folder: Path, config: dict | None = None) -> dict[str, Entry]:
     """Every tensor of a 16-bit model folder by its family's name on disk (see `Dialect`), added ones included."""
     config = json.loads((folder / "config.json").read_text()) if config is None else config
-    return standard_tensors(with_scales(entries(folder)), config)
+    found = entries(folder)
+    for name, entry in found.items():
+        if re.match(r"model\.layers\.(?!\d+\.)", name) or re.search(r"\.experts\.(?!\d+\.)[^.]+\..*weight", name):
+            raise ValueError(f"{entry.path}: holds the tensor {name}, whose layer or expert has no number; fetch it again")
+    return standard_tensors(with_scales(found), config)
 
 
 def standard_tensors(stored: dict[str, Entry], config: dict) -> dict[str, Entry]:

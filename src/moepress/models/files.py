@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -38,6 +39,15 @@ def record(path: Path) -> dict:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
+def sync(path: Path) -> None:
+    """Let a file's bytes, or a folder's names, reach the disk."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
 def read_header(path: Path) -> dict[str, dict]:
     """A safetensors file's tensors, name -> `{dtype, shape, data_offsets}`, without reading them.
 
@@ -47,26 +57,46 @@ def read_header(path: Path) -> dict[str, dict]:
         length = int.from_bytes(file.read(8), "little")
         try:
             header = json.loads(file.read(length)) if length <= path.stat().st_size else None
-        except ValueError:
+        except (ValueError, RecursionError):
             header = None
     if not isinstance(header, dict):
         raise ValueError(f"{path}: not a whole safetensors file (its header cannot be read); fetch it again")
     header.pop("__metadata__", None)
+    for name, entry in header.items():
+        if not _is_entry(entry):
+            raise ValueError(f"{path}: not a whole safetensors file (its header says nonsense of {name}); fetch it again")
     end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if 8 + length + end != path.stat().st_size:
         raise ValueError(f"{path}: {path.stat().st_size} bytes, its header says {8 + length + end}; fetch it again")
     return header
 
 
+def _is_entry(entry) -> bool:
+    """Whether a header's entry has a dtype, a shape and the place of as many bytes as these take."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
+        return False
+    shape, place = entry.get("shape"), entry.get("data_offsets")
+    lists = isinstance(shape, list) and isinstance(place, list) and len(place) == 2
+    if not lists or not all(type(number) is int and number >= 0 for number in (*shape, *place)):
+        return False
+    return entry["dtype"] not in ITEM_BYTES or place[1] - place[0] == prod(shape) * ITEM_BYTES[entry["dtype"]]
+
+
 def read_index(folder: Path) -> dict[str, str] | None:
-    """Tensor name -> file name as the folder's index has it; None without one."""
+    """Tensor name -> file name as the folder's index has it; None without one. No file outside the folder is named."""
     path = folder / INDEX
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text())["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
+        found = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: not an index of safetensors files ({error!r}); fetch it again") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: not an index of safetensors files (its weight_map is none); fetch it again")
+    for tensor, name in found.items():
+        if not isinstance(name, str) or not name.endswith(".safetensors") or set(name) & set("/\\\0"):
+            raise ValueError(f"{path}: says that {name!r} holds {tensor}, which is no safetensors file of this folder")
+    return found
 
 
 def with_scales(found: dict[str, Entry]) -> dict[str, Entry]:

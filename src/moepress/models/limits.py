@@ -30,7 +30,9 @@ def memory_limit(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/
     found = [psutil.virtual_memory().total]
     lines = own.read_text().split() if own.is_file() else []
     for _, controllers, group in (line.split(":", 2) for line in lines if line.count(":") >= 2):
-        name = "memory.max" if not controllers else "memory/memory.limit_in_bytes" if "memory" in controllers.split(",") else None
+        name = (
+            "memory.max" if not controllers else "memory/memory.limit_in_bytes" if "memory" in controllers.split(",") else None
+        )
         if name is None:
             continue
         folder, _, file = f"{groups}/{name}".rpartition("/")

@@ -45,13 +45,18 @@ class ModelStream:
         self.folder, self.device, self.dtype = Path(folder), device, dtype
         self.source_config, self.shape, self.entries = families.read_model(self.folder, "model")
         self.family = FAMILIES[self.shape.family]
-        self.config = auto_config(self.source_config)
         quantized = self.source_config.get("quantization_config") or {}
         self._block = tuple(quantized.get("weight_block_size") or (128, 128))
         if "model.embed_tokens.weight" not in self.entries:
             raise ValueError(f"{self.folder}: the checkpoint lacks the tensor model.embed_tokens.weight")
-        with torch.device("meta"):
-            self.skeleton = AutoModelForCausalLM.from_config(self.config, dtype=dtype)
+        try:
+            self.config = auto_config(self.source_config)
+            with torch.device("meta"):
+                self.skeleton = AutoModelForCausalLM.from_config(self.config, dtype=dtype, trust_remote_code=False)
+        except Exception as error:  # transformers checks little of what it is given: errors of any kind come from deep inside
+            raise ValueError(
+                f"{self.folder / 'config.json'}: no model can be made of it ({error!r}); fetch it again"
+            ) from error
         self.skeleton.eval()
         self.body = self.skeleton.model
         self._arguments: dict[int, list[dict]] = {}
@@ -103,6 +108,26 @@ class ModelStream:
             raise ValueError(f"{entry.path}: the tensor {entry.name} holds NaN or infinite values; the file is damaged")
         return tensor * 2 if families.is_doubled(self.source_config, entry.name) else tensor
 
+    def check(self) -> Iterator[None]:
+        """Read every tensor once, a layer at a time; ValueError naming one that is missing, unknown, of another shape, NaN or
+        infinite. Yields after each layer. The stream is used up."""
+        outside = {n: t.shape for n, t in self.skeleton.state_dict().items() if not n.startswith("model.layers.")}
+        if self.config.tie_word_embeddings:
+            outside.pop("lm_head.weight", None)
+        self._compare(outside, {name: self.entries[name].shape for name in self.names_outside_layers()})
+        self.read(self.names_outside_layers())
+        for _ in self.layers():
+            yield
+
+    def _compare(self, expected: dict, found: dict) -> None:
+        for name, shape in expected.items():
+            if name not in found:
+                raise ValueError(f"{self.folder}: the checkpoint lacks the tensor {name}")
+            if tuple(found[name]) != tuple(shape):
+                raise ValueError(f"{self.folder}: the tensor {name} is {[*found[name]]}, config.json makes it {[*shape]}")
+        if unknown := sorted(found.keys() - expected.keys() - {"lm_head.weight"}):
+            raise ValueError(f"{self.folder}: the checkpoint has the unknown tensor {unknown[0]}")
+
     def names_outside_layers(self) -> list[str]:
         """On-disk names of the embedding, the last norm and the head."""
         return sorted(name for name in self.entries if not name.startswith("model.layers."))
@@ -145,14 +170,13 @@ class ModelStream:
     def layer(self, index: int) -> nn.Module:
         """Decoder layer `index` with its weights, its experts as `StoredExperts`."""
         layer = self.body.layers[index]
-        rest = {name: tensor.to(self.device, self.dtype) for name, tensor in self.layer_tensors(index).items()}
-        try:
-            missing, left_over = layer.load_state_dict(rest, strict=False, assign=True)
-        except RuntimeError as error:  # torch's word for another shape
-            raise ValueError(f"{self.folder}: layer {index} does not fit config.json: {error}") from error
+        names, prefix = self.layer_names(index), layer_prefix(index)
         matrices = {f"{self.family.experts}.{name}" for name in ("gate_up_proj", "down_proj")}
-        if left_over or set(missing) - (matrices if index in self.shape.moe_layers else set()):
-            raise ValueError(f"{self.folder}: layer {index} lacks {missing} or has unknown tensors {left_over}")
+        kept = matrices if index in self.shape.moe_layers else set()
+        expected = {names.get(n, prefix + n): t.shape for n, t in layer.state_dict().items() if n not in kept}
+        self._compare(expected, {name: self.entries[name].shape for name in names.values()})
+        rest = {name: tensor.to(self.device, self.dtype) for name, tensor in self.layer_tensors(index).items()}
+        layer.load_state_dict(rest, strict=False, assign=True)
         if index in self.shape.moe_layers:
             original = layer.get_submodule(self.family.experts)
             stored = StoredExperts(original, self.expert_tensors(index), self.device)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from moepress.models.files import sync
+
 
 class Streams:
     """Named streams of hidden states `[N, S, H]` between two layers, float32, in files under `folder`.
@@ -40,6 +42,9 @@ class Streams:
         """The layer is whole: what was written to `next` enters the one after it."""
         before = self.layer
         self.layer += 1
+        for name in self.names:
+            if (path := self.folder / f"{name}-{self.layer}.bin").is_file():
+                sync(path)  # before it is said to be whole, lest the machine ends between the two
         mark(self.folder, self.layer)
         for name in self.names:
             self._open.pop(f"{name}-{before}", None)
@@ -72,6 +77,7 @@ def mark(folder: Path, layer: int) -> None:
     """Keep that everything before `layer` is whole; atomic."""
     beside = folder / "next_layer.json.new"
     beside.write_text(json.dumps({"next_layer": layer}))
+    sync(beside)
     beside.replace(folder / "next_layer.json")
 
 

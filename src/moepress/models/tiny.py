@@ -6,7 +6,7 @@
 `train` leaves an ordinary Hugging Face folder (bf16 safetensors, tokenizer), `training.csv` with the loss by step and
 `specialisation.json` with what the experts do on held-out text. Hidden matrices are trained by Muon (Jordan et al.
 2024), 3-D experts as batches of matrices; embeddings, router and norms by Adam. Same seed, same machine: same bytes,
-also after a kill, for the state of the training lies beside the output until it is done.
+also after a kill, for the state of the training lies beside the output; the stage removes it when it is through.
 
 Shape suffixes: B sequences, S positions, T = B*S tokens, H hidden, V vocabulary, E experts, K experts per token.
 """
@@ -75,7 +75,6 @@ def train(config: dict, documents: Path, out: Path, progress: bool = True) -> di
     tokenizer.save_pretrained(out)
     found = specialisation(model, tokenizer, folder, config["held_out"])
     (out / "specialisation.json").write_text(json.dumps(found, indent=2) + "\n")
-    (out / STATE).unlink(missing_ok=True)
     speed = (steps - num_done) * training["batch_size"] * training["seq_len"] / max(seconds, 1e-9)
     return found | {"training_seconds": seconds, "tokens_per_second": speed}
 

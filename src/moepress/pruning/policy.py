@@ -45,6 +45,18 @@ class Attached:
         return float(self.protected / self.tokens) if self.tokens else 0.0
 
 
+class MayBeLeftOut:
+    """Until removed, tells transformers' grouped experts that some slots may have "no expert": they leave those rows
+    uninitialised otherwise."""
+
+    def __init__(self, experts: nn.Module):
+        self.experts, self.before = experts, getattr(experts, "_is_expert_parallel", False)
+        experts._is_expert_parallel = True
+
+    def remove(self) -> None:
+        self.experts._is_expert_parallel = self.before
+
+
 def moe_layers(model) -> list[nn.Module]:
     """The decoder layers with routed experts, in order."""
     block = FAMILIES[model.config.model_type].block
@@ -90,7 +102,8 @@ def attach(model, policy: dict) -> Attached:
         mask, past = kwargs.get("attention_mask"), kwargs.get("past_key_values")
         shape = ids.shape[:2]
         mask_BS = torch.ones(shape, device=ids.device) if mask is None else mask[:, -shape[1] :].to(ids.device)
-        batch.mask_BS, batch.past = mask_BS.bool(), 0 if past is None else int(past.get_seq_length())
+        # a token that is decoded alone asks nothing of the past; a static cache keeps its length on the device
+        batch.mask_BS, batch.past = mask_BS.bool(), int(past.get_seq_length()) if past is not None and shape[1] > 1 else 0
         batch.received.clear()
 
     def prune(rule: Callable, experts, args):
@@ -103,8 +116,7 @@ def attach(model, policy: dict) -> Attached:
     for layer, rule in zip(layers, rules, strict=True):
         experts = layer.get_submodule(family.experts)
         attached.handles.append(experts.register_forward_pre_hook(partial(prune, rule)))
-        # transformers' grouped experts leave the rows of "no expert" uninitialised unless told that there may be some
-        experts._is_expert_parallel = True
+        attached.handles.append(MayBeLeftOut(experts))
     if method == "static":
         from moepress.pruning.static import Removal
 

@@ -12,6 +12,7 @@ Legend: N sequences, S positions, T = N * S tokens, H hidden size, E experts, K 
 
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,9 +57,9 @@ def quantize_model(
     and where a killed run finds the layer to go on from; a temporary one by default.
     """
     bits_of = dict(zip(stream.shape.moe_layers, bits_LE, strict=True))
-    with tempfile.TemporaryDirectory() as temporary:
+    with nullcontext(folder) if folder else tempfile.TemporaryDirectory() as place:
         size = (0, 0) if tokens_NS is None else tokens_NS.shape
-        streams = Streams(folder or Path(temporary), STREAMS, (*size, stream.shape.hidden_size))
+        streams = Streams(Path(place), STREAMS, (*size, stream.shape.hidden_size))
         if streams.layer == 0 and tokens_NS is not None:
             streams["x_hat"].copy_(stream.embed(tokens_NS, streams["x"]))
         for index, layer in stream.layers(streams.layer):

@@ -63,5 +63,5 @@ def size_on_disk(folder: Path, weights: int) -> dict:
 def folder_bytes(folder: Path) -> int:
     """Bytes of everything in the folder but what tells of one run's time and place (timing.json, config.yaml,
     provenance.json: some KiB), so that they are the same after a kill."""
-    left_out = ("layers.json", "timing.json", "size.json")
+    left_out = ("layers.json", "timing.json", "size.json", "config.yaml", "provenance.json")
     return sum(path.stat().st_size for path in folder.iterdir() if path.is_file() and path.name not in left_out)

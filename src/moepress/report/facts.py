@@ -91,7 +91,9 @@ def calibration(run: Run) -> str | None:
     found = read_config(run.results / folder)["calibration"]
     domains = ", ".join(found["domains"]) if found["domains"] else "all domains"
     size = f"{found['num_sequences']} sequences of {found['seq_len']} tokens"
-    return f"{size} from {domains}, drawn with seed {found['seed']}"
+    more = described["config"]["quantization"].get("distill_sequences")
+    tuned = f" (the packed model tuned as a whole on up to {more})" if "distillation" in described["inputs"] else ""
+    return f"{size} from {domains}, drawn with seed {found['seed']}{tuned}"
 
 
 def methods(runs: list[Run]) -> dict[str, str]:
@@ -130,6 +132,8 @@ def machine(runs: list[Run]) -> dict[str, str]:
     if timed:
         device, threads, dtype = (listed({one[name] for one in timed}) for name in ("device", "threads", "dtype"))
         facts["timed on"] = f"{device}, {threads} threads, {dtype}"
+        reads, computes = (max(one[name] for one in timed) / 1e9 for name in ("bandwidth", "flop_rate"))
+        facts["the device's limit"] = f"{reads:.3g} GB of memory and {computes:.3g} GFLOP a second, measured beside the times"
     if found:
         names = dict.fromkeys(name for one in found for name in one["versions"])
         each = [f"{name} {listed({one['versions'].get(name) for one in found} - {None})}" for name in names]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from moepress.report import awareness, decomposition, forest, heatmaps, lines, scores
+from moepress.report import awareness, decomposition, forest, heatmaps, lines, scores, timing
 from moepress.report.reading import Run
 from moepress.report.style import RC, plt, save
 
@@ -111,6 +111,16 @@ FIGURES = {
         "Speed",
         "Medians against the 16-bit model, timed in turn with it in one process; the bars hold the middle half of the "
         "repeats. Right of the dashed line is faster.",
+    ),
+    "latency": Entry(
+        timing.latency,
+        "Time, and how close it is to the hardware's limit",
+        "Above, medians with the middle half of the repeats: of a prefill by the tokens of its batch, of a step of decoding by "
+        "the sequences of its batch. Below, what the device would need at the least over what was taken: for the weights and "
+        "caches that this text's tokens really read, at the bandwidth measured in the same run, or for the operations at the "
+        "measured rate of a matrix product, whichever is longer. 100 % is the limit; a small model may live in a CPU's caches, "
+        "which are faster than its memory, and exceed it. Time does not depend on how the weights were found: one run stands "
+        "for all of its size, mix of widths and pruning. Transformers' plain experts are timed at the first setting only.",
     ),
 }
 

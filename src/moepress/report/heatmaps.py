@@ -1,5 +1,7 @@
 """Heat maps over experts, few or hundreds: the bits they get, how often they are selected, and by which text."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
 from matplotlib.colors import BoundaryNorm, ListedColormap, LogNorm
@@ -57,15 +59,8 @@ def bits(runs: list[Run]) -> tuple[Figure, pd.DataFrame] | None:
         axis.set_title("selection frequency\n(even share = 1)")
         figure.colorbar(image, ax=axis, pad=0.02, aspect=16).outline.set_visible(False)
     widths = sorted({int(width) for _, values in panels for width in values.ravel()})
-    colours = ListedColormap([BIT_COLOURS.get(width, "#000000") for width in widths])
-    norm = BoundaryNorm([widths[0] - 0.5, *(width + 0.5 for width in widths)], len(widths))
     for axis, (title, bits_LE) in zip(slots, panels, strict=False):
-        mesh(axis, bits_LE, cmap=colours, norm=norm)
-        axis.set_title(title)
-        if bits_LE.size <= 128:
-            for (layer, expert), width in np.ndenumerate(bits_LE):
-                ink = INK if width < 3 else "white"
-                axis.text(expert, layer, str(width), ha="center", va="center", fontsize=9, color=ink)
+        _bits_panel(axis, title, bits_LE, widths)
     for axis in axes[:, 0]:
         axis.set_ylabel("layer")
         _name_layers(axis, next(iter(mixed.values()))[0].shape.moe_layers)
@@ -78,6 +73,29 @@ def bits(runs: list[Run]) -> tuple[Figure, pd.DataFrame] | None:
     names = [f"{width} bit" + ("s" if width > 1 else "") for width in widths]
     figure.legend(patches, names, loc="outside lower center", ncols=len(widths), handlelength=1.2)
     return figure, pd.concat(frames, ignore_index=True)
+
+
+def allocation(title: str, bits_LE: Sequence[Sequence[int]], layers: tuple[int, ...]) -> Figure:
+    """The widths of one allocation's experts. layers: the numbers of the rows."""
+    bits_LE = np.array(bits_LE)
+    rows, experts = bits_LE.shape
+    size = (min(max(1.2 + 0.3 * experts, 3.4), 9), min(max(1.2 + 0.3 * rows, 2.0), 8))
+    figure, axis = plt.subplots(figsize=size)
+    _bits_panel(axis, title, bits_LE, sorted({int(width) for width in bits_LE.ravel()}))
+    axis.set(xlabel="expert", ylabel="layer")
+    _name_layers(axis, layers)
+    return figure
+
+
+def _bits_panel(axis, title: str, bits_LE: np.ndarray, widths: list[int]) -> None:
+    """widths: those that occur in any panel of the figure."""
+    colours = ListedColormap([BIT_COLOURS.get(width, "#000000") for width in widths])
+    norm = BoundaryNorm([widths[0] - 0.5, *(width + 0.5 for width in widths)], len(widths))
+    mesh(axis, bits_LE, cmap=colours, norm=norm)
+    axis.set_title(title)
+    if bits_LE.size <= 128:
+        for (layer, expert), width in np.ndenumerate(bits_LE):
+            axis.text(expert, layer, str(width), ha="center", va="center", fontsize=9, color=INK if width < 3 else "white")
 
 
 def sensitivity(runs: list[Run]) -> tuple[Figure, pd.DataFrame] | None:

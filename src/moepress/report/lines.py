@@ -8,7 +8,7 @@ from matplotlib import ticker
 from matplotlib.figure import Figure
 
 from moepress.report.paired import increase
-from moepress.report.reading import Run, first_seeds, reference_of
+from moepress.report.reading import Run, first_seeds, reference_of, shift_by_layer
 from moepress.report.style import MUTED, plt, series_styles, shorten
 from moepress.report.table import mean_over_domains
 
@@ -187,14 +187,9 @@ def selection_shift(runs: list[Run]) -> Drawn:
     """Share of selected slots that differ from the 16-bit model's, by layer; a panel for each size."""
     found = []
     for run in sorted(runs, key=lambda run: run.width):
-        domains = run.metrics["domains"].values()
-        if run.is_reference or not all("selection_shift_by_layer" in domain for domain in domains):
+        by_layer = shift_by_layer(run.metrics)
+        if run.is_reference or not by_layer:
             continue
-        by_layer = np.average(
-            [domain["selection_shift_by_layer"] for domain in domains],
-            axis=0,
-            weights=[d["num_blocks"] for d in domains],
-        )
         row = {"target": run.target, "series": run.series, "run": run.name}
         layers = run.shape.moe_layers
         found += [row | {"layer": layer, "selection_shift": value} for layer, value in zip(layers, by_layer, strict=True)]

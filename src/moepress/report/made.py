@@ -59,8 +59,9 @@ def settings(task: Task) -> dict[str, dict]:
         for name in described["inputs"].values():
             visit(folder.resolve().parent.parent / name)
 
-    for folder in task.inputs.values():
-        visit(folder)
+    for role, folder in task.inputs.items():
+        if role != "distillation":  # a calibration too; what differs in it follows from the quantization's group
+            visit(folder)
     return found | task.config
 
 

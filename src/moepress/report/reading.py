@@ -21,6 +21,7 @@ LABELS |= {"fast": "ours, fast", "best": "ours, best"}
 LABELS |= {name: name for name in ("uniform", "half", "random", "frequency", "weight", "global")}
 
 UNTIMED = dict.fromkeys(("device", "threads", "dtype", "prefill_ms", "decode_ms", "speedup_prefill", "speedup_decode"))
+UNTIMED |= {"share_prefill": None, "share_decode": None, "versions": {}, "rows": [], "measured": None}
 """What latency.json would say of a run with latency.repeats=0."""
 
 
@@ -174,6 +175,11 @@ class Run:
     def latency(self) -> dict:
         return self.json("latency", "latency.json") if "latency" in self.artefacts else UNTIMED
 
+    @property
+    def timed(self) -> list[dict]:
+        """Of latency.json the rows of this run's own model under its policy: one a setting."""
+        return [row for row in self.latency["rows"] if row["model"] == self.latency["measured"]]
+
     @cached_property
     def allocated(self) -> dict:
         return self.json("allocation", "allocation.json")
@@ -248,6 +254,16 @@ class Run:
         seen = [d for d in self.metrics["domains"] if {"train", "calibration"} & set(splits.get(d, {}))]
         out = [d for d in self.metrics["domains"] if d not in seen]
         return (seen, out) if seen else (out, [])
+
+
+def shift_by_layer(metrics: dict) -> list[float]:
+    """Share of selected slots that differ from the 16-bit model's in each MoE layer, over all blocks of an evaluation's
+    metrics.json; [] where nothing was compared."""
+    domains = metrics["domains"].values()
+    if not all("selection_shift_by_layer" in domain for domain in domains):
+        return []
+    weights = [domain["num_blocks"] for domain in domains]
+    return np.average([domain["selection_shift_by_layer"] for domain in domains], axis=0, weights=weights).tolist()
 
 
 def load(runs: list[dict], results: Path) -> list[Run]:

@@ -35,6 +35,9 @@ def tabulate(runs: list[Run]) -> pd.DataFrame:
     model with this one's selections, and of this one with the 16-bit model's. bpb_<domain>: bits per byte of text.
     acc_mean: mean accuracy over the run's tasks; delta_acc: what it is above the 16-bit model's, item by item; limit: only
     so many items of each task were asked. selection_shift: share of selected slots that changed.
+    prefill_ms, decode_ms (of a step): at the first setting of latency.*; share_*: what the device would need at the least for
+    it, over the time that was taken. inference_bytes: the most memory of the timed prefills (on a CPU weights and key-value
+    cache).
     """
     found = pd.DataFrame([row(run, reference_of(run, runs)) for run in runs])
     if all(run.decomposition is None for run in runs):
@@ -80,11 +83,25 @@ def row(run: Run, reference: Run | None) -> dict:
         "quantize_seconds": run.json("quantization", "timing.json")["quantize_seconds"] if quantized else np.nan,
         "peak_memory_bytes": provenance.get("peak_memory_bytes", np.nan),
         **{name: (run.latency[name] or {}).get("median", np.nan) for name in ("prefill_ms", "decode_ms")},
-        **{name: run.latency[name] or np.nan for name in ("speedup_prefill", "speedup_decode")},
+        **{
+            name: run.latency[name] or np.nan for name in ("speedup_prefill", "speedup_decode", "share_prefill", "share_decode")
+        },
+        "inference_bytes": max((row["memory_bytes"] for row in run.timed if row["phase"] == "prefill"), default=np.nan),
         "device": run.latency["device"],
+        "timed_with": timed_with(run),
         "seed": run.seed,
         "keys": compact_json(run.keys),
     }
+
+
+def timed_with(run: Run) -> str | None:
+    """`2 threads, float32, torch 2.13.0`; None where nothing was timed."""
+    found = run.latency
+    if not found["device"]:
+        return None
+    threads = f"{found['threads']} thread{'s' if found['threads'] > 1 else ''}"
+    libraries = [f"{name} {found['versions'][name]}" for name in ("torch", "triton", "numba") if name in found["versions"]]
+    return ", ".join(filter(None, [threads, found["dtype"], *libraries]))
 
 
 def accuracies(run: Run) -> dict:

@@ -8,6 +8,8 @@ from moepress.models import outline
 from moepress.models.families import locate
 from moepress.quantization.budget import Prediction, plan_budget
 
+UNREAD = ("model",)
+
 
 def run(task: Task) -> None:
     config = task.config["allocation"]

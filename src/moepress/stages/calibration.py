@@ -8,6 +8,8 @@ from moepress.artefacts import Task
 from moepress.data import sampling
 from moepress.models.families import locate
 
+UNREAD = ("model",)
+
 
 def run(task: Task) -> None:
     config = task.config["calibration"]
@@ -16,6 +18,9 @@ def run(task: Task) -> None:
         task.inputs["corpus"], model, "calibration", config["seq_len"], config["domains"], "calibration"
     )
     blocks = {domain: blocks for domain, (blocks, _) in found.items()}
-    token_ids, origin = sampling.sample_calibration(blocks, config["num_sequences"], config["seed"])
+    wanted = config["num_sequences"]
+    if "at_most" in config:  # the sample for tuning the whole model
+        wanted = sampling.available(blocks, config["at_most"])
+    token_ids, origin = sampling.sample_calibration(blocks, wanted, config["seed"])
     save_file({"token_ids": np.ascontiguousarray(token_ids)}, task.out / "tokens.safetensors")
     pd.DataFrame(origin, columns=["domain", "block"]).to_parquet(task.out / "origin.parquet")

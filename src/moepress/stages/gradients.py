@@ -9,9 +9,10 @@ from moepress.artefacts import Task, read_json, write_json
 from moepress.data.sampling import spread
 from moepress.gradients import LOSS, layer_gradients
 from moepress.inference.checkpoint import pick_device
-from moepress.models import streams as hidden_states
 from moepress.models.families import locate
 from moepress.models.streaming import ModelStream
+
+WORK = ("streams", "layers.json")
 
 
 def run(task: Task) -> None:
@@ -37,5 +38,3 @@ def run(task: Task) -> None:
             "layers": sorted(found.values(), key=lambda layer: layer["layer"]),
         },
     )
-    hidden_states.drop(folder)  # before what belongs to it, so that a kill between the two only costs time
-    notes.unlink()

@@ -6,6 +6,8 @@ from moepress.artefacts import Task, write_json
 from moepress.models import hub
 from moepress.models.files import record
 
+WORK = ("training_state.safetensors", "recovery_state.safetensors", "carving")
+
 
 def run(task: Task) -> None:
     config = task.config["model"]
@@ -35,8 +37,8 @@ def refer(folder: Path, out: Path) -> None:
     from moepress.models.streaming import ModelStream
 
     stream = ModelStream(folder)
-    for name in tqdm(sorted(stream.entries), desc="checking weights", unit="tensor", mininterval=1):
-        stream.read([name])
+    for _ in tqdm(stream.check(), total=stream.shape.num_layers, desc="checking weights", unit="layer", mininterval=1):
+        pass
     hashes = {}
     for path in tqdm(sorted(p for p in folder.iterdir() if p.is_file()), desc="hashing", unit="file", mininterval=1):
         hashes[path.name] = record(path)["sha256"]

@@ -2,24 +2,32 @@
 
 import time
 
+import psutil
+import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
 
 from moepress.artefacts import Task, peak_memory, read_config, read_json, write_json
+from moepress.evaluation.perplexity import run_layers
 from moepress.inference.checkpoint import pick_device
+from moepress.models import outline
 from moepress.models import streams as hidden_states
 from moepress.models.families import locate, num_weights
 from moepress.models.streaming import ModelStream
 from moepress.quantization import distilling, writer
+from moepress.quantization.budget import Prediction, readable
 from moepress.quantization.experts import Recipe
 from moepress.quantization.qesc import quantize_model
 from moepress.report import card, made
+
+WORK = ("streams", "layers.json")
 
 
 def run(task: Task) -> None:
     recipe = Recipe(**task.config["quantization"])
     stream = ModelStream(locate(task.inputs["model"]), pick_device(task.runtime["device"]))
     bits = read_json(task.inputs["allocation"] / "allocation.json")["bits"]
+    check_memory(task, stream, bits)
     tokens, coverage = None, "routed"
     if "calibration" in task.inputs:
         tokens = load_file(task.inputs["calibration"] / "tokens.safetensors")["token_ids"]
@@ -58,8 +66,21 @@ def run(task: Task) -> None:
     write_json(task.out / "size.json", size | {"folder_bytes": writer.folder_bytes(task.out)})
     seconds += time.perf_counter() - began
     write_json(task.out / "timing.json", {"quantize_seconds": round(seconds, 3), "layers": timing})
-    hidden_states.drop(folder)  # before what belongs to it, so that a kill between the two only costs time
-    (task.out / "layers.json").unlink()
+
+
+def check_memory(task: Task, stream: ModelStream, bits: list[list[int]]) -> None:
+    """ValueError, before any work, for a packed model that is to be tuned as a whole and does not fit in memory."""
+    settings = task.config["quantization"]
+    if not settings.get("distill_steps"):
+        return
+    needed = Prediction(outline.read(stream.folder, "model.path"), settings).loaded_bytes(bits, "cpu")  # float32 on a GPU too
+    on_gpu = torch.device(stream.device).type == "cuda"
+    has = torch.cuda.mem_get_info(stream.device)[0] if on_gpu else psutil.virtual_memory().available
+    if needed > has:
+        raise ValueError(
+            f"quantization.distill_steps={settings['distill_steps']}: the packed model takes {readable(needed)} of memory, "
+            f"there is {readable(has)}; set it to 0, or take experiment=fast, which never holds more than a layer"
+        )
 
 
 def distilled(task: Task, stream: ModelStream, recipe: Recipe, tokens, folder) -> dict:
@@ -67,7 +88,13 @@ def distilled(task: Task, stream: ModelStream, recipe: Recipe, tokens, folder) -
     folder is whole, so that a run that is killed while the shards are rewritten ends with the same bytes."""
     path = folder / "tuned.safetensors"
     if not path.is_file():
-        x = hidden_states.Streams(folder, ("x",), (*tokens.shape, stream.shape.hidden_size))["x"]
+        if "distillation" in task.inputs:
+            tokens = load_file(task.inputs["distillation"] / "tokens.safetensors")["token_ids"]
+            again = ModelStream(stream.folder, stream.device)  # a stream gives each of its layers once
+            with tqdm(total=stream.shape.num_layers, desc=f"text to tune {task.name} on", unit="layer") as progress:
+                x = run_layers(again, tokens, folder / "distillation", progress)
+        else:
+            x = hidden_states.Streams(folder, ("x",), (*tokens.shape, stream.shape.hidden_size))["x"]
         settings = (recipe.distill_steps, recipe.tune_tokens, recipe.tune_rate)
         distilling.keep(path, *distilling.distill(task.out, stream, x, tokens, *settings))
     tuned = load_file(path)

@@ -3,6 +3,8 @@
 from moepress.artefacts import Task
 from moepress.report import figures, page, reading, table
 
+UNREAD = ("model", "quantization")
+
 
 def run(task: Task) -> None:
     config = task.config

@@ -21,6 +21,8 @@ from moepress.models.streaming import ModelStream
 from moepress.quantization.experts import Gradient, Recipe
 from moepress.statistics import layer_statistics
 
+WORK = ("streams", "layers.json")
+
 
 def run(task: Task) -> None:
     """All layers; or where blocks of them were jobs of their own, put together."""
@@ -67,8 +69,6 @@ def measure(task: Task, block: int, count: int) -> None:
         streams.advance()
         remaining.update()
     write_json(task.out / "statistics.json", {"widths": widths, "num_tokens": tokens.numel(), "layers": found})
-    hidden_states.drop(folder)  # before what belongs to it, so that a kill between the two only costs time
-    (task.out / "layers.json").unlink(missing_ok=True)
 
 
 def read_gradient(folder: Path, layer: int, shape: tuple[int, int]) -> Gradient | None:

@@ -1,7 +1,6 @@
 """Artefacts and reports by the names that people give them: a folder, its id `<label>-<key>`, or the beginning of its key."""
 
 import argparse
-import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,9 +9,9 @@ import yaml
 
 from moepress.artefacts import read_json
 from moepress.dag import STAGES
+from moepress.integrity import ID, is_whole
 
 FOLDERS = (*STAGES, "report")
-ID = re.compile(r"(?P<label>.+)-(?P<key>[0-9a-f]{12})")
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class Found:
 
     @property
     def exists(self) -> bool:
-        return (self.path / "provenance.json").is_file()
+        return is_whole(self.path)
 
     @property
     def num_bytes(self) -> int:

@@ -1,0 +1,66 @@
+"""What a device can do, measured: bytes that it reads in a second, and floating-point operations of a matrix product."""
+
+import platform
+import time
+from importlib import metadata
+
+import torch
+
+PACKAGES = ("torch", "transformers", "triton", "numba")
+"""Whose versions a time depends on."""
+LARGEST_MATRIX = 8192
+LONG_ENOUGH = 0.02
+"""Seconds of a matrix product that no start-up cost shows in."""
+TRIALS = 5
+
+
+def synchronize(device) -> None:
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds(function, device) -> float:
+    """Of the fastest of some calls: what the device can do, whoever else is using it."""
+    taken = []
+    for _ in range(TRIALS):
+        synchronize(device)
+        start = time.perf_counter()
+        function()
+        synchronize(device)
+        taken.append(time.perf_counter() - start)
+    return min(taken)
+
+
+def bandwidth(device, num_bytes: int) -> float:
+    """Bytes per second of the memory: on a CPU of reading a buffer (its sum), on a GPU of copying one (read and written).
+
+    num_bytes: of the buffer, many times the caches.
+    """
+    buffer = torch.ones(num_bytes // 4, device=device)
+    if buffer.is_cuda:
+        other = torch.empty_like(buffer)
+        return 2 * buffer.nbytes / seconds(lambda: other.copy_(buffer), device)
+    return buffer.nbytes / seconds(buffer.sum, device)
+
+
+def flop_rate(device, dtype: torch.dtype) -> float:
+    """Floating-point operations per second of a product of square matrices, doubled in size until it takes a while."""
+    size, best = 256, 0.0
+    while size < LARGEST_MATRIX:
+        size *= 2
+        a = torch.full((size, size), 1e-3, device=device, dtype=dtype)
+        taken = seconds(lambda a=a: a @ a, device)
+        best = max(best, 2 * size**3 / taken)
+        if taken > LONG_ENOUGH:
+            break
+    return best
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found | ({"cuda": torch.version.cuda} if torch.version.cuda else {})
