@@ -3,8 +3,8 @@
 python benchmarks/prediction.py FOLDER [--shapes wide,narrow,many]
 
 Writes the models to FOLDER, runs the real stages, each in a process of its own, and prints for each stage CPU seconds (not the
-clock's: they hold on a machine that does other things too; imports are left out on both sides), the most memory, and the bytes on
-disk, each as foretold, as measured, and the one over the other. Started again it measures only what is not measured yet.
+clock's: they hold on a machine that does other things too; imports are left out on both sides), the most memory, and the bytes
+on disk, each as foretold, as measured, and the one over the other. Started again it measures only what is not measured yet.
 """
 
 import argparse
@@ -16,7 +16,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from conftest import SMALL, write_model, write_texts
-
 from moepress import estimate, forecast, plan
 from moepress.artefacts import read_json, task_path, write_json
 from moepress.models import limits

@@ -12,7 +12,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from large import write_index
-
 from moepress import config, estimate, forecast
 from moepress.models import outline
 from moepress.quantization.budget import Prediction, readable, unpacked_bytes

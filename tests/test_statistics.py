@@ -176,4 +176,4 @@ def test_blocks_of_layers_as_jobs_of_their_own(made, tmp_path, blocks):
     layers = [
         [layer["layer"] for layer in artefacts.read_json(tmp_path / part / "statistics.json")["layers"]] for part in parts
     ]
-    assert sorted(sum(layers, [])) == [0, 1]
+    assert sorted(index for part in layers for index in part) == [0, 1]

@@ -225,7 +225,8 @@ NOT_IN_KEY = {
     "statistics": ("blocks",),
 }
 """Where something lies and how it is called is no part of what it is; its fingerprint is. The decomposition is a stage, and the
-shapes of latency.model have artefacts of their own, see `shape_artefact`. In how many jobs statistics are computed changes none."""
+shapes of latency.model have artefacts of their own, see `shape_artefact`. In how many jobs statistics are computed changes no
+number."""
 
 
 def artefact(stage: str, config: dict) -> Artefact:

@@ -2,8 +2,8 @@
 
 python tests/cluster/slurm.py FOLDER        starts it, says how to use it, and takes it down at Ctrl-C
 
-Needs Debian's slurmctld, slurmd, slurm-client and munge (apt-get install slurm-wlm munge). No cgroups, no accounting daemon: what
-ran where is in the controller's own text file. A node's "GPU" is /dev/null: it is counted and handed out as a real one is.
+Needs Debian's slurmctld, slurmd, slurm-client and munge (apt-get install slurm-wlm munge). No cgroups, no accounting daemon:
+what ran where is in the controller's own text file. A node's "GPU" is /dev/null: it is counted and handed out as a real one is.
 """
 
 import contextlib

@@ -1,7 +1,6 @@
 """A sweep through a real Slurm: two nodes, one of which dies in the middle of a job. `make cluster-test`."""
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +19,7 @@ ALONE = {"provenance.json", "timing.json", ".snakemake_timestamp"}
 
 @pytest.mark.cluster
 def test_a_sweep_on_two_nodes_one_of_which_dies(tmp_path, model_folder, text_folder):
-    """The same keys and bytes as on this machine alone; both nodes work; the death costs one job, which runs again elsewhere."""
+    """The same keys and bytes as on this machine alone; both nodes work; the death costs one job, which runs once more."""
     pytest.importorskip(
         "snakemake_executor_plugin_slurm", reason="no snakemake-executor-plugin-slurm: pip install '.[cluster]'"
     )
