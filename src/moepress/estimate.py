@@ -37,7 +37,7 @@ REFINE_UPDATES = 22
 REFINE_STEPS = 0.3
 """And for each column of each matrix, in steps of GPTQ's loop."""
 TUNE_STEPS = 22
-"""What a step of tuning costs for each expert beside its arithmetic, likewise: forward, forward again, backward. Measured on the
+"""What a step of tuning costs for each expert beside its arithmetic, likewise: forward, again, and backward. Measured on the
 small default model alone."""
 CHARACTERS_PER_TOKEN = 3.5
 TASK_LENGTH = 100
@@ -297,7 +297,7 @@ def pruning_work(model: Outline, config: dict) -> float:
 
 
 def decomposition_work(model: Outline, config: dict) -> float:
-    """FLOPs of the test text's perplexity three times: of the packed model as it is, with other selections, of the 16-bit one."""
+    """FLOPs of the test text's perplexity three times: the packed model as it is, with other selections, the 16-bit one."""
     evaluation, blocks = config["evaluation"], num_blocks(config)
     once = forward_flops(model, blocks * evaluation["seq_len"], evaluation["seq_len"])
     return 3 * once + 2 * -(-blocks // evaluation["batch_size"]) * unpacking(model, config)
