@@ -1,6 +1,6 @@
 """What `moepress plan` foretells against what stages then took: random models of several shapes, one thread.
 
-python benchmarks/prediction.py FOLDER [--shapes wide,narrow,many]
+python benchmarks/prediction.py FOLDER [--shapes wide,narrow,many] [--stages statistics,quantization,decomposition,pruning]
 
 Writes the models to FOLDER, runs the real stages, each in a process of its own, and prints for each stage CPU seconds (not the
 clock's: they hold on a machine that does other things too; imports are left out on both sides), the most memory, and the bytes
@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from conftest import SMALL, write_model, write_texts
 from moepress import estimate, forecast, plan
 from moepress.artefacts import read_json, task_path, write_json
+from moepress.dag import everything
 from moepress.models import limits
 from moepress.quantization.budget import Prediction
 
@@ -73,7 +74,7 @@ def size(folder: Path) -> int:
     return found
 
 
-def compare(name: str, place: Path, speed: float) -> list[tuple]:
+def compare(name: str, place: Path, stages: list[str], speed: float) -> list[tuple]:
     """`(model, stage, what, foretold, measured)`"""
     model, results = write_model(place / name, **SHAPES[name]), place / "results" / name
     texts, rows = write_texts(place / "texts", documents=40, words=400), []
@@ -85,11 +86,10 @@ def compare(name: str, place: Path, speed: float) -> list[tuple]:
         seconds = estimate.seconds(outline, config, speed)
         memory = estimate.memory(outline, config, asked.on_cpu, "cpu", limits.memory_limit())
         disk = estimate.disk(outline, config, asked.folder)
-        for folder, item in planned.artefacts.items():
-            if item.stage in ("report", "latency"):
-                continue
+        wanted = everything([item for item in planned.artefacts.values() if item.stage in stages])
+        for folder, item in wanted.items():
             found = measure(Path(folder), results)
-            if item.stage in STAGES and item.stage in seconds and (name, item.stage, "CPU s") not in [row[:3] for row in rows]:
+            if item.stage in stages and item.stage in seconds and (name, item.stage, "CPU s") not in [row[:3] for row in rows]:
                 rows.append((name, item.stage, "CPU s", seconds[item.stage] - estimate.STARTUP_SECONDS, found["seconds"]))
                 rows.append((name, item.stage, "MB", memory[item.stage] / 1e6, found["memory"] / 1e6))
                 if item.stage == "quantization":
@@ -109,10 +109,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--shapes", default=",".join(SHAPES))
+    parser.add_argument("--stages", default=",".join(STAGES))
     arguments = parser.parse_args()
     speed = estimate.measured_flops(2.0, clock=time.process_time)
     print(f"{speed / 1e9:.0f} GFLOP/s in a CPU second, {os.environ.get('OMP_NUM_THREADS', 'all')} thread")
     print(f"{'model':8} {'stage':14} {'what':17} {'foretold':>9} {'measured':>9}  ratio")
     for name in arguments.shapes.split(","):
-        for model, stage, what, foretold, measured in compare(name, arguments.folder.absolute(), speed):
+        for model, stage, what, foretold, measured in compare(name, arguments.folder.absolute(), arguments.stages.split(","), speed):
             print(f"{model:8} {stage:14} {what:17} {foretold:9.1f} {measured:9.1f}  {foretold / measured:5.2f}", flush=True)

@@ -4,13 +4,14 @@ import json
 import shutil
 import subprocess
 import sys
+import types
 
 import pytest
 import yaml
 
 import large
-from moepress import config, estimate, forecast
-from moepress.models import families, outline
+from moepress import config, estimate, forecast, plan
+from moepress.models import families, limits, outline
 from moepress.models.files import Entry
 from moepress.quantization.budget import Prediction
 from moepress.quantization.size import mixed
@@ -306,3 +307,58 @@ def test_task_tokens_follow_tasks_limit_and_examples():
     assert tokens("evaluation.tasks=mmlu") == 6 * 14042 * 122
     assert tokens("evaluation.tasks=[gsm8k]", "evaluation.source=hub") == 0, "not known before"
     assert 0 < tokens("evaluation.tasks=quick", "evaluation.limit=50") < tokens() == tokens("evaluation.limit=1000")
+
+
+def test_fitted_policies_and_the_decomposition_are_counted(model_folder):
+    model = outline.read(model_folder, "model")
+
+    def planned(*overrides):
+        values = config.values([*SMALL, *overrides])
+        return estimate.seconds(model, values, 1e9), estimate.memory(model, values, 1 << 20, "cpu", 8 << 30)
+
+    for found in planned():
+        assert not {"pruning", "decomposition"} & set(found)
+    for found in planned("pruning=odp"):
+        assert found["pruning"] > 0 and "decomposition" not in found
+    for found in planned("evaluation.decomposition=true"):
+        assert found["decomposition"] > 0 and "pruning" not in found
+    assert all("pruning" not in found for found in planned("pruning=pesf")), "nothing is fitted"
+    once = planned("pruning=odp", "pruning.threshold=0.3")[0]["pruning"] - estimate.STARTUP_SECONDS
+    twice = planned("pruning=odp")[0]["pruning"] - estimate.STARTUP_SECONDS
+    assert twice == pytest.approx(2 * once)
+
+
+def test_memory_that_jobs_ask_for(model_folder, tmp_path, monkeypatch):
+    """The plan's own figure and a half more, again as much at each attempt; never less than torch takes."""
+    monkeypatch.chdir(tmp_path)
+    given = ["model=local", f"model.path={model_folder}", *SMALL]
+    values = config.values([*given, "allocation.budget=0.2MiB"])
+    assert plan.memory_mb("statistics", values) == plan.memory_mb("corpus", values) == plan.LEAST_MEMORY_MB
+    monkeypatch.setattr(estimate, "LIBRARY_BYTES", 20 << 30)
+    assert 30 << 10 <= plan.memory_mb("statistics", values) < 31 << 10
+    assert plan.memory_mb("statistics_block", values) == plan.memory_mb("statistics", values)
+    absent = config.values([*SMALL]) | {"model": {"kind": "local", "path": str(tmp_path / "nothing")}}
+    assert plan.memory_mb("evaluation", absent) == plan.SOME_MEMORY_MB
+
+
+def test_all_cores_inside_a_slurm_job(monkeypatch):
+    workflow = types.SimpleNamespace(cores=16)
+    monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
+    assert plan.all_cores(workflow) == 16
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "4")
+    assert plan.all_cores(workflow) == 4
+
+
+def test_memory_limit_is_the_least_of_all_groups_above(tmp_path):
+    own, groups = tmp_path / "cgroup", tmp_path / "groups"
+    machine = limits.memory_limit(groups, own)
+    own.write_text("0::/job/step\n")
+    (groups / "job" / "step").mkdir(parents=True)
+    (groups / "job" / "step" / "memory.max").write_text("max\n")
+    assert limits.memory_limit(groups, own) == machine
+    (groups / "job" / "memory.max").write_text("1000000\n")
+    assert limits.memory_limit(groups, own) == 1000000
+    own.write_text("4:memory:/job\n0::/\n")  # the older kind
+    (groups / "memory" / "job").mkdir(parents=True)
+    (groups / "memory" / "job" / "memory.limit_in_bytes").write_text("2000000\n")
+    assert limits.memory_limit(groups, own) == 2000000
