@@ -115,5 +115,6 @@ if __name__ == "__main__":
     print(f"{speed / 1e9:.0f} GFLOP/s in a CPU second, {os.environ.get('OMP_NUM_THREADS', 'all')} thread")
     print(f"{'model':8} {'stage':14} {'what':17} {'foretold':>9} {'measured':>9}  ratio")
     for name in arguments.shapes.split(","):
-        for model, stage, what, foretold, measured in compare(name, arguments.folder.absolute(), arguments.stages.split(","), speed):
+        rows = compare(name, arguments.folder.absolute(), arguments.stages.split(","), speed)
+        for model, stage, what, foretold, measured in rows:
             print(f"{model:8} {stage:14} {what:17} {foretold:9.1f} {measured:9.1f}  {foretold / measured:5.2f}", flush=True)

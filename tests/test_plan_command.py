@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 import large
-from moepress import config, estimate, forecast, plan
+from moepress import config, estimate, forecast
+from moepress import plan as planning
 from moepress.models import families, limits, outline
 from moepress.models.files import Entry
 from moepress.quantization.budget import Prediction
@@ -333,20 +334,20 @@ def test_memory_that_jobs_ask_for(model_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     given = ["model=local", f"model.path={model_folder}", *SMALL]
     values = config.values([*given, "allocation.budget=0.2MiB"])
-    assert plan.memory_mb("statistics", values) == plan.memory_mb("corpus", values) == plan.LEAST_MEMORY_MB
+    assert planning.memory_mb("statistics", values) == planning.memory_mb("corpus", values) == planning.LEAST_MEMORY_MB
     monkeypatch.setattr(estimate, "LIBRARY_BYTES", 20 << 30)
-    assert 30 << 10 <= plan.memory_mb("statistics", values) < 31 << 10
-    assert plan.memory_mb("statistics_block", values) == plan.memory_mb("statistics", values)
+    assert 30 << 10 <= planning.memory_mb("statistics", values) < 31 << 10
+    assert planning.memory_mb("statistics_block", values) == planning.memory_mb("statistics", values)
     absent = config.values([*SMALL]) | {"model": {"kind": "local", "path": str(tmp_path / "nothing")}}
-    assert plan.memory_mb("evaluation", absent) == plan.SOME_MEMORY_MB
+    assert planning.memory_mb("evaluation", absent) == planning.SOME_MEMORY_MB
 
 
 def test_all_cores_inside_a_slurm_job(monkeypatch):
     workflow = types.SimpleNamespace(cores=16)
     monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
-    assert plan.all_cores(workflow) == 16
+    assert planning.all_cores(workflow) == 16
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "4")
-    assert plan.all_cores(workflow) == 4
+    assert planning.all_cores(workflow) == 4
 
 
 def test_memory_limit_is_the_least_of_all_groups_above(tmp_path):
