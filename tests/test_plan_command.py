@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 import large
+from conftest import small_experiment
 from moepress import config, estimate, forecast
 from moepress import plan as planning
 from moepress.models import families, limits, outline
@@ -363,3 +364,17 @@ def test_memory_limit_is_the_least_of_all_groups_above(tmp_path):
     (groups / "memory" / "job").mkdir(parents=True)
     (groups / "memory" / "job" / "memory.limit_in_bytes").write_text("2000000\n")
     assert limits.memory_limit(groups, own) == 2000000
+
+
+def test_each_artefact_is_planned_by_an_experiment_that_needs_it(model_folder, text_folder, tmp_path):
+    """Its configuration is that experiment's, not that of the 16-bit model that stands first in the table."""
+    given = [
+        *small_experiment(model_folder, text_folder),
+        f"paths.results={tmp_path}",
+        "allocation=uniform",
+        "allocation.bits=3",
+    ]
+    planned = planning.for_overrides(given)
+    method = {item.stage: planned.configs[folder]["quantization"]["method"] for folder, item in planned.artefacts.items()}
+    assert method["statistics"] == method["allocation"] == method["quantization"] == "qesc"
+    assert set(planned.configs) == set(planned.artefacts)

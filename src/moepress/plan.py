@@ -130,11 +130,14 @@ def make(name: str, caption: str, experiments: list[Experiment]) -> Plan:
     first = experiments[0].config
     results = Path(first["paths"]["results"]).expanduser()
     report = report_artefact(name, caption, experiments)
-    configs: dict[str, dict] = {report.folder: first}
-    for member in experiments:
-        wanted = [*member.artefacts.values(), *report.inputs.values()]
-        for folder in everything(wanted):
+    configs: dict[str, dict] = {}
+    needed = everything([report])
+    for member, row in zip(experiments, report.config["runs"], strict=True):
+        own = [needed[folder] for folder in row["artefacts"].values()]
+        for folder in everything([*member.artefacts.values(), *own]):
             configs.setdefault(folder, member.config)
+    for folder in needed:
+        configs.setdefault(folder, first)
     artefacts = write_tasks([report], configs, results)
     targets = [f"{results}/{report.folder}"]
     mode, settings = first["tracking"]["mode"], tracking.settings_of(first["tracking"])
