@@ -123,14 +123,13 @@ def test_a_run_for_every_artefact_and_every_row(mirrored):
 
 
 def test_config_and_summary_are_complete(mirrored, made):
-    from moepress.dag import experiment
+    from moepress.dag import NOT_IN_KEY, experiment
 
     report, _, runs = mirrored
     (own,) = [run for run in runs.values() if run.run["display_name"] == "qesc-pmq-2.5"]
     config = experiment(made[0]).config
     for group in ("calibration", "statistics", "allocation", "quantization", "evaluation", "latency"):
-        left_out = {"decomposition"} if group == "evaluation" else set()
-        expected = {name: value for name, value in config[group].items() if name not in left_out}
+        expected = {name: value for name, value in config[group].items() if name not in NOT_IN_KEY.get(group, ())}
         assert own.config[group] == expected, group
     assert own.config["seed"] == 0 and own.config["experiment"]["method"] == "qesc"
     with (report / "runs.csv").open() as file:
