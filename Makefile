@@ -6,7 +6,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 MINUTES ?= 60
 
-.PHONY: run test soak lint clean install notebooks rulegraph
+.PHONY: run test soak cluster-test lint clean install notebooks rulegraph
 
 install: .venv/installed
 
@@ -31,6 +31,11 @@ soak: install
 	pytest -q -m soak
 	python tests/soak.py --minutes $(MINUTES)
 	HYPOTHESIS_PROFILE=soak pytest -q -s tests/test_bad_input.py tests/test_security.py
+
+# A sweep on a Slurm of two node daemons on this machine, one of them killed (docs/scale.md); needs Debian's slurm-wlm and munge.
+cluster-test: install
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev,cluster]'
+	pytest -q -rs -m cluster tests/cluster
 
 lint: install
 	ruff check .

@@ -4,13 +4,16 @@ import json
 import shutil
 import subprocess
 import sys
+import types
 
 import pytest
 import yaml
 
 import large
+from conftest import small_experiment
 from moepress import config, estimate, forecast
-from moepress.models import families, outline
+from moepress import plan as planning
+from moepress.models import families, limits, outline
 from moepress.models.files import Entry
 from moepress.quantization.budget import Prediction
 from moepress.quantization.size import mixed
@@ -152,7 +155,7 @@ def test_a_local_folder(model_folder, tmp_path, monkeypatch):
 
 def test_what_the_machine_lacks(model_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(estimate, "machine_memory", lambda: 100 << 20)
+    monkeypatch.setattr(forecast.limits, "memory_limit", lambda: 100 << 20)
     monkeypatch.setattr(estimate, "free_disk", lambda folder: 1 << 20)
     with pytest.raises(SystemExit) as ended:
         forecast.main(["model=local", f"model.path={model_folder}", *SMALL])
@@ -306,3 +309,72 @@ def test_task_tokens_follow_tasks_limit_and_examples():
     assert tokens("evaluation.tasks=mmlu") == 6 * 14042 * 122
     assert tokens("evaluation.tasks=[gsm8k]", "evaluation.source=hub") == 0, "not known before"
     assert 0 < tokens("evaluation.tasks=quick", "evaluation.limit=50") < tokens() == tokens("evaluation.limit=1000")
+
+
+def test_fitted_policies_and_the_decomposition_are_counted(model_folder):
+    model = outline.read(model_folder, "model")
+
+    def planned(*overrides):
+        values = config.values([*SMALL, *overrides])
+        return estimate.seconds(model, values, 1e9), estimate.memory(model, values, 1 << 20, "cpu", 8 << 30)
+
+    for found in planned():
+        assert not {"pruning", "decomposition"} & set(found)
+    for found in planned("pruning=odp"):
+        assert found["pruning"] > 0 and "decomposition" not in found
+    for found in planned("evaluation.decomposition=true"):
+        assert found["decomposition"] > 0 and "pruning" not in found
+    assert all("pruning" not in found for found in planned("pruning=pesf")), "nothing is fitted"
+    once = planned("pruning=odp", "pruning.threshold=0.3")[0]["pruning"] - estimate.STARTUP_SECONDS
+    twice = planned("pruning=odp")[0]["pruning"] - estimate.STARTUP_SECONDS
+    assert twice == pytest.approx(2 * once)
+
+
+def test_memory_that_jobs_ask_for(model_folder, tmp_path, monkeypatch):
+    """The plan's own figure and a half more, again as much at each attempt; never less than torch takes."""
+    monkeypatch.chdir(tmp_path)
+    given = ["model=local", f"model.path={model_folder}", *SMALL]
+    values = config.values([*given, "allocation.budget=0.2MiB"])
+    assert planning.memory_mb("statistics", values) == planning.memory_mb("corpus", values) == planning.LEAST_MEMORY_MB
+    monkeypatch.setattr(estimate, "LIBRARY_BYTES", 20 << 30)
+    assert 30 << 10 <= planning.memory_mb("statistics", values) < 31 << 10
+    assert planning.memory_mb("statistics_block", values) == planning.memory_mb("statistics", values)
+    absent = config.values([*SMALL]) | {"model": {"kind": "local", "path": str(tmp_path / "nothing")}}
+    assert planning.memory_mb("evaluation", absent) == planning.SOME_MEMORY_MB
+
+
+def test_all_cores_inside_a_slurm_job(monkeypatch):
+    workflow = types.SimpleNamespace(cores=16)
+    monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
+    assert planning.all_cores(workflow) == 16
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "4")
+    assert planning.all_cores(workflow) == 4
+
+
+def test_memory_limit_is_the_least_of_all_groups_above(tmp_path):
+    own, groups = tmp_path / "cgroup", tmp_path / "groups"
+    machine = limits.memory_limit(groups, own)
+    own.write_text("0::/job/step\n")
+    (groups / "job" / "step").mkdir(parents=True)
+    (groups / "job" / "step" / "memory.max").write_text("max\n")
+    assert limits.memory_limit(groups, own) == machine
+    (groups / "job" / "memory.max").write_text("1000000\n")
+    assert limits.memory_limit(groups, own) == 1000000
+    own.write_text("4:memory:/job\n0::/\n")  # the older kind
+    (groups / "memory" / "job").mkdir(parents=True)
+    (groups / "memory" / "job" / "memory.limit_in_bytes").write_text("2000000\n")
+    assert limits.memory_limit(groups, own) == 2000000
+
+
+def test_each_artefact_is_planned_by_an_experiment_that_needs_it(model_folder, text_folder, tmp_path):
+    """Its configuration is that experiment's, not that of the 16-bit model that stands first in the table."""
+    given = [
+        *small_experiment(model_folder, text_folder),
+        f"paths.results={tmp_path}",
+        "allocation=uniform",
+        "allocation.bits=3",
+    ]
+    planned = planning.for_overrides(given)
+    method = {item.stage: planned.configs[folder]["quantization"]["method"] for folder, item in planned.artefacts.items()}
+    assert method["statistics"] == method["allocation"] == method["quantization"] == "qesc"
+    assert set(planned.configs) == set(planned.artefacts)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from moepress import artefacts, plan
 from moepress.models.specialisation import mutual_information
 from moepress.models.streaming import ModelStream
 from moepress.models.streams import Streams
@@ -157,3 +158,22 @@ def test_mutual_information():
     assert mutual_information(np.full((4, 8), 3.0)) == pytest.approx(0, abs=1e-12)
     assert mutual_information(np.eye(8)) == pytest.approx(3)
     assert mutual_information([[1, 0], [5, 0], [0, 2], [0, 9]]) == pytest.approx(1), "domains count alike"
+
+
+@pytest.mark.parametrize("blocks", [2, 3])
+def test_blocks_of_layers_as_jobs_of_their_own(made, tmp_path, blocks):
+    """The same key and bytes, also where there are more blocks than layers; each block's job reads no other's result."""
+    overrides, report, _ = made
+    here = report.parents[1]
+    shared = plan.for_overrides([*overrides, f"statistics.blocks={blocks}", f"paths.results={tmp_path}"])
+    (whole,) = (folder for folder, item in shared.artefacts.items() if item.stage == "statistics")
+    parts = [folder for folder, item in shared.artefacts.items() if item.stage == "statistics_block"]
+    assert (here / whole).is_dir() and len(parts) == blocks
+    for folder, item in shared.artefacts.items():
+        if item.stage in ("corpus", "model", "calibration", "statistics_block", "statistics"):
+            artefacts.run_stage(artefacts.task_path(tmp_path, folder), tmp_path / folder)
+    assert (tmp_path / whole / "statistics.json").read_bytes() == (here / whole / "statistics.json").read_bytes()
+    layers = [
+        [layer["layer"] for layer in artefacts.read_json(tmp_path / part / "statistics.json")["layers"]] for part in parts
+    ]
+    assert sorted(index for part in layers for index in part) == [0, 1]

@@ -81,7 +81,7 @@ def write_tasks(artefacts: list[Artefact], configs: dict[str, dict], results: Pa
             "stage": item.stage,
             "key": item.key,
             "config": item.config,
-            "inputs": {role: found.folder for role, found in item.inputs.items()},
+            "inputs": {role: found.folder for role, found in item.reads.items()},
             "runtime": {
                 "device": config["device"],
                 "cache": str(Path(config["paths"]["cache"]).expanduser()),

@@ -9,7 +9,7 @@ import json
 import re
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -22,23 +22,31 @@ from moepress.schema import reads_gradients, reads_statistics
 @dataclass(frozen=True)
 class Stage:
     """version: raised by hand when the stage's meaning changes. reads: the config's groups and keys in its key.
-    inputs: config -> {role: (stage, config)}. label: config -> the readable part of the folder's name."""
+    inputs: config -> {role: (stage, config)}. label: config -> the readable part of the folder's name. parts: as inputs, of
+    what is computed in jobs of its own and only put together here: whatever they are, the bytes are the same."""
 
     version: int
     reads: tuple[str, ...]
     inputs: Callable[[dict], dict]
     label: Callable[[dict], str]
+    parts: Callable[[dict], dict] = lambda c: {}
 
 
 @dataclass(frozen=True)
 class Artefact:
-    """One folder of results: `<results>/<stage>/<label>-<key>`."""
+    """One folder of results: `<results>/<stage>/<label>-<key>`. parts: read like inputs, but no part of the key."""
 
     stage: str
     key: str
     label: str
     config: dict
     inputs: dict[str, "Artefact"]
+    parts: dict[str, "Artefact"] = field(default_factory=dict)
+
+    @property
+    def reads(self) -> dict[str, "Artefact"]:
+        """Role -> artefact, of all that the stage is given."""
+        return self.inputs | self.parts
 
     @property
     def id(self) -> str:
@@ -79,6 +87,13 @@ def _allocation_inputs(c):
 def _statistics_inputs(c):
     found = {**_model(c), "calibration": ("calibration", c)}
     return {**found, "gradients": ("gradients", c)} if reads_gradients(c["allocation"]) else found
+
+
+def _statistics_parts(c):
+    """Each block of layers as a job of its own, where there are several."""
+    count = c["statistics"]["blocks"]
+    blocks = [{**c, "statistics": {**c["statistics"], "block": [i, count]}} for i in range(count)] if count > 1 else []
+    return {f"block-{i:02d}": ("statistics_block", block) for i, block in enumerate(blocks)}
 
 
 def _quantization_inputs(c):
@@ -152,6 +167,9 @@ _EXPERT_QUANTIZER = (
     *("one_bit", "damping", "block_size", "act_order", "deferred_bits", "refine_rounds"),
 )
 
+_STATISTICS_VERSION = 3
+_STATISTICS_READS = ("statistics", *(f"quantization.{name}" for name in _EXPERT_QUANTIZER))
+
 _TEXT = ("seq_len", "num_blocks", "stride", "separator", "domains", "batch_size")
 
 _SIZES = ("group_size", "attention_bits", "shared_bits")
@@ -176,11 +194,18 @@ STAGES: dict[str, Stage] = {
         lambda c: {**_model(c), "calibration": ("calibration", c)},
         lambda c: f"{c['model']['name']}-{c['gradients']['num_sequences']}",
     ),
+    "statistics_block": Stage(
+        _STATISTICS_VERSION,
+        _STATISTICS_READS,
+        _statistics_inputs,
+        lambda c: "{}-{}-{}-of-{}".format(c["model"]["name"], c["statistics"]["quantizer"], *c["statistics"]["block"]),
+    ),
     "statistics": Stage(
-        3,
-        ("statistics", *(f"quantization.{name}" for name in _EXPERT_QUANTIZER)),
+        _STATISTICS_VERSION,
+        _STATISTICS_READS,
         _statistics_inputs,
         lambda c: f"{c['model']['name']}-{c['statistics']['quantizer']}",
+        _statistics_parts,
     ),
     "allocation": Stage(4, ("allocation", *(f"quantization.{name}" for name in _SIZES)), _allocation_inputs, _size_label),
     "quantization": Stage(3, ("quantization",), _quantization_inputs, _checkpoint_label),
@@ -197,9 +222,11 @@ NOT_IN_KEY = {
     "quantization": ("name",),
     "evaluation": ("decomposition",),
     "latency": ("model", "num_layers", "skew"),
+    "statistics": ("blocks",),
 }
 """Where something lies and how it is called is no part of what it is; its fingerprint is. The decomposition is a stage, and the
-shapes of latency.model have artefacts of their own, see `shape_artefact`."""
+shapes of latency.model have artefacts of their own, see `shape_artefact`. In how many jobs statistics are computed changes no
+number."""
 
 
 def artefact(stage: str, config: dict) -> Artefact:
@@ -213,7 +240,8 @@ def artefact(stage: str, config: dict) -> Artefact:
             sliced[group] = {k: v for k, v in config[group].items() if k not in NOT_IN_KEY.get(group, ())}
         elif key in config[group]:
             sliced.setdefault(group, {})[key] = config[group][key]
-    return make_artefact(stage, entry.version, entry.label(config), sliced, inputs)
+    made = make_artefact(stage, entry.version, entry.label(config), sliced, inputs)
+    return replace(made, parts={role: artefact(*source) for role, source in entry.parts(config).items()})
 
 
 def make_artefact(stage: str, version: int, label: str, config: dict, inputs: dict[str, Artefact]) -> Artefact:
@@ -362,7 +390,7 @@ def everything(artefacts: list[Artefact]) -> dict[str, Artefact]:
     found: dict[str, Artefact] = {}
 
     def visit(item: Artefact) -> None:
-        for upstream in item.inputs.values():
+        for upstream in item.reads.values():
             visit(upstream)
         found.setdefault(item.folder, item)
 

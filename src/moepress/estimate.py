@@ -12,8 +12,6 @@ import subprocess
 import time
 from pathlib import Path
 
-import psutil
-
 from moepress.artefacts import read_config, read_json
 from moepress.dag import distill_sequences
 from moepress.evaluation import benchmarks, suites
@@ -31,8 +29,16 @@ TRIAL_FLOPS = 250
 """What one trial of the grid search costs for one weight: some ten passes over memory, in a matrix product's operations."""
 UNPACK_FLOPS = 400
 """What it costs to unpack one weight, likewise."""
-REFINE_UPDATES = 14
-"""What one round of refinement costs, in GPTQ's own updates: seven products of the error with the curvature, each of two."""
+ELEMENT_FLOPS = 160
+"""What one activation costs on its way into and out of a product (gathered, normed, gated, summed up), likewise. A small model
+spends half of its time on it, one with a hidden size of 4096 a few percent."""
+REFINE_UPDATES = 22
+"""What one round of refinement costs, in GPTQ's own updates: eleven products of the error with the curvature, each of two."""
+REFINE_STEPS = 0.3
+"""And for each column of each matrix, in steps of GPTQ's loop."""
+TUNE_STEPS = 22
+"""What a step of tuning costs for each expert beside its arithmetic, likewise: forward, again, and backward. Measured on the
+small default model alone."""
 CHARACTERS_PER_TOKEN = 3.5
 TASK_LENGTH = 100
 """Tokens of a task's request, about."""
@@ -56,6 +62,20 @@ def has_gradients(config: dict) -> bool:
 
 def gradient_tokens(config: dict) -> int:
     return min(config["gradients"]["num_sequences"], config["calibration"]["num_sequences"]) * config["calibration"]["seq_len"]
+
+
+def is_fitted(config: dict) -> bool:
+    """Whether the pruning policy needs the model and calibration text: PESF's does not."""
+    return config["pruning"]["method"] not in ("none", "pesf")
+
+
+def has_decomposition(config: dict) -> bool:
+    """As `dag.experiment` has it."""
+    return (
+        config["quantization"]["method"] != "none"
+        and config["evaluation"]["decomposition"]
+        and config["pruning"]["method"] == "none"
+    )
 
 
 def memory(model: Outline, config: dict, packed_bytes: int | None, device: str, has: int) -> dict[str, int]:
@@ -85,6 +105,10 @@ def memory(model: Outline, config: dict, packed_bytes: int | None, device: str, 
     found["evaluation at 16 bits"] = (library + original if is_whole else layer) + logits
     if quantized:
         found["evaluation"] = library + packed_bytes + logits
+    if is_fitted(config):  # whole, as it is loaded
+        found["pruning"] = library + (packed_bytes if quantized else original) + 4 * TOKENS_AT_ONCE * (8 * H + 4 * I)
+    if has_decomposition(config):  # one model after the other
+        found["decomposition"] = max(found["evaluation"], found["evaluation at 16 bits"])
     found["latency"] = library + original * is_whole + (packed_bytes if quantized else 0)
     return found
 
@@ -136,6 +160,10 @@ def seconds(model: Outline, config: dict, flops_per_second: float, correction: f
     if method != "none":
         flops, steps = quantization_work(model, config["calibration"], settings)
         found["quantization"] = correction * (flops / flops_per_second + STEP_SECONDS * steps)
+    if is_fitted(config):
+        found["pruning"] = pruning_work(model, config) / flops_per_second
+    if has_decomposition(config):
+        found["decomposition"] = decomposition_work(model, config) / flops_per_second
     once = measurement_work(model, config, is_packed=False)
     found["evaluation and latency"] = sum(once) / flops_per_second
     if method != "none":
@@ -145,8 +173,16 @@ def seconds(model: Outline, config: dict, flops_per_second: float, correction: f
 
 
 def forward_flops(model: Outline, tokens: int, length: int) -> float:
-    """Two for every weight that a token meets, and attention's scores and values."""
-    return 2 * tokens * model.active_weights + 4 * tokens * length * model.shape.hidden_size * model.shape.num_layers
+    """Two for every weight that a token meets, attention's scores and values, and what activations cost besides."""
+    shape = model.shape
+    around = shape.num_layers * 4 * shape.hidden_size + len(shape.moe_layers) * expert_elements(model, shape.top_k)
+    products = 2 * tokens * model.active_weights + 4 * tokens * length * shape.hidden_size * shape.num_layers
+    return products + ELEMENT_FLOPS * tokens * around
+
+
+def expert_elements(model: Outline, slots: float) -> float:
+    """Activations of experts that run so often."""
+    return slots * 2 * (model.shape.intermediate_size + model.shape.hidden_size)
 
 
 def trials(settings: dict) -> int:
@@ -165,10 +201,12 @@ def experts_work(model: Outline, tokens: int, settings: dict, method: str) -> tu
         return 0.0, search, 0.0
     routed = tokens * K
     gate_up = 2 * (tokens + routed) * H**2 + 4 / 3 * E * H**3
-    down = (routed + E * min(tokens, I)) * (4 * I * H + 2 * I**2) + 4 / 3 * E * I**3
+    seen = routed + E * min(tokens, I)
+    down = seen * (4 * I * H + 2 * I**2) + ELEMENT_FLOPS * expert_elements(model, seen) + 4 / 3 * E * I**3
     updates = E * (2 * I * H**2 + H * I**2)
     updates *= 1 + REFINE_UPDATES * settings["refine_rounds"]
-    return gate_up, search + down + updates, -(-E // experts_at_once(H, I, E)) * (H + I)
+    steps = -(-E // experts_at_once(H, I, E)) + REFINE_STEPS * settings["refine_rounds"] * E
+    return gate_up, search + down + updates, steps * (H + I)
 
 
 def statistics_work(model: Outline, config: dict) -> tuple[float, float]:
@@ -176,7 +214,8 @@ def statistics_work(model: Outline, config: dict) -> tuple[float, float]:
     calibration, widths = config["calibration"], len(config["statistics"]["widths"])
     tokens = calibration["num_sequences"] * calibration["seq_len"]
     gate_up, each, steps = experts_work(model, tokens, config["quantization"], config["statistics"]["quantizer"])
-    outputs = 2 * 2 * tokens * model.shape.top_k * model.expert_weights
+    slots = tokens * model.shape.top_k
+    outputs = 2 * (2 * slots * model.expert_weights + ELEMENT_FLOPS * expert_elements(model, slots))  # as it is, and quantized
     layers = len(model.shape.moe_layers)
     flops = forward_flops(model, tokens, calibration["seq_len"]) + layers * (gate_up + widths * (each + outputs))
     return flops, layers * widths * steps
@@ -199,14 +238,17 @@ def quantization_work(model: Outline, calibration: dict, settings: dict) -> tupl
                 flops += again * 2 * tokens * entry.numel + 2 * tokens * columns**2 + 4 / 3 * columns**3 + rows * columns**2
                 steps += columns
     flops += 2 * forward_flops(model, tokens, calibration.get("seq_len", 0))
+    num_experts = len(model.shape.moe_layers) * model.shape.num_experts
     if method != "rtn" and settings["tune_steps"]:  # forward, and back with an expert's forward anew; twice it is unpacked
         seen = settings["tune_steps"] * max(settings["tune_tokens"], calibration["seq_len"])
         flops += forward_flops(model, tokens, calibration["seq_len"]) + 4 * forward_flops(model, seen, calibration["seq_len"])
         flops += settings["tune_steps"] * 2 * UNPACK_FLOPS * model.routed_weights
+        steps += settings["tune_steps"] * TUNE_STEPS * num_experts
     if method != "rtn" and settings["distill_steps"]:
         seen = settings["distill_steps"] * max(settings["tune_tokens"], calibration["seq_len"])
         flops += 4 * forward_flops(model, seen, calibration["seq_len"])
         flops += settings["distill_steps"] * 2 * UNPACK_FLOPS * model.routed_weights
+        steps += settings["distill_steps"] * TUNE_STEPS * num_experts
         if settings["distill_sequences"] is not None:  # and that text through the 16-bit model
             flops += forward_flops(model, seen, calibration["seq_len"])
     return flops, steps
@@ -239,6 +281,33 @@ def latency_work(model: Outline, latency: dict, is_packed: bool) -> float:
             step = min(batch * few, unpack) + 2 * batch * model.active_weights
             found += passes * whole if phase == "prefill" else whole + passes * latency["decode_tokens"] * step
     return found
+
+
+def unpacking(model: Outline, config: dict) -> float:
+    """FLOPs that a forward of a packed model costs beside its products; none where nothing is packed."""
+    return UNPACK_FLOPS * model.routed_weights if config["quantization"]["method"] != "none" else 0.0
+
+
+def pruning_work(model: Outline, config: dict) -> float:
+    """FLOPs of the passes over the calibration text that fit a policy, and of the one under it."""
+    calibration = config["calibration"]
+    tokens = calibration["num_sequences"] * calibration["seq_len"]
+    once = forward_flops(model, tokens, calibration["seq_len"]) + -(-tokens // TOKENS_AT_ONCE) * unpacking(model, config)
+    return once * (1 if config["pruning"].get("threshold") is not None else 2)
+
+
+def decomposition_work(model: Outline, config: dict) -> float:
+    """FLOPs of the test text's perplexity three times: the packed model as it is, with other selections, the 16-bit one."""
+    evaluation, blocks = config["evaluation"], num_blocks(config)
+    once = forward_flops(model, blocks * evaluation["seq_len"], evaluation["seq_len"])
+    return 3 * once + 2 * -(-blocks // evaluation["batch_size"]) * unpacking(model, config)
+
+
+def num_blocks(config: dict) -> int:
+    """Blocks of test text, of all domains."""
+    evaluation, corpus = config["evaluation"], config["corpus"]
+    found = [*corpus.get("domains", ["text"]), *corpus.get("test_domains", [])]
+    return len(evaluation["domains"] or found) * (evaluation["num_blocks"] or UNKNOWN_BLOCKS)
 
 
 def task_tokens(evaluation: dict) -> int:
@@ -278,15 +347,15 @@ def carving_flops(model: Outline, settings: dict) -> float:
     return 2 * tokens * model.num_weights + fits + 4 * 2 * distilled * model.num_weights
 
 
-def measured_flops(duration: float = 0.5) -> float:
+def measured_flops(duration: float = 0.5, clock=time.perf_counter) -> float:
     """Floating-point operations in a second of float32 matrix products on this machine's CPU."""
     import numpy as np
 
     size = 1024
     a = np.ones((size, size), np.float32)
     a @ a
-    count, start = 0, time.perf_counter()
-    while (taken := time.perf_counter() - start) < duration:
+    count, start = 0, clock()
+    while (taken := clock() - start) < duration:
         a @ a
         count += 1
     return 2 * size**3 * count / taken
@@ -312,14 +381,6 @@ def correction_from(results: Path, flops_per_second: float, device: str) -> floa
         except (OSError, ValueError, KeyError, ZeroDivisionError):  # a folder whose model has gone, or of another version
             continue
     return statistics.median(ratios) if ratios else None
-
-
-def machine_memory() -> int:
-    """Bytes of RAM, or what this process's control group may take of it."""
-    total = psutil.virtual_memory().total
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.is_file() else ""
-    return min(total, int(text)) if text.isdigit() else total
 
 
 def gpu_memory() -> int | None:

@@ -34,7 +34,9 @@ class Settings:
     def options(self, cores: int | None) -> list[str]:
         """Of the command line. cores: what the configuration asks for."""
         cores = self.cores or cores or (os.cpu_count() if self.is_local else None)
-        given = {"cores": cores, "executor": self.executor, "jobs": self.jobs, "workflow-profile": self.profile}
+        ours = ROOT / "workflow" / "profiles" / (self.profile or "")
+        profile = str(ours) if self.profile and ours.is_dir() else self.profile
+        given = {"cores": cores, "executor": self.executor, "jobs": self.jobs, "workflow-profile": profile}
         named = [part for name, value in given.items() if value is not None for part in (f"--{name}", str(value))]
         return [*named, "--keep-going", *map(str, self.arguments)]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from moepress import estimate
 from moepress.config import hardware, uses_gpu, values
-from moepress.models import families, hub, outline
+from moepress.models import families, hub, limits, outline
 from moepress.models.files import INDEX
 from moepress.models.outline import Outline
 from moepress.quantization.budget import Prediction, plan_budget, readable, unpacked_bytes
@@ -136,7 +136,7 @@ def size_table(sizes: list[Size]) -> list[str]:
 def resources(model: Outline, config: dict, asked: Size | None) -> tuple[list[str], list[str]]:
     """The lines on memory, disk and time, and what is missing."""
     on_gpu = uses_gpu(config["device"]) and estimate.gpu_memory() is not None
-    what, has = ("GPU memory", estimate.gpu_memory()) if on_gpu else ("memory", estimate.machine_memory())
+    what, has = ("GPU memory", estimate.gpu_memory()) if on_gpu else ("memory", limits.memory_limit())
     packed = None if asked is None else asked.on_gpu if on_gpu else asked.on_cpu
     memory = estimate.memory(model, config, packed, "cuda" if on_gpu else "cpu", has)
     lacking = [(stage, n) for stage, n in memory.items() if n > has]

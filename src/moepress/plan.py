@@ -1,13 +1,14 @@
 """What Snakemake is to build: the artefacts of the experiments that were asked for, their task files, the targets."""
 
 import json
+import os
 import shlex
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from moepress import tracking
+from moepress import estimate, forecast, tracking
 from moepress.artefacts import write_tasks
 from moepress.config import uses_gpu
 from moepress.dag import (
@@ -22,17 +23,22 @@ from moepress.dag import (
     run_label,
     study_experiments,
 )
-from moepress.models import dense
+from moepress.models import dense, limits
 from moepress.models.families import read_config
+from moepress.quantization.budget import Prediction
 
 LARGE_HIDDEN_SIZE = 512
+LEAST_MEMORY_MB = 2000
+"""Of a job: torch, transformers and the text."""
+SOME_MEMORY_MB = 16000
+"""Where nothing can be foretold: a hub model whose config.json is not here yet."""
 
 
 @dataclass(frozen=True)
 class Plan:
     """artefacts: folder -> Artefact of everything needed. report: the folder that joins it. targets: for `rule all`.
     tracking: what the mirror is asked for, as JSON. large: ids of the models whose stages take all cores. cores: asked for,
-    None for all."""
+    None for all. configs: folder -> the whole configuration of the first experiment that needs it."""
 
     results: str
     artefacts: dict[str, Artefact]
@@ -42,6 +48,7 @@ class Plan:
     tracking: str
     large: frozenset[str]
     cores: int | None
+    configs: dict[str, dict] = field(repr=False)
 
     @property
     def shell_prefix(self) -> str:
@@ -68,23 +75,52 @@ class Plan:
 
         return wanted
 
+    def memory(self, stage: str):
+        """Snakemake's `mem_mb` of a job: what `moepress plan` foretells and a half more; each time that it is started again,
+        as often as much. Asked of a cluster; here it counts only where `--resources mem_mb=` says what there is."""
+
+        def wanted(wildcards, attempt):
+            folder = f"{stage}/{wildcards.id}"
+            return attempt * (memory_mb(stage, self.configs[folder]) if folder in self.configs else SOME_MEMORY_MB)
+
+        return wanted
+
     def upstream(self, stage: str):
         """Snakemake input function: the folders that a stage's job reads; none for an artefact of another plan."""
         from snakemake.io import ancient
 
         def folders(wildcards):
             item = self.artefacts.get(f"{stage}/{wildcards.id}")
-            return [ancient(f"{self.results}/{found.folder}") for found in item.inputs.values()] if item else []
+            return [ancient(f"{self.results}/{found.folder}") for found in item.reads.values()] if item else []
 
         return folders
 
 
+def memory_mb(stage: str, config: dict) -> int:
+    """MiB to ask for a job of a stage; for a model whose outline cannot be read yet, SOME_MEMORY_MB."""
+    try:
+        model, packed = forecast.read_model(config["model"]), None
+        if config["quantization"]["method"] != "none":
+            packed = forecast.asked_size(Prediction(model, config["quantization"]), config["allocation"]).on_cpu
+    except (OSError, ValueError):
+        return SOME_MEMORY_MB
+    known = estimate.memory(model, config, packed, "cpu", limits.memory_limit())
+    is_16bit = stage == "evaluation" and config["quantization"]["method"] == "none"
+    needed = known.get("evaluation at 16 bits" if is_16bit else stage, 0)
+    if stage == "statistics_block":
+        needed = known["statistics"]
+    if stage == "model" and config["model"]["kind"] in ("tiny", "carved"):  # a step's activations; weights, gradients, momenta
+        needed = (4 << 30) + 20 * model.num_weights
+    return max(LEAST_MEMORY_MB, int(1.5 * needed / 2**20))
+
+
 def all_cores(workflow) -> int:
-    """Threads of a job that takes the whole machine; 1 where Snakemake was told no number (`--unlock`, `--report`)."""
+    """Threads of a job that takes the whole machine, or all that Slurm gave the job that we are in; 1 where Snakemake was told
+    no number (`--unlock`, `--report`)."""
     from snakemake.exceptions import WorkflowError
 
     try:
-        return workflow.cores or 1
+        return min(workflow.cores or 1, int(os.environ.get("SLURM_CPUS_PER_TASK", workflow.cores or 1)))
     except WorkflowError:
         return 1
 
@@ -94,11 +130,14 @@ def make(name: str, caption: str, experiments: list[Experiment]) -> Plan:
     first = experiments[0].config
     results = Path(first["paths"]["results"]).expanduser()
     report = report_artefact(name, caption, experiments)
-    configs: dict[str, dict] = {report.folder: first}
-    for member in experiments:
-        wanted = [*member.artefacts.values(), *report.inputs.values()]
-        for folder in everything(wanted):
+    configs: dict[str, dict] = {}
+    needed = everything([report])
+    for member, row in zip(experiments, report.config["runs"], strict=True):
+        own = [needed[folder] for folder in row["artefacts"].values()]
+        for folder in everything([*member.artefacts.values(), *own]):
             configs.setdefault(folder, member.config)
+    for folder in needed:
+        configs.setdefault(folder, first)
     artefacts = write_tasks([report], configs, results)
     targets = [f"{results}/{report.folder}"]
     mode, settings = first["tracking"]["mode"], tracking.settings_of(first["tracking"])
@@ -108,7 +147,7 @@ def make(name: str, caption: str, experiments: list[Experiment]) -> Plan:
     gpus = int(uses_gpu(first["device"]))
     models = {folder: configs[folder]["model"] for folder, item in artefacts.items() if item.stage == "model"}
     large = frozenset(artefacts[folder].id for folder, model in models.items() if is_large(model))
-    return Plan(str(results), artefacts, targets[0], targets, gpus, json.dumps(settings), large, first["cores"])
+    return Plan(str(results), artefacts, targets[0], targets, gpus, json.dumps(settings), large, first["cores"], configs)
 
 
 def is_large(model: dict) -> bool:

@@ -124,8 +124,10 @@ class Calibration:
 class Statistics:
     widths: list[int]
     quantizer: str
+    blocks: int
 
     def __post_init__(self):
+        check(1 <= self.blocks <= 64, "statistics.blocks", self.blocks, "1 to 64 jobs")
         ok = bool(self.widths) and set(self.widths) <= set(WIDTHS)
         check(ok, "statistics.widths", self.widths, f"a list of widths out of {list(WIDTHS)}")
         known = ("rtn", "gptq", "minmax")

@@ -12,6 +12,26 @@ rule gradients:
     threads: PLAN.threads("gradients", ALL_CORES)
     resources:
         gpu=PLAN.gpus,
+        mem_mb=PLAN.memory("gradients"),
+    shell:
+        RUN
+
+
+# A block of layers, where statistics.blocks shares them out.
+rule statistics_block:
+    input:
+        PLAN.upstream("statistics_block"),
+        task=PLAN.task("statistics_block"),
+    output:
+        directory(f"{RESULTS}/statistics_block/{{id}}"),
+    log:
+        f"{RESULTS}/logs/statistics_block/{{id}}.log",
+    conda:
+        "../../environment.yml"
+    threads: PLAN.threads("statistics_block", ALL_CORES)
+    resources:
+        gpu=PLAN.gpus,
+        mem_mb=PLAN.memory("statistics_block"),
     shell:
         RUN
 
@@ -29,6 +49,7 @@ rule statistics:
     threads: PLAN.threads("statistics", ALL_CORES)
     resources:
         gpu=PLAN.gpus,
+        mem_mb=PLAN.memory("statistics"),
     shell:
         RUN
 
@@ -43,6 +64,8 @@ rule allocation:
         f"{RESULTS}/logs/allocation/{{id}}.log",
     conda:
         "../../environment.yml"
+    resources:
+        mem_mb=PLAN.memory("allocation"),
     shell:
         RUN
 
@@ -60,6 +83,7 @@ rule quantization:
     threads: PLAN.threads("quantization", ALL_CORES)
     resources:
         gpu=PLAN.gpus,
+        mem_mb=PLAN.memory("quantization"),
     shell:
         RUN
 
@@ -77,5 +101,6 @@ rule pruning:
     threads: PLAN.threads("pruning", ALL_CORES)
     resources:
         gpu=PLAN.gpus,
+        mem_mb=PLAN.memory("pruning"),
     shell:
         RUN

@@ -8,6 +8,8 @@ rule corpus:
         f"{RESULTS}/logs/corpus/{{id}}.log",
     conda:
         "../../environment.yml"
+    resources:
+        mem_mb=PLAN.memory("corpus"),
     shell:
         RUN
 
@@ -23,6 +25,8 @@ rule model:
     conda:
         "../../environment.yml"
     threads: ALL_CORES
+    resources:
+        mem_mb=PLAN.memory("model"),
     shell:
         RUN
 
@@ -37,5 +41,7 @@ rule calibration:
         f"{RESULTS}/logs/calibration/{{id}}.log",
     conda:
         "../../environment.yml"
+    resources:
+        mem_mb=PLAN.memory("calibration"),
     shell:
         RUN

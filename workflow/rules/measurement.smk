@@ -12,6 +12,7 @@ rule evaluation:
     threads: PLAN.threads("evaluation", ALL_CORES)
     resources:
         gpu=PLAN.gpus,
+        mem_mb=PLAN.memory("evaluation"),
     shell:
         RUN
 
@@ -29,6 +30,7 @@ rule decomposition:
     threads: PLAN.threads("decomposition", ALL_CORES)
     resources:
         gpu=PLAN.gpus,
+        mem_mb=PLAN.memory("decomposition"),
     shell:
         RUN
 
@@ -47,5 +49,6 @@ rule latency:
     threads: ALL_CORES
     resources:
         gpu=PLAN.gpus,
+        mem_mb=PLAN.memory("latency"),
     shell:
         RUN

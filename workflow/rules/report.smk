@@ -14,6 +14,8 @@ rule report:
         f"{RESULTS}/logs/report/{{id}}.log",
     conda:
         "../../environment.yml"
+    resources:
+        mem_mb=PLAN.memory("report"),
     shell:
         RUN
 

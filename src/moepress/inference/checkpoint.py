@@ -12,7 +12,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, Auto
 from transformers.utils import logging as hf_logging
 
 from moepress.inference import manifest, quantizer
-from moepress.models import families
+from moepress.models import families, limits
 from moepress.models.experts import ON_CPU
 from moepress.models.streaming import ModelStream
 
@@ -28,7 +28,7 @@ def fits(folder: Path, device: str, dtype: torch.dtype | None = None) -> bool:
     if torch.device(device).type == "cuda":
         free, default = torch.cuda.mem_get_info(device)[0], None
     else:
-        free, default = psutil.virtual_memory().available, torch.float32
+        free, default = min(psutil.virtual_memory().available, limits.memory_limit()), torch.float32
     width = (dtype or default).itemsize if dtype or default else None
     return 1.1 * sum(entry.numel * width if width else entry.nbytes for entry in entries) < free
 

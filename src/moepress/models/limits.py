@@ -3,6 +3,10 @@
 Legend: H hidden size, I intermediate size, E experts.
 """
 
+from pathlib import Path
+
+import psutil
+
 TOKENS_AT_ONCE = 4096
 """Tokens in one forward of a layer: bounds the activations beside the stored streams."""
 
@@ -18,3 +22,25 @@ def curvature_bytes(width: int) -> int:
 def experts_at_once(H: int, I: int, E: int) -> int:
     """How many of a layer's E experts go together: as many as the workspace holds."""
     return max(1, min(E, WORKSPACE // curvature_bytes(max(H, I))))
+
+
+def memory_limit(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
+    """Bytes of RAM that this process may take: the machine's, or what a control group above it (a container's, a Slurm job's)
+    allows."""
+    found = [psutil.virtual_memory().total]
+    lines = own.read_text().split() if own.is_file() else []
+    for _, controllers, group in (line.split(":", 2) for line in lines if line.count(":") >= 2):
+        name = (
+            "memory.max" if not controllers else "memory/memory.limit_in_bytes" if "memory" in controllers.split(",") else None
+        )
+        if name is None:
+            continue
+        folder, _, file = f"{groups}/{name}".rpartition("/")
+        top = Path(folder)
+        place = top / group.lstrip("/")
+        for where in [place, *place.parents]:
+            text = (where / file).read_text().strip() if (where / file).is_file() else ""
+            found += [int(text)] if text.isdigit() else []
+            if where == top:
+                break
+    return min(found)
