@@ -112,16 +112,19 @@ def test_any_configuration_is_resolved_or_refused_by_name(tmp_path, monkeypatch)
     assert min(counts["refused"], counts["resolved"]) >= 5
 
 
+SOURCES = {"model=local": ["model.path=/x"], "model=hub": ["model.id=a/b"], "corpus=hub": ["corpus.id=a/b"]}
+"""What a choice cannot do without."""
+
+
 def test_no_number_may_be_nonsense():
     """Each number of each group, one at a time: none may be NaN, infinite, far below zero or beyond 63 bits."""
     seen, tried = set(), 0
     for group, options in OPTIONS.items():
         for option in options if group not in ("tracking", "experiment") else []:
-            source = {"model=local": ["model.path=/x"], "model=hub": ["model.id=a/b"]}.get(f"{group}={option}", [])
-            choice = [f"{group}={option}", *source]
-            for key, value in leaves(
-                config.values(["corpus=hub", "corpus.id=a/b", "model=hub", "model.id=a/b", *choice])[group], group
-            ):
+            choice = [f"{group}={option}", *SOURCES.get(f"{group}={option}", [])]
+            others = [f"{name}=hub" for name in ("corpus", "model") if name != group]
+            others += [f"{name.partition('=')[0]}.id=a/b" for name in others]
+            for key, value in leaves(config.values([*others, *choice])[group], group):
                 if isinstance(value, bool | dict | str | list | None) or (key, option if group == "allocation" else 0) in seen:
                     continue
                 seen.add((key, option if group == "allocation" else 0))

@@ -70,7 +70,8 @@ def test_what_upstream_does_not_tell_is_said(checkpoint):
 def test_any_command_is_found_again(line):
     wanted = dag.experiment(shlex.split(line)).artefacts["quantization"]
     groups = {}
-    for item in [wanted, *dag.everything([wanted]).values()]:
+    told = [item for role, item in wanted.inputs.items() if role != "distillation"]  # as made.settings has it
+    for item in [wanted, *dag.everything(told).values()]:
         for group, values in item.config.items():
             groups[group] = values | groups.get(group, {})
     command = shlex.split(made_from.command(groups, "tiny"))

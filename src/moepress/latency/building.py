@@ -25,7 +25,7 @@ def outline(config: dict, dtype: torch.dtype):
     with torch.device("meta"):
         known = AutoConfig.for_model(**config)
         known.dtype = dtype
-        model = AutoModelForCausalLM.from_config(known, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(known, dtype=dtype, trust_remote_code=False)
     model.lm_head = nn.Identity()
     return model.eval()
 
