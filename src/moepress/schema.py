@@ -115,6 +115,7 @@ class Calibration:
     def __post_init__(self):
         modes = ("routed", "weighted", "all")
         check(self.coverage in modes, "calibration.coverage", self.coverage, "one of routed, weighted, all")
+        check_seed("calibration.seed", self.seed)
         check(self.num_sequences >= 1, "calibration.num_sequences", self.num_sequences, "at least 1")
         check(self.seq_len >= 8, "calibration.seq_len", self.seq_len, "at least 8 tokens")
         check(self.domains is None or self.domains, "calibration.domains", self.domains, "null for all, or a list")
