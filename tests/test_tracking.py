@@ -15,11 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from moepress import cli, plan, tracking
+from moepress import cli, integrity, plan, tracking
 from moepress.artefacts import read_json
 from moepress.commands import dashboard, sync
 from moepress.config import ROOT
 from moepress.lookup import Found
+from moepress.models.files import record
 from moepress.redaction import HIDDEN, secrets, without_secrets
 from moepress.tracking import mirror, records
 from wandb_server import Server
@@ -125,11 +126,13 @@ def test_a_run_for_every_artefact_and_every_row(mirrored):
 def test_config_and_summary_are_complete(mirrored, made):
     from moepress.dag import NOT_IN_KEY, experiment
 
+    left_out = {group: NOT_IN_KEY[group] for group in ("evaluation", "latency")}  # of the quantization the name is told
+
     report, _, runs = mirrored
     (own,) = [run for run in runs.values() if run.run["display_name"] == "qesc-pmq-2.5"]
     config = experiment(made[0]).config
     for group in ("calibration", "statistics", "allocation", "quantization", "evaluation", "latency"):
-        expected = {name: value for name, value in config[group].items() if name not in NOT_IN_KEY.get(group, ())}
+        expected = {name: value for name, value in config[group].items() if name not in left_out.get(group, ())}
         assert own.config[group] == expected, group
     assert own.config["seed"] == 0 and own.config["experiment"]["method"] == "qesc"
     with (report / "runs.csv").open() as file:
@@ -237,6 +240,9 @@ def test_again_and_from_another_study_nothing_is_doubled(mirrored, tmp_path):
     # a sweep that shares the stages: its rows are its own, the artefacts' runs stay where they are
     text = (report / "config.yaml").read_text().replace("name: qesc-pmq-2.5\n  runs", "name: experiments\n  runs")
     (report / "config.yaml").write_text(text)
+    provenance = {name: value for name, value in read_json(report / "provenance.json").items() if name != integrity.SEAL}
+    provenance["files"]["config.yaml"] = record(report / "config.yaml")
+    (report / "provenance.json").write_text(json.dumps(integrity.sealed(provenance)))
     assert run_mirror(report)[0]["complete"]
     after = runs_of(place)
     assert id in after and not victim.exists()

@@ -107,7 +107,8 @@ def composed(overrides: list[str] | tuple[str, ...]) -> DictConfig:
         may_be_none = one.key_or_group in ("experiment", "study")
         is_name = re.fullmatch(r"[\w./-]{1,100}", str(getattr(value, "text", value))) and isinstance(value, str | QuotedString)
         is_name = is_name or (value is None and may_be_none)
-        if _is_choice(one) and one.type == OverrideType.CHANGE and not one.is_sweep_override() and not is_name:
+        is_ours = _is_choice(one) and not one.is_hydra_override()
+        if is_ours and one.type == OverrideType.CHANGE and not one.is_sweep_override() and not is_name:
             raise ValueError(f"{one.key_or_group}={value!r}: give one name{_known_keys([one.input_line])}")
     if any(one.type != OverrideType.CHANGE or one.is_sweep_override() for one in parsed):  # `+a=1`, `~a`: rare
         return deepcopy(_composed(tuple(overrides), _newest_change()))

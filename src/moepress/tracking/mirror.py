@@ -65,7 +65,6 @@ def mirror(report: Found, target: Target) -> tuple[list[dict], list[str]]:
 
     Mirrored again, a run is updated. Raises NotReachable.
     """
-    integrity.check([(item.path, False) for item in report.upstream().values() if item.exists], report.results)
     for name in DESCRIBE_A_RUN:
         os.environ.pop(f"WANDB_{name}", None)
     # What is sent later lies with the runs, not in the user's folder: the tables that W&B stages.
@@ -79,6 +78,7 @@ def mirror(report: Found, target: Target) -> tuple[list[dict], list[str]]:
     entries: dict[str, list] = {}
     for record in tqdm(missing, desc=f"W&B {target.mode}", unit="run"):
         try:
+            integrity.check([(record.makes.path, False)] if record.makes else [], report.results)
             send(record, target, entries)
         except wandb.Error as error:
             if target.mode == "online":
