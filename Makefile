@@ -1,5 +1,7 @@
 # make run: install, compute the default study, build the report pages.   make test: the tests.   See README.md.
 PYTHON ?= python3
+# Processes of the tests.
+WORKERS ?= 2
 CORES ?= $(shell nproc 2>/dev/null || echo 2)
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -23,7 +25,7 @@ run: install
 	@echo "workflow, with every job's cost: results/workflow.html"
 
 test: install lint
-	pytest -q --durations=10
+	pytest -q --numprocesses $(WORKERS) --dist worksteal --durations=10
 
 # Hours: kills over all stages, the tests of a failing machine, the default study with random stops (docs/reliability.md).
 soak: install
