@@ -110,7 +110,7 @@ def test_a_layer_at_a_time_gives_the_same_numbers(family, tmp_path):
 def test_what_fits_in_memory(model_folder, monkeypatch):
     weights = sum(entry.numel for entry in families.tensors(model_folder).values())
     for free, expected in ((4 * 1.1 * weights + 1, True), (4 * 1.1 * weights - 1, False)):
-        monkeypatch.setattr(psutil, "virtual_memory", lambda free=free: SimpleNamespace(available=free))
+        monkeypatch.setattr(psutil, "virtual_memory", lambda free=free: SimpleNamespace(available=free, total=2**40))
         assert fits(model_folder, "cpu") == expected
 
 
