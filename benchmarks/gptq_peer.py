@@ -168,7 +168,7 @@ def one(python, side: str, folder: Path, out: Path, threads: int) -> list[float]
     """One side's run in a process of its own."""
     own = {"OMP_NUM_THREADS": str(threads), "GPTQMODEL_CPU_WORKERS": "2"}  # fewer it refuses
     command = [python, __file__, "--side", side, "--model", folder, "--out", out]
-    done = subprocess.run(command, env=os.environ | own, capture_output=True, text=True)
+    done = subprocess.run(command, env=os.environ | own, cwd=folder.parent, capture_output=True, text=True)  # it leaves logs
     if done.returncode:
         raise SystemExit(f"{side} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
     return [float(part) for part in done.stdout.rsplit("seconds ", 1)[1].split()[:2]]
@@ -187,7 +187,7 @@ def main() -> None:
         side = {"peer": peer, "ours": ours}[arguments.side]
         print("seconds", *side(Path(arguments.model), Path(arguments.out)))
         return
-    python = environment(arguments.peer)
+    python = environment(arguments.peer.absolute())
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "model"
         (folder / "tokens").mkdir(parents=True)

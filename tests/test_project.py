@@ -72,7 +72,7 @@ def imports(path):
 
 
 LAYERS = [
-    {"secrets", "redaction", "progress", "schema"},
+    {"secrets", "progress", "schema"},
     {"data"},
     {"models"},
     {"quantization", "inference", "pruning", "allocation", "gradients", "statistics", "evaluation", "latency"},

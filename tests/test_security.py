@@ -36,7 +36,7 @@ from test_report import Results
 
 TOKEN, PASSWORD = "hf_" + "aB3dE5gH" * 4, "p4ssw0rd-of-nobody"
 ENV = {
-    **{name: value for name, value in os.environ.items() if not secrets.NAMES.search(name)},
+    **{name: value for name, value in os.environ.items() if not secrets.SECRET.search(name)},
     "OMP_NUM_THREADS": "1",
     "HF_TOKEN": TOKEN,
     "WANDB_API_KEY": "0123456789abcdef" * 2 + "01234567",

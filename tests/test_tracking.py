@@ -19,9 +19,11 @@ from moepress import cli, integrity, plan, tracking
 from moepress.artefacts import read_json
 from moepress.commands import dashboard, sync
 from moepress.config import ROOT
+from moepress.dag import STAGES
 from moepress.lookup import Found
 from moepress.models.files import record
-from moepress.redaction import HIDDEN, secrets, without_secrets
+from moepress.schema import MIRRORED
+from moepress.secrets import HIDDEN, values, without_secrets
 from moepress.tracking import mirror, records
 from wandb_server import Server
 
@@ -34,6 +36,10 @@ HOSTILE = {
     "DATABASE_PASSWORD": "correct horse battery staple",
     "WANDB_NOTES": "a note with hf_aZbYcXdWeVfUgThSiRjQkPlOm",
 }
+
+
+def test_every_stage_is_mirrored_but_for_parts_of_one():
+    assert set(MIRRORED) == {*STAGES, "report"} - {"statistics_block"}
 
 
 def run_mirror(report, mode="offline", settings=SETTINGS, env=None, **options):
@@ -302,7 +308,7 @@ def test_without_secrets_changes_nothing_else(value):
 
 def test_what_counts_as_a_secret():
     environment = {"A_TOKEN": "abcdefgh", "SSH_KEY": "short", "PATH": "/usr/local/bin", "tokenizers_parallelism": "false"}
-    assert secrets(environment) == ["abcdefgh"]
+    assert values(environment) == ["abcdefgh"]
     assert without_secrets({"xabcdefghx": ["abcdefgh", 1]}, ["abcdefgh"]) == {f"x{HIDDEN}x": [HIDDEN, 1]}
 
 

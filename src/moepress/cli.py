@@ -14,7 +14,7 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf.errors import OmegaConfBaseException
 
-from moepress import execution
+from moepress import execution, integrity
 from moepress import plan as planning
 from moepress.artefacts import of_the_machine
 from moepress.config import ROOT, readable_error, resolve
@@ -55,8 +55,9 @@ def app(config) -> None:
 def tell(plan: planning.Plan, overrides: list[str], mode: RunMode) -> None:
     """What came of it, and as the last line the report's folder."""
     if any(override.startswith("study=") for override in overrides):
-        execution.rows(Path(plan.report))  # is it as it was left?
-        print((Path(plan.report) / "summary.md").read_text(encoding="utf-8"))
+        report = Path(plan.report)
+        integrity.check([(report, True)], report.parent.parent)
+        print((report / "summary.md").read_text(encoding="utf-8"))
     elif mode == RunMode.RUN:
         print_row(Path(plan.report))
     print(plan.report)

@@ -68,6 +68,12 @@ def is_reference(config: dict) -> bool:
     return config["quantization"]["method"] == "none" and config["pruning"]["method"] == "none"
 
 
+def is_decomposed(config: dict) -> bool:
+    """Whether the quantized model is taken apart too: its errors of selection and of weights alone."""
+    quantized, pruned = (config[group]["method"] != "none" for group in ("quantization", "pruning"))
+    return quantized and config["evaluation"]["decomposition"] and not pruned
+
+
 def _model(c):
     return {"model": ("model", c)}
 
@@ -287,8 +293,8 @@ def experiment(overrides: list[str] | tuple[str, ...]) -> Experiment:
     stages = ["evaluation", "latency"] if config["latency"]["repeats"] else ["evaluation"]
     if config["quantization"]["method"] != "none":
         stages += ["quantization", "allocation"]
-        if config["evaluation"]["decomposition"] and config["pruning"]["method"] == "none":
-            stages += ["decomposition"]
+    if is_decomposed(config):
+        stages += ["decomposition"]
     return Experiment(tuple(overrides), config, {stage: artefact(stage, config) for stage in stages})
 
 

@@ -13,8 +13,9 @@ import time
 from pathlib import Path
 
 from moepress.artefacts import read_config, read_json
-from moepress.dag import distill_sequences
+from moepress.dag import distill_sequences, is_decomposed
 from moepress.evaluation import benchmarks, suites
+from moepress.integrity import PROVENANCE
 from moepress.models import outline as outlines
 from moepress.models.families import FAMILIES, kind_of, locate
 from moepress.models.limits import TOKENS_AT_ONCE, curvature_bytes, experts_at_once
@@ -69,15 +70,6 @@ def is_fitted(config: dict) -> bool:
     return config["pruning"]["method"] not in ("none", "pesf")
 
 
-def has_decomposition(config: dict) -> bool:
-    """As `dag.experiment` has it."""
-    return (
-        config["quantization"]["method"] != "none"
-        and config["evaluation"]["decomposition"]
-        and config["pruning"]["method"] == "none"
-    )
-
-
 def memory(model: Outline, config: dict, packed_bytes: int | None, device: str, has: int) -> dict[str, int]:
     """Stage -> bytes at its peak, of RAM on "cpu", of the GPU on "cuda". packed_bytes: of the packed model, loaded. has: bytes
     that there are; a 16-bit model beyond them is evaluated a layer at a time, and nothing is timed against it.
@@ -107,7 +99,7 @@ def memory(model: Outline, config: dict, packed_bytes: int | None, device: str, 
         found["evaluation"] = library + packed_bytes + logits
     if is_fitted(config):  # whole, as it is loaded
         found["pruning"] = library + (packed_bytes if quantized else original) + 4 * TOKENS_AT_ONCE * (8 * H + 4 * I)
-    if has_decomposition(config):  # one model after the other
+    if is_decomposed(config):  # one model after the other
         found["decomposition"] = max(found["evaluation"], found["evaluation at 16 bits"])
     found["latency"] = library + original * is_whole + (packed_bytes if quantized else 0)
     return found
@@ -162,7 +154,7 @@ def seconds(model: Outline, config: dict, flops_per_second: float, correction: f
         found["quantization"] = correction * (flops / flops_per_second + STEP_SECONDS * steps)
     if is_fitted(config):
         found["pruning"] = pruning_work(model, config) / flops_per_second
-    if has_decomposition(config):
+    if is_decomposed(config):
         found["decomposition"] = decomposition_work(model, config) / flops_per_second
     once = measurement_work(model, config, is_packed=False)
     found["evaluation and latency"] = sum(once) / flops_per_second
@@ -368,7 +360,7 @@ def correction_from(results: Path, flops_per_second: float, device: str) -> floa
     ratios = []
     for path in finished:
         try:
-            provenance, folder = read_json(path.parent / "provenance.json"), path.parent
+            provenance, folder = read_json(path.parent / PROVENANCE), path.parent
             if provenance["device"] != device:
                 continue
             inputs = provenance["inputs"]

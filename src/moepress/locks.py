@@ -21,6 +21,8 @@ from pathlib import Path
 
 import psutil
 
+from moepress import integrity
+
 OWNER = Path(".snakemake") / "moepress.json"
 """On which machine the Snakemake runs that works here: written before it locks the folder."""
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -155,7 +157,7 @@ def _keep_whole() -> None:
     remove = Job.remove_existing_output
 
     async def remove_what_is_not_whole(self):
-        if not any((Path(path) / "provenance.json").is_file() for path in self.output):
+        if not any(integrity.is_whole(Path(path)) for path in self.output):
             await remove(self)
 
     if remove.__name__ == "remove_existing_output":

@@ -9,7 +9,7 @@ import yaml
 
 from moepress.artefacts import read_json
 from moepress.dag import STAGES
-from moepress.integrity import ID, is_whole
+from moepress.integrity import ID, PROVENANCE, is_whole
 
 FOLDERS = (*STAGES, "report")
 
@@ -40,7 +40,7 @@ class Found:
 
     @cached_property
     def provenance(self) -> dict:
-        return read_json(self.path / "provenance.json")
+        return read_json(self.path / PROVENANCE)
 
     @property
     def inputs(self) -> dict[str, "Found"]:
@@ -55,12 +55,14 @@ class Found:
     def num_bytes(self) -> int:
         return size_of(self.path)
 
-    def upstream(self) -> dict[str, "Found"]:
-        """Folder -> artefact, for this one and all that it was made from."""
-        found = {self.folder: self}
-        if self.exists:
-            for item in self.inputs.values():
-                found |= item.upstream()
+    def upstream(self, known: dict[str, "Found"] | None = None) -> dict[str, "Found"]:
+        """Folder -> artefact, for this one and all that it was made from, added to those already known."""
+        found = {} if known is None else known
+        if self.folder not in found:
+            found[self.folder] = self
+            if self.exists:
+                for item in self.inputs.values():
+                    item.upstream(found)
         return found
 
 
@@ -75,10 +77,15 @@ def add_results(parser: argparse.ArgumentParser) -> None:
 
 def artefacts(results: Path) -> list[Found]:
     """All whole artefacts."""
+    return [found for path in folders(results) if (found := Found(results, f"{path.parent.name}/{path.name}")).exists]
+
+
+def folders(results: Path) -> list[Path]:
+    """The folder of every artefact, those too that are not whole."""
     if not results.is_dir():
         raise ValueError(f"{results}: no such folder; run an experiment first, or give --results=DIR")
-    paths = [path for stage in FOLDERS for path in sorted((results / stage).glob("*")) if ID.fullmatch(path.name)]
-    return [found for path in paths if (found := Found(results, f"{path.parent.name}/{path.name}")).exists]
+    paths = [path for stage in FOLDERS for path in sorted((results / stage).glob("*"))]
+    return [path for path in paths if ID.fullmatch(path.name) and path.is_dir()]
 
 
 def artefact(name: str, results: Path) -> Found:
@@ -88,7 +95,7 @@ def artefact(name: str, results: Path) -> Found:
         path = path.resolve()
         found = Found(path.parent.parent, f"{path.parent.name}/{path.name}")
         if not found.exists:
-            raise ValueError(f"{name}: no whole artefact; provenance.json is not there")
+            raise ValueError(f"{name}: no whole artefact; {PROVENANCE} is not there")
         return found
     matching = [f for f in artefacts(results) if name in (f.folder, f.path.name) or (len(name) > 3 and f.key.startswith(name))]
     if not matching:

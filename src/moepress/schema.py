@@ -303,6 +303,7 @@ class GPTQ(RTN):
     tune_rest: bool
     tune_asymmetry: float
     distill_steps: int
+    distill_rate: float
     distill_sequences: int | None
 
     def __post_init__(self):
@@ -321,7 +322,8 @@ class GPTQ(RTN):
         )
         check(self.tune_tokens >= 1, "quantization.tune_tokens", self.tune_tokens, "at least 1")
         expected = "above 0 and at most 0.1 of a scale, a step"
-        check(0 < self.tune_rate <= 0.1, "quantization.tune_rate", self.tune_rate, expected)
+        for name in ("tune_rate", "distill_rate"):
+            check(0 < getattr(self, name) <= 0.1, f"quantization.{name}", getattr(self, name), expected)
 
 
 @dataclass
@@ -481,7 +483,7 @@ MIRRORED = (
     *("corpus", "model", "calibration", "gradients", "statistics", "allocation", "quantization", "pruning", "evaluation"),
     *("decomposition", "latency", "report"),
 )
-"""Stages whose folders are artifacts at W&B."""
+"""What is an artifact at W&B: `dag.STAGES`, which knows of this module and not the other way round, and the report."""
 
 
 @dataclass

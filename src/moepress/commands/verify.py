@@ -5,6 +5,7 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
+import yaml
 from tqdm import tqdm
 
 from moepress import integrity, locks, lookup
@@ -29,7 +30,7 @@ def main(arguments: list[str]) -> None:
     lookup.add_results(parser)
     given = parser.parse_args(arguments)
     results = given.results
-    found = [lookup.artefact(name, results).path for name in given.what] or folders(results)
+    found = [lookup.artefact(name, results).path for name in given.what] or lookup.folders(results)
     found_damages = damages(found)
     for damage in found_damages:
         print(damage)
@@ -54,14 +55,6 @@ def main(arguments: list[str]) -> None:
         sys.exit(1)
 
 
-def folders(results: Path) -> list[Path]:
-    """Every artefact, those too that have lost their provenance."""
-    if not results.is_dir():
-        raise ValueError(f"{results}: no such folder; run an experiment first, or give --results=DIR")
-    paths = [path for stage in lookup.FOLDERS for path in sorted((results / stage).glob("*"))]
-    return [path for path in paths if integrity.ID.fullmatch(path.name) and path.is_dir()]
-
-
 def damages(found: list[Path]) -> list[Damage]:
     """Of all of them, with a bar where there is a terminal."""
     total = sum(lookup.size_of(folder) for folder in found)
@@ -76,7 +69,7 @@ def made_from(damaged: list[Path], results: Path) -> list[Path]:
     for item in lookup.artefacts(results):
         try:
             inputs[item.folder] = {found.folder for found in item.inputs.values()}
-        except (ValueError, OSError, KeyError, TypeError, AttributeError, lookup.yaml.YAMLError):
+        except (ValueError, OSError, KeyError, TypeError, AttributeError, yaml.YAMLError):
             continue  # it is damaged itself
     found: list[str] = []
     while more := [name for name, needs in inputs.items() if name not in reached and needs & reached]:

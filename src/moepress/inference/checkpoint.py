@@ -6,7 +6,6 @@ transformers' own `from_pretrained` checks packed folders in the same way: see `
 from contextlib import contextmanager
 from pathlib import Path
 
-import psutil
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as hf_logging
@@ -28,7 +27,7 @@ def fits(folder: Path, device: str, dtype: torch.dtype | None = None) -> bool:
     if torch.device(device).type == "cuda":
         free, default = torch.cuda.mem_get_info(device)[0], None
     else:
-        free, default = min(psutil.virtual_memory().available, limits.memory_limit()), torch.float32
+        free, default = limits.free_memory(), torch.float32
     width = (dtype or default).itemsize if dtype or default else None
     return 1.1 * sum(entry.numel * width if width else entry.nbytes for entry in entries) < free
 

@@ -31,6 +31,7 @@ BLOCK = 16
 """Rows that a thread takes at a time: a few KiB of codes, which stay in its cache for all slots."""
 ALONE = 1 << 19
 """Weights up to which one thread computes alone: some fifty microseconds, about what waking a sleeping thread takes."""
+
 # Sixteen lanes at a time, which LLVM's own vectorizer does not make of packed codes: each of these is a few instructions on
 # `<16 x float>`, which LLVM cuts to what the processor has (AVX-512, AVX2, NEON).
 

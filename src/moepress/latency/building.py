@@ -5,13 +5,12 @@ Legend: V vocabulary, K selected experts, E experts, L MoE layers.
 """
 
 import numpy as np
-import psutil
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from moepress.inference.packed import PackedExperts, PackedLinear, PackedMatrices
-from moepress.models import families
+from moepress.models import families, limits
 from moepress.pruning.policy import experts_of, routers_of
 
 VOCAB = 4096
@@ -92,7 +91,7 @@ def check_memory(config: dict, dtype: torch.dtype, device: str) -> None:
     """ValueError where the 16-bit layers, and the packed ones beside them, do not fit."""
     needed = 1.4 * sum(p.numel() for p in outline(config, dtype).parameters()) * dtype.itemsize
     is_cuda = torch.device(device).type == "cuda"
-    free = torch.cuda.mem_get_info(device)[0] if is_cuda else psutil.virtual_memory().available
+    free = torch.cuda.mem_get_info(device)[0] if is_cuda else limits.free_memory()
     if needed > free:
         layers = config["num_hidden_layers"]
         hint = "" if dtype.itemsize == 2 else ", or latency.dtype=bfloat16, which is half of it"

@@ -24,6 +24,11 @@ def experts_at_once(H: int, I: int, E: int) -> int:
     return max(1, min(E, WORKSPACE // curvature_bytes(max(H, I))))
 
 
+def free_memory() -> int:
+    """Bytes of RAM that can be taken now: what the machine has free, and no more than a control group allows."""
+    return min(psutil.virtual_memory().available, memory_limit())
+
+
 def memory_limit(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
     """Bytes of RAM that this process may take: the machine's, or what a control group above it (a container's, a Slurm job's)
     allows."""

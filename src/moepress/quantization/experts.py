@@ -62,6 +62,7 @@ class Recipe:
     tune_rest: bool = False
     tune_asymmetry: float = 0.0
     distill_steps: int = 0
+    distill_rate: float = 0.0
     distill_sequences: int | None = None
 
     @property

@@ -2,10 +2,9 @@
 
 import numpy as np
 import pandas as pd
-import yaml
 
-from moepress.artefacts import read_json
 from moepress.dag import STAGES
+from moepress.lookup import Found
 from moepress.report.compare import mebibytes
 from moepress.report.readable import Cell, seconds
 from moepress.report.reading import Run
@@ -18,35 +17,19 @@ def tabulate(runs: list[Run]) -> pd.DataFrame:
     Artefacts that were deleted meanwhile are left out.
     """
     rows = []
-    for folder in _folders(runs):
-        path = runs[0].results / folder / "provenance.json"
-        if path.is_file():
-            made = read_json(path)
+    known: dict[str, Found] = {}
+    for run in runs:
+        for folder in run.artefacts.values():
+            Found(run.results, folder).upstream(known)
+    for folder, found in known.items():
+        if found.exists:
+            made = found.provenance
             cpu = made.get("cpu_seconds", {}).get("total", np.nan)
             numbers = {"seconds": made["seconds"], "cpu_seconds": cpu, "peak_memory_bytes": made["peak_memory_bytes"]}
             rows.append({"stage": made["stage"], "artefact": folder, **numbers, "start": made.get("start")})
     found = pd.DataFrame(rows)
     order = {stage: place for place, stage in enumerate(STAGES)}
     return found.sort_values(["stage", "artefact"], key=lambda column: column.map(order) if column.name == "stage" else column)
-
-
-def _folders(runs: list[Run]) -> dict[str, None]:
-    """The folders of the runs' artefacts and of all that those were made from."""
-    found: dict[str, None] = {}
-
-    def visit(folder: str) -> None:
-        if folder in found:
-            return
-        found[folder] = None
-        path = runs[0].results / folder / "config.yaml"
-        if path.is_file():
-            for upstream in yaml.safe_load(path.read_text(encoding="utf-8")).get("inputs", {}).values():
-                visit(upstream)
-
-    for run in runs:
-        for folder in run.artefacts.values():
-            visit(folder)
-    return found
 
 
 def by_stage(costs: pd.DataFrame) -> pd.DataFrame:

@@ -7,6 +7,7 @@ import numpy as np
 import yaml
 
 from moepress.artefacts import read_config, read_json
+from moepress.integrity import PROVENANCE, is_whole
 from moepress.models.specialisation import mutual_information
 from moepress.report.reading import Run
 
@@ -127,7 +128,7 @@ def methods(runs: list[Run]) -> dict[str, str]:
 
 def machine(runs: list[Run]) -> dict[str, str]:
     folders = dict.fromkeys(run.folder(stage) for run in runs for stage in run.artefacts)
-    found = [read_json(folder / "provenance.json") for folder in folders if (folder / "provenance.json").is_file()]
+    found = [read_json(folder / PROVENANCE) for folder in folders if is_whole(folder)]
     facts, timed = {}, [run.latency for run in runs if run.latency["device"]]
     if timed:
         device, threads, dtype = (listed({one[name] for one in timed}) for name in ("device", "threads", "dtype"))

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from moepress.integrity import PROVENANCE
 from moepress.report import decomposition, paired
 from moepress.report.reading import Run, compact_json, load, reference_of
 
@@ -76,7 +77,7 @@ def row(run: Run, reference: Run | None) -> dict:
     if tasks := paired.accurate([run, reference]) if reference and run.tasks else []:
         above = paired.difference([run], [reference], paired.scores(tasks))
         found |= {"delta_acc": above.value, "delta_acc_stderr": above.stderr}
-    provenance = run.json("quantization", "provenance.json") if quantized else {}
+    provenance = run.json("quantization", PROVENANCE) if quantized else {}
     return found | {
         "selection_shift": run.metrics["selection_shift"],
         "selection_shift_stderr": run.metrics["selection_shift_stderr"],

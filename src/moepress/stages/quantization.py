@@ -2,7 +2,6 @@
 
 import time
 
-import psutil
 import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
@@ -10,7 +9,7 @@ from tqdm import tqdm
 from moepress.artefacts import Task, peak_memory, read_config, read_json, write_json
 from moepress.evaluation.perplexity import run_layers
 from moepress.inference.checkpoint import pick_device
-from moepress.models import outline
+from moepress.models import limits, outline
 from moepress.models import streams as hidden_states
 from moepress.models.families import locate, num_weights
 from moepress.models.streaming import ModelStream
@@ -75,7 +74,7 @@ def check_memory(task: Task, stream: ModelStream, bits: list[list[int]]) -> None
         return
     needed = Prediction(outline.read(stream.folder, "model.path"), settings).loaded_bytes(bits, "cpu")  # float32 on a GPU too
     on_gpu = torch.device(stream.device).type == "cuda"
-    has = torch.cuda.mem_get_info(stream.device)[0] if on_gpu else psutil.virtual_memory().available
+    has = torch.cuda.mem_get_info(stream.device)[0] if on_gpu else limits.free_memory()
     if needed > has:
         raise ValueError(
             f"quantization.distill_steps={settings['distill_steps']}: the packed model takes {readable(needed)} of memory, "
@@ -95,7 +94,7 @@ def distilled(task: Task, stream: ModelStream, recipe: Recipe, tokens, folder) -
                 x = run_layers(again, tokens, folder / "distillation", progress)
         else:
             x = hidden_states.Streams(folder, ("x",), (*tokens.shape, stream.shape.hidden_size))["x"]
-        settings = (recipe.distill_steps, recipe.tune_tokens, recipe.tune_rate)
+        settings = (recipe.distill_steps, recipe.tune_tokens, recipe.distill_rate)
         distilling.keep(path, *distilling.distill(task.out, stream, x, tokens, *settings))
     tuned = load_file(path)
     losses = tuned.pop("losses")

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from moepress import integrity, progress
 from moepress.artefacts import read_json, write_json
 from moepress.lookup import Found
-from moepress.redaction import without_secrets
+from moepress.secrets import without_secrets
 from moepress.tracking.records import Record, of_report
 
 DESCRIBE_A_RUN = ("NOTES", "TAGS", "NAME", "RUN_GROUP", "JOB_TYPE", "RUN_ID", "RESUME", "SWEEP_ID", "SWEEP_PARAM_PATH", "HOST")

@@ -13,8 +13,8 @@ import pandas as pd
 from moepress.artefacts import read_json
 from moepress.lookup import Found
 from moepress.models import families
-from moepress.redaction import without_secrets
 from moepress.report.reading import shift_by_layer
+from moepress.secrets import without_secrets
 
 VERSION = 1
 """Raised by hand when records of the same artefacts change, so that they are sent again."""
