@@ -19,7 +19,7 @@ from moepress.quantization.packing import Quantized
 from moepress.quantization.refining import refine
 from moepress.quantization.size import group_of
 
-SAMPLE = 512
+SAMPLE = 128
 """Tokens that an expert's output error is measured on."""
 
 LAYER_SAMPLE = 1024

@@ -53,6 +53,15 @@ def search(
     """
     if not how.clip_weighted:
         importance_EC = None
+    if w_EOC.device.type == "cpu" and how.clip_norm == 2 and how.one_bit == "grid":
+        from moepress.quantization import grid_cpu
+
+        return grid_cpu.search(w_EOC, top_E1, importance_EC, how)
+    return search_by_torch(w_EOC, top_E1, importance_EC, how)
+
+
+def search_by_torch(w_EOC, top_E1, importance_EC, how: Search) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same anywhere, with all there is to choose."""
     step = max(1, ELEMENTS_AT_ONCE // w_EOC.shape[2])  # rows that stay in the cache through all trials
     scales, zeros = [], []
     for e, top in enumerate(top_E1[:, 0].tolist()):
