@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from conftest import small_experiment
 from moepress import allocation, artefacts, config, dag
 from moepress.quantization.size import mixed
-from moepress.schema import SCHEMA, reads_statistics
+from moepress.schema import SCHEMA
+from moepress.schema.allocation import reads_statistics
 
 METHODS = sorted(SCHEMA["allocation"])
 WIDTHS = [1, 2, 3, 4]

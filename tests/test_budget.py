@@ -17,7 +17,7 @@ from moepress.quantization.budget import Prediction, plan_budget, unpacked_bytes
 from moepress.quantization.experts import Recipe
 from moepress.quantization.qesc import quantize_model
 from moepress.quantization.size import expert_bytes
-from moepress.schema import parse_bytes
+from moepress.schema.values import parse_bytes
 from zoo import COMMON, ZOO, write_zoo_model
 
 RTN = {"method": "rtn", "group_size": 32, "clip_min": 1.0, "clip_steps": 1, "fit_rounds": 0}

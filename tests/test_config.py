@@ -9,7 +9,7 @@ import pytest
 
 from moepress import config, dag
 from moepress.config import ROOT
-from moepress.schema import parse_bytes
+from moepress.schema.values import parse_bytes
 
 
 def key(stage, *overrides):

@@ -12,6 +12,7 @@ from moepress.commands import latency as asking
 from moepress.config import resolve, values
 from moepress.latency import building, device, measuring, shapes, traffic
 from moepress.latency.static import StaticDecoding
+from moepress.models import limits
 from moepress.models.experts import ON_CPU
 from moepress.pruning.policy import attach, experts_of, routers_of
 from moepress.quantization.packing import pack, unpack
@@ -319,7 +320,7 @@ def test_what_cannot_be_timed_is_refused(asked, overrides, message):
 
 def test_layers_that_do_not_fit_are_refused(monkeypatch):
     config = shapes.layers_only(asking.read("mixtral-8x22b"), 3, building.VOCAB)
-    monkeypatch.setattr(building.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 16 << 30}))
+    monkeypatch.setattr(limits, "free_memory", lambda: 16 << 30)
     with pytest.raises(ValueError, match=r"latency\.num_layers=3: takes .* 1 layers fit, or latency\.dtype=bfloat16"):
         building.check_memory(config, torch.float32, "cpu")
 

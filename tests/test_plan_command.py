@@ -17,7 +17,8 @@ from moepress.models import families, limits, outline
 from moepress.models.files import Entry
 from moepress.quantization.budget import Prediction
 from moepress.quantization.size import mixed
-from moepress.schema import SCHEMA, parse_bytes
+from moepress.schema import SCHEMA
+from moepress.schema.values import parse_bytes
 from zoo import write_zoo_model
 
 SMALL = ["allocation=pmq", "quantization=qesc", "quantization.group_size=32", "device=cpu"]

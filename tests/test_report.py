@@ -80,6 +80,8 @@ class Results:
             {"stage": name.split("/")[0], "seconds": 2.0, "peak_memory_bytes": 2**30, "git_commit": "c0ffee"}
             | {"machine": {"system": "Linux"}, "versions": {"python": "3.11", "torch": "2.13.0"}},
         )
+        if not (path / "config.yaml").is_file():
+            self.write(path / "config.yaml", {"config": {}, "inputs": {}})
         return path
 
     def write(self, path: Path, value) -> None:

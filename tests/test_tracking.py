@@ -22,7 +22,7 @@ from moepress.config import ROOT
 from moepress.dag import STAGES
 from moepress.lookup import Found
 from moepress.models.files import record
-from moepress.schema import MIRRORED
+from moepress.schema.measuring import MIRRORED
 from moepress.secrets import HIDDEN, values, without_secrets
 from moepress.tracking import mirror, records
 from wandb_server import Server

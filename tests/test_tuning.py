@@ -16,6 +16,7 @@ from moepress.data import sampling
 from moepress.inference import saving
 from moepress.inference.checkpoint import load
 from moepress.inference.packed import PackedLinear, PackedMatrices
+from moepress.models import limits
 from moepress.models.streaming import ModelStream
 from moepress.models.streams import Streams
 from moepress.quantization import distilling, grid, writer
@@ -200,8 +201,8 @@ def test_a_model_that_does_not_fit_is_refused_before_any_work(model_folder, monk
     task = SimpleNamespace(config={"quantization": config["quantization"]})
     stream = ModelStream(model_folder)
     quantization.check_memory(task, stream, BITS)
-    monkeypatch.setattr(quantization.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
-    with pytest.raises(ValueError, match=r"distill_steps=250.*experiment=fast"):
+    monkeypatch.setattr(limits, "free_memory", lambda: 1000)
+    with pytest.raises(ValueError, match=r"distill_steps=500.*experiment=fast"):
         quantization.check_memory(task, stream, BITS)
     task.config["quantization"]["distill_steps"] = 0
     quantization.check_memory(task, stream, BITS)

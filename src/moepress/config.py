@@ -26,11 +26,15 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers.oc import env as plain_environment
 
-from moepress import pruning, schema
+from moepress import pruning
 from moepress.data import settings
 from moepress.evaluation import suites
 from moepress.models import dense, families, outline
 from moepress.quantization.budget import Prediction, plan_budget
+from moepress.schema import SCHEMA
+from moepress.schema.allocation import reads_statistics
+from moepress.schema.quantization import quantizer_of_statistics
+from moepress.schema.values import check, check_leaf, check_seed
 
 ROOT = next(p for p in (Path(__file__).parents[2], Path(__file__).parent) if (p / "conf").is_dir())
 """The folder with conf/, workflow/ and the Snakefile: the checkout, or the installed package."""
@@ -154,36 +158,36 @@ def validate(config: dict) -> dict:
             raise ValueError(f"{key} is not set: give it as {key}=...")
     config = {name: value for name, value in config.items() if name not in ("experiment", "study")}
     for key, value in config.items():
-        schema.check_leaf(key, value)
-    for group in schema.SCHEMA:
-        schema.check(isinstance(config[group], dict), group, config[group], "a group of keys; choose one by its name")
-    schema.check_seed("seed", config["seed"])
+        check_leaf(key, value)
+    for group in SCHEMA:
+        check(isinstance(config[group], dict), group, config[group], "a group of keys; choose one by its name")
+    check_seed("seed", config["seed"])
     ok = config["cores"] is None or (type(config["cores"]) is int and config["cores"] >= 1)
-    schema.check(ok, "cores", config["cores"], "null for all of the machine's, or at least 1")
-    schema.check(isinstance(config["paths"], dict), "paths", config["paths"], "the folders results and cache")
+    check(ok, "cores", config["cores"], "null for all of the machine's, or at least 1")
+    check(isinstance(config["paths"], dict), "paths", config["paths"], "the folders results and cache")
     for name, path in config["paths"].items():
         ok = isinstance(path, str) and path.strip() and not path.startswith("-")
-        schema.check(bool(ok), f"paths.{name}", path, "a folder")
-        schema.check(not set(path) & set("{}*?[]"), f"paths.{name}", path, "a folder without any of {}*?[] in its name")
+        check(bool(ok), f"paths.{name}", path, "a folder")
+        check(not set(path) & set("{}*?[]"), f"paths.{name}", path, "a folder without any of {}*?[] in its name")
     if config["statistics"]["quantizer"] == "auto":
-        config["statistics"]["quantizer"] = schema.quantizer_of_statistics(config["quantization"], config["allocation"])
+        config["statistics"]["quantizer"] = quantizer_of_statistics(config["quantization"], config["allocation"])
     fits = config["statistics"]["quantizer"] != "gptq" or config["quantization"]["method"] not in ("none", "rtn")
-    is_read = schema.reads_statistics(config["allocation"]) and config["quantization"]["method"] != "none"
+    is_read = reads_statistics(config["allocation"]) and config["quantization"]["method"] != "none"
     expected = f"quantization={config['quantization']['method']} has no error feedback; leave it auto"
-    schema.check(fits or not is_read, "statistics.quantizer", "gptq", expected)
+    check(fits or not is_read, "statistics.quantizer", "gptq", expected)
     latency = config["latency"]
     latency["threads"] = os.cpu_count() if latency["threads"] == "auto" else latency["threads"]
     ok = re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(config["device"]))
-    schema.check(bool(ok), "device", config["device"], "auto, cpu, cuda or cuda:N")
+    check(bool(ok), "device", config["device"], "auto, cpu, cuda or cuda:N")
     latency["hardware"] = hardware(config["device"]) if latency["hardware"] == "auto" else latency["hardware"]
-    for group, classes in schema.SCHEMA.items():
+    for group, classes in SCHEMA.items():
         config[group] = _typed(group, classes, config[group])
 
-    schema.check(config["out"] is None or isinstance(config["out"], str), "out", config["out"], "a folder, or null")
+    check(config["out"] is None or isinstance(config["out"], str), "out", config["out"], "a folder, or null")
     objective = config["objective"]
     columns = [objective] if isinstance(objective, str) else objective
     ok = columns is None or (isinstance(columns, list) and columns and all(isinstance(name, str) for name in columns))
-    schema.check(ok, "objective", objective, "a column of runs.csv, a list of them, or null")
+    check(ok, "objective", objective, "a column of runs.csv, a list of them, or null")
     suites.chosen(config["evaluation"])
     settings.check(config["corpus"])
     check_splits(config)
@@ -195,7 +199,7 @@ def check_splits(config: dict) -> None:
     if config["corpus"]["kind"] != "hub":
         return
     method, pruned = config["quantization"]["method"], config["pruning"]["method"]
-    is_calibrated = method in ("gptq", "qesc") or (method != "none" and schema.reads_statistics(config["allocation"]))
+    is_calibrated = method in ("gptq", "qesc") or (method != "none" and reads_statistics(config["allocation"]))
     readers = {"test": "the evaluation", "calibration": None, "train": None}
     if is_calibrated or pruned not in ("none", "pesf"):
         readers["calibration"] = f"quantization={method} with pruning={pruned}"
@@ -262,7 +266,7 @@ def _typed(group: str, classes, values: dict) -> dict:
     if isinstance(classes, dict):
         variant = "kind" if "kind" in values else "method"
         known = ", ".join(classes)
-        schema.check(str(values.get(variant)) in classes, f"{group}.{variant}", values.get(variant), f"one of {known}")
+        check(str(values.get(variant)) in classes, f"{group}.{variant}", values.get(variant), f"one of {known}")
         classes = classes[values[variant]]
     try:
         found = (group, classes, repr(values))

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 from moepress import pruning
 from moepress.config import ROOT, resolve
-from moepress.schema import reads_gradients, reads_statistics
+from moepress.schema.allocation import reads_gradients, reads_statistics
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from moepress.models.families import FAMILIES, kind_of, locate
 from moepress.models.limits import TOKENS_AT_ONCE, curvature_bytes, experts_at_once
 from moepress.models.outline import Outline
 from moepress.quantization.budget import unpacked_bytes
-from moepress.schema import reads_gradients, reads_statistics
+from moepress.schema.allocation import reads_gradients, reads_statistics
 
 LIBRARY_BYTES = 600 << 20
 """Of a stage that has torch and transformers in memory and no model yet."""

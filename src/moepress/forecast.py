@@ -16,7 +16,7 @@ from moepress.models.files import INDEX
 from moepress.models.outline import Outline
 from moepress.quantization.budget import Prediction, plan_budget, readable, unpacked_bytes
 from moepress.quantization.size import mixed
-from moepress.schema import WIDTHS
+from moepress.schema.values import WIDTHS
 
 USAGE = """moepress plan [KEY=VALUE ...]: what the experiment `moepress KEY=VALUE ...` will take
 

@@ -6,7 +6,7 @@ import re
 from collections import Counter
 
 from moepress.data import packages
-from moepress.schema import check_seed
+from moepress.schema.values import check_seed
 
 SPLITS = ("train", "calibration", "test")
 

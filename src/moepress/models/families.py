@@ -13,7 +13,7 @@ from math import gcd
 from pathlib import Path
 
 from moepress.models.files import Entry, entries, read_index, with_scales
-from moepress.schema import MOST_EXPERTS, MOST_LAYERS
+from moepress.schema.values import MOST_EXPERTS, MOST_LAYERS
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from moepress.models.families import FAMILIES, group_of, in_layer, kind_of, laye
 from moepress.models.files import Entry
 from moepress.models.outline import Outline
 from moepress.quantization.size import expert_bytes, feasible_range, packed_bytes, zero_width
-from moepress.schema import WIDTHS, parse_bytes
+from moepress.schema.values import WIDTHS, parse_bytes
 
 ORDER = ("F64", "F32", "BF16", "F16", "I8", "U8", "BOOL")
 """Of dtypes in a safetensors file."""

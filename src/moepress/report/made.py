@@ -12,7 +12,7 @@ from moepress.artefacts import Task, git_commit, read_json, versions
 from moepress.config import ROOT
 from moepress.models import families
 from moepress.models.families import Shape, locate
-from moepress.schema import quantizer_of_statistics
+from moepress.schema.quantization import quantizer_of_statistics
 
 VARIANT = {"model": "kind", "corpus": "kind", "allocation": "method", "quantization": "method"}
 """Groups that the command names by their option in conf/, and the key that tells their options apart."""

@@ -13,7 +13,7 @@ from moepress.latency import device as devices
 from moepress.latency import measuring, shapes
 from moepress.latency.traffic import weight_bytes
 from moepress.models.families import locate
-from moepress.schema import parse_bytes
+from moepress.schema.values import parse_bytes
 
 
 def run(task: Task) -> None:
