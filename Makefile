@@ -42,6 +42,7 @@ cluster-test: install
 lint: install
 	ruff check .
 	ruff format --check .
+	mypy
 	snakefmt --check Snakefile workflow
 	snakemake --lint
 

@@ -9,6 +9,7 @@ Legend: L MoE layers, E experts of each, N = L * E, J widths, M matrices of an e
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,6 +45,7 @@ def allocate(
     if method == "random":
         rng = np.random.default_rng(settings["seed"])
         return [random_widths(rng, E, widths, size_J, budget, keep) for budget in shares(total, L, E, size_J)], []
+    assert statistics is not None  # the others read them
     if method == "bsp":
         found = solve(layer_costs(statistics, widths), widths, [E * size for size in size_J], total)
         return [[width] * E for width in found.bits], [found]
@@ -65,7 +67,7 @@ def solve(
     widths: list[int],
     sizes: list[int],
     budget: float,
-    keep: list[int] = (),
+    keep: Sequence[int] = (),
     num_layers: int = 1,
     gap: float = 1e-9,
 ) -> Solution:

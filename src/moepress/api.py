@@ -31,7 +31,7 @@ def compress(model: str | Path, out: str | Path | None = None, budget: str | int
 
     Raises ValueError for a wrong value, as the command does, and RuntimeError naming the log of a stage that failed.
     """
-    given = model_overrides(model)
+    given: dict = model_overrides(model)
     given |= {name.replace("__", "."): value for name, value in overrides.items()}
     if "study" in given:
         raise ValueError(f"study={given['study']!r}: compress takes one experiment; `moepress study=NAME` runs a study")
@@ -47,9 +47,9 @@ def compress(model: str | Path, out: str | Path | None = None, budget: str | int
     folder = found.get("quantization", found["model"])
     from moepress.inference.checkpoint import load  # imports torch, which what is wrong with the values need not wait for
 
-    loaded = load(folder, given.get("device", "auto"), pruning=execution.policy(planned))
+    loaded, tokenizer = load(folder, given.get("device", "auto"), pruning=execution.policy(planned))
     report = Path(planned.report)
-    return Compressed(*loaded, report, execution.rows(report)[-1], folder)
+    return Compressed(loaded, tokenizer, report, execution.rows(report)[-1], folder)
 
 
 def model_overrides(model: str | Path) -> dict[str, str]:

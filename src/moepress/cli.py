@@ -52,7 +52,7 @@ def app(config) -> None:
         sys.exit(f"moepress: {error}")
 
 
-def tell(plan: planning.Plan, overrides: list[str], mode: RunMode) -> None:
+def tell(plan: planning.Plan, overrides: list[str], mode: RunMode | None) -> None:
     """What came of it, and as the last line the report's folder."""
     if any(override.startswith("study=") for override in overrides):
         report = Path(plan.report)

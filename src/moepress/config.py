@@ -186,7 +186,7 @@ def validate(config: dict) -> dict:
     check(config["out"] is None or isinstance(config["out"], str), "out", config["out"], "a folder, or null")
     objective = config["objective"]
     columns = [objective] if isinstance(objective, str) else objective
-    ok = columns is None or (isinstance(columns, list) and columns and all(isinstance(name, str) for name in columns))
+    ok = columns is None or (isinstance(columns, list) and bool(columns) and all(isinstance(name, str) for name in columns))
     check(ok, "objective", objective, "a column of runs.csv, a list of them, or null")
     suites.chosen(config["evaluation"])
     settings.check(config["corpus"])

@@ -70,7 +70,7 @@ def is_fitted(config: dict) -> bool:
     return config["pruning"]["method"] not in ("none", "pesf")
 
 
-def memory(model: Outline, config: dict, packed_bytes: int | None, device: str, has: int) -> dict[str, int]:
+def memory(model: Outline, config: dict, packed_bytes: int, device: str, has: int) -> dict[str, int]:
     """Stage -> bytes at its peak, of RAM on "cpu", of the GPU on "cuda". packed_bytes: of the packed model, loaded. has: bytes
     that there are; a 16-bit model beyond them is evaluated a layer at a time, and nothing is timed against it.
 

@@ -98,7 +98,7 @@ def failures(plan: Plan) -> str:
     return "\n".join([*lines, "moepress: once that is mended, the same command goes on from what is whole"])
 
 
-def failure(results: Path, folders: Iterable[str]) -> str:
+def failure(results: Path, folders: Iterable[str | Path]) -> str:
     """Why a run failed: of artefacts that are not there, the newest log and its last line."""
     missing = [results / "logs" / f"{folder}.log" for folder in folders if not (results / folder).exists()]
     logs = sorted((log for log in missing if log.is_file()), key=lambda log: log.stat().st_mtime)

@@ -92,7 +92,7 @@ def measured(report: Path, key: str) -> dict:
     if not path.is_file():
         raise ValueError(f"{path}: not there; give a report's folder (results/report/...) or its runs.csv")
     with path.open(newline="", encoding="utf-8") as file:
-        rows = [row | {"keys": json.loads(row["keys"])} for row in csv.DictReader(file)]
+        rows: list[dict] = [row | {"keys": json.loads(row["keys"])} for row in csv.DictReader(file)]
     plain = [row for row in rows if row["pruning"] == "none"]
     own = next((row for row in plain if row["keys"].get("quantization") == key), None)
     if own is None:

@@ -6,6 +6,7 @@ Imports no torch, and reads config.json, the index and headers only.
 """
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -135,15 +136,16 @@ def size_table(sizes: list[Size]) -> list[str]:
 
 def resources(model: Outline, config: dict, asked: Size | None) -> tuple[list[str], list[str]]:
     """The lines on memory, disk and time, and what is missing."""
-    on_gpu = uses_gpu(config["device"]) and estimate.gpu_memory() is not None
-    what, has = ("GPU memory", estimate.gpu_memory()) if on_gpu else ("memory", limits.memory_limit())
-    packed = None if asked is None else asked.on_gpu if on_gpu else asked.on_cpu
+    gpu = estimate.gpu_memory() if uses_gpu(config["device"]) else None
+    on_gpu = gpu is not None
+    what, has = ("memory", limits.memory_limit()) if gpu is None else ("GPU memory", gpu)
+    packed = 0 if asked is None else asked.on_gpu if on_gpu else asked.on_cpu
     memory = estimate.memory(model, config, packed, "cuda" if on_gpu else "cpu", has)
     lacking = [(stage, n) for stage, n in memory.items() if n > has]
     problems = [f"{stage} needs {readable(n)} of {what}, this machine has {readable(has)}" for stage, n in lacking]
 
     results = Path(config["paths"]["results"])
-    disk = estimate.disk(model, config, asked and asked.folder)
+    disk = estimate.disk(model, config, asked.folder if asked else None)
     total, free = sum(disk.values()), estimate.free_disk(results)
     if total > free:
         problems.append(f"the run needs {readable(total)} of disk, paths.results={results} has {readable(free)} free")
@@ -169,7 +171,7 @@ def time_rows(model: Outline, config: dict, on_gpu: bool) -> list[tuple[str, str
     return rows + [(f"  {stage}", duration(n), "") for stage, n in spent.items()]
 
 
-def aligned(rows: list[tuple[str, ...]], left_last: bool = False) -> list[str]:
+def aligned(rows: Sequence[tuple[str, ...]], left_last: bool = False) -> list[str]:
     """Columns: the first flush left, the others flush right, perhaps but the last."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     flush_left = {0, len(widths) - 1} if left_last else {0}

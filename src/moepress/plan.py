@@ -99,7 +99,7 @@ class Plan:
 def memory_mb(stage: str, config: dict) -> int:
     """MiB to ask for a job of a stage; for a model whose outline cannot be read yet, SOME_MEMORY_MB."""
     try:
-        model, packed = forecast.read_model(config["model"]), None
+        model, packed = forecast.read_model(config["model"]), 0
         if config["quantization"]["method"] != "none":
             packed = forecast.asked_size(Prediction(model, config["quantization"]), config["allocation"]).on_cpu
     except (OSError, ValueError):

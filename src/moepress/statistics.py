@@ -35,7 +35,7 @@ def layer_statistics(
     """
     m = streams.scratch("m")
     stream.attend(index, layer, streams["x"], streams.next("x"), m)
-    found = measured = None
+    found: dict | None = None
     if index in stream.shape.moe_layers:
         m_TH = m.flatten(0, 1)
         routing = stream.route(layer, m)
@@ -60,10 +60,10 @@ def layer_statistics(
             },
         }
     stream.add_block(layer, streams.next("x"), m)
-    if measured:
+    if found:
         scale = stream.block_scale(layer) ** 2
         output = streams.next("x").flatten(0, 1)[measured.sample_S].square().sum().item()
         found["layer_errors"] = (scale * measured.layer_changes_WSH.square().sum((1, 2)) / output).tolist()
-        if gradient:
+        if measured.loss_errors_EW is not None:
             found["loss_errors"] = (scale * measured.loss_errors_EW).tolist()
     return found

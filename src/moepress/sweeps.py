@@ -47,6 +47,7 @@ class Sweep:
         answers: dict[int, float | tuple[float, ...] | None] = {}
         done = self.compute(asked, failures) if asked else None
         for number in asked.keys() - failures.keys():
+            assert done is not None
             try:
                 answers[number] = objective(done, asked[number])
             except ValueError as error:

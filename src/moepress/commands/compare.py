@@ -45,9 +45,9 @@ def both(a: str, b: str, places: list[lookup.Found]) -> tuple[list[Run], list[Ru
     for runs, others in pairs:
         if runs and others:
             return runs, others
-    found = [next((side for side in sides if side), None) for sides in zip(*pairs, strict=True)]
+    found: list[list[Run]] = [next((side for side in sides if side), []) for sides in zip(*pairs, strict=True)]
     for name, side in zip((a, b), found, strict=True):
-        if side is None:
+        if not side:
             known = ", ".join(run["run"] for run in places[0].described["config"]["runs"])
             raise ValueError(f"{name}: no report has a run of this name, key or folder; the newest has {known}")
     return found[0], found[1]
@@ -56,7 +56,14 @@ def both(a: str, b: str, places: list[lookup.Found]) -> tuple[list[Run], list[Ru
 def matching(name: str, report: lookup.Found) -> list[Run]:
     """The runs of a report that a name, a key or a folder means."""
     runs = [
-        Run(run["run"], run["seed"], run["is_reference"], *(run[g] for g in paired.BASELINES), run["artefacts"], report.results)
+        Run(
+            run["run"],
+            run["seed"],
+            run["is_reference"],
+            **{g: run[g] for g in paired.BASELINES},
+            artefacts=run["artefacts"],
+            results=report.results,
+        )
         for run in report.described["config"]["runs"]
     ]
     if exact := [run for run in runs if run.name == name]:

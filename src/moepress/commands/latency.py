@@ -74,7 +74,7 @@ def lines(found: dict) -> Iterator[str]:
     yield f"expert use: Zipf exponent {skew['exponent']:.2f} realised, {use}"
     yield ""
     base = {(row["phase"], row["batch"], row["length"]): row for row in found["rows"] if row["model"] == "16bit"}
-    cells = [(*HEADINGS, f"x {factor:g}")]
+    cells: list[tuple[str, ...]] = [(*HEADINGS, f"x {factor:g}")]
     for row in found["rows"]:
         reference = base[row["phase"], row["batch"], row["length"]]
         cells += [cells_of(row, kind, reference, factor) for kind in ("ms", "graph_ms") if row[kind]]

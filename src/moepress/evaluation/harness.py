@@ -118,7 +118,7 @@ class Bridge(HFLM):
             for place, (row, logits_SV) in enumerate(zip(batch, logits_BSV, strict=True)):
                 for number, continuation in asked[row]:
                     answers[number] = _score(logits_SV[len(row) - len(continuation) : len(row)], continuation)
-                for task in {tasks.get(number) for number, _ in asked[row]} - {None}:
+                for task in {task for number, _ in asked[row] if (task := tasks.get(number))}:
                     self.usage[task].add(*(each_BLE[place : place + 1] for each_BLE in counts))
             start += len(batch)
             progress.update(len(batch))
@@ -253,7 +253,7 @@ def load_tasks(
     datasets.disable_progress_bars()
     root = Path(lm_eval.tasks.__file__).parent
     known = [benchmarks.find(task) for task in tasks if task not in suites.QUICK]
-    folders = [root / found.folder for found in known] if all(known) else [root]  # reading all of them takes a while
+    folders = [root / found.folder for found in known if found] if all(known) else [root]  # reading all of them takes a while
     manager = lm_eval.tasks.TaskManager(include_path=[suites.DEFINITIONS, *dict.fromkeys(folders)], include_defaults=False)
     quick.use(manager, items or {})
     if source == "package" and wheel:

@@ -28,7 +28,8 @@ def fits(folder: Path, device: str, dtype: torch.dtype | None = None) -> bool:
         free, default = torch.cuda.mem_get_info(device)[0], None
     else:
         free, default = limits.free_memory(), torch.float32
-    width = (dtype or default).itemsize if dtype or default else None
+    dtype = dtype or default
+    width = dtype.itemsize if dtype else None
     return 1.1 * sum(entry.numel * width if width else entry.nbytes for entry in entries) < free
 
 

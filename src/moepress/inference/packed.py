@@ -32,6 +32,10 @@ def _cpu():
 class PackedMatrices(nn.Module):
     """E matrices `[rows, columns]`, matrix e in bits[e] bits; buffers `codes`, `zeros` (uint8) and `scales` (float16)."""
 
+    codes: torch.Tensor
+    zeros: torch.Tensor
+    scales: torch.Tensor
+
     def __init__(self, bits: list[int], rows: int, columns: int, group_size: int, device=None):
         super().__init__()
         group_size = group_of(columns, group_size)
@@ -111,7 +115,7 @@ class PackedExperts(Experts):
     On a GPU they run through the kernels where they can be used; `model.set_experts_implementation` chooses otherwise.
     """
 
-    def __init__(self, original: nn.Module, bits: list[int], group_size: int, device=None):
+    def __init__(self, original, bits: list[int], group_size: int, device=None):
         super().__init__(original)
         self.config = getattr(original, "config", None)
         H, I = self.hidden_size, self.intermediate_size
@@ -132,11 +136,11 @@ class PackedExperts(Experts):
         T, K = top_k_index_TK.shape
         experts_N = top_k_index_TK.reshape(-1)
         up_NO = self.gate_up.products(hidden_TH, experts_N)
-        if self.has_bias:
+        if self.gate_up_proj_bias is not None:
             held_N = experts_N.clamp(max=self.num_experts - 1)
             up_NO = up_NO + self.gate_up_proj_bias[held_N]
         out_NH = self.down.products(self.activate(up_NO), experts_N)
-        if self.has_bias:
+        if self.down_proj_bias is not None:
             out_NH = out_NH + self.down_proj_bias[held_N]
             out_NH = out_NH.masked_fill((experts_N == self.num_experts)[:, None], 0)
         out_T1H = torch.bmm(top_k_weights_TK.float().unsqueeze(1), out_NH.view(T, K, -1))

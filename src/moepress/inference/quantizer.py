@@ -91,7 +91,7 @@ def _submodule(model: nn.Module, name: str) -> nn.Module:
         ) from error
 
 
-def check_tensors(model: nn.Module, headers: dict[str, dict], folder: Path) -> None:
+def check_tensors(model, headers: dict[str, dict], folder: Path) -> None:
     """Raise ValueError for tensors that are missing, left over, or of another shape or width than the model's.
 
     transformers would warn and go on with random weights. headers: as `manifest.check` returns them.

@@ -129,7 +129,7 @@ class SkewedRouting:
 
     def counts(self, ids: torch.Tensor) -> torch.Tensor:
         """Slots that each expert gets of these tokens, over all layers, `[E]`-long at the least."""
-        return sum(torch.bincount(table[ids.reshape(-1)].reshape(-1).cpu(), minlength=VOCAB) for table in self.tables)
+        return torch.stack([torch.bincount(t[ids.reshape(-1)].reshape(-1).cpu(), minlength=VOCAB) for t in self.tables]).sum(0)
 
 
 def realised(counts_E: np.ndarray) -> dict[str, float]:

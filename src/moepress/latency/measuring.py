@@ -7,12 +7,13 @@ Legend: B sequences, S positions.
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 
 import torch
+from transformers import PreTrainedModel
 
 from moepress.latency import traffic
 from moepress.latency.device import synchronize
@@ -31,7 +32,7 @@ class Variant:
     for the model's own. policy: of pruning. is_costly: timed at each phase's first setting only."""
 
     name: str
-    model: torch.nn.Module
+    model: PreTrainedModel
     experts: str | None = None
     policy: dict | None = None
     is_costly: bool = False
@@ -78,7 +79,7 @@ class Prefill:
         """What it must do, and the bytes of its cache."""
         with traffic.selections(self.variant.model) as counts:
             cache = self.forward().past_key_values
-        found = Parts(self.variant.model).of_forward(counts, tuple(self.ids_BS.shape), 0, cache)
+        found = Parts(self.variant.model).of_forward(counts, self.ids_BS.shape, 0, cache)
         return found, cache_bytes(cache)
 
     def time(self) -> float:
@@ -146,7 +147,7 @@ def milliseconds(function: Callable, device) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
-def in_turn(timers: dict[str, tuple[Variant, Callable[[], float]]], repeats: int, progress) -> dict[str, dict[str, float]]:
+def in_turn(timers: Mapping[str, tuple[Variant, Callable[[], float]]], repeats: int, progress) -> dict[str, dict[str, float]]:
     """Each one's median and quartiles, after one warm-up, all in turn in every round."""
     times: dict[str, list[float]] = {name: [] for name in timers}
     for round_number in range(repeats + 1):
@@ -195,7 +196,7 @@ def measure(models: list[Variant], texts: dict[str, torch.Tensor], config: dict,
             timed[variant.name] = Prefill(variant, ids_BS) if phase == "prefill" else Decode(variant, ids_BS, length)
         looked = {name: look(one) for name, one in timed.items()}
         times = in_turn({name: (one.variant, one.time) for name, one in timed.items()}, config["repeats"], progress)
-        graphs = graph_times(timed, config) if phase == "decode" else {}
+        graphs = graph_times({name: one for name, one in timed.items() if isinstance(one, Decode)}, config)
         for name, one in timed.items():
             row = {"model": name, "phase": phase, "batch": batch, "length": length, "ms": times[name], "graph_ms": None}
             row["experts"] = one.variant.experts or "packed"
@@ -277,5 +278,5 @@ def headline(rows: list[dict], phase: str, names: tuple[str, str]) -> tuple[dict
     found = {row["model"]: row for row in rows if row["phase"] == phase and (row["batch"], row["length"]) == place}
     both = [found.get(name) for name in names]
     if all(row and row["graph_ms"] for row in both):
-        both = [row | {"ms": row["graph_ms"]} for row in both]
+        both = [row | {"ms": row["graph_ms"]} for row in both if row]
     return both[0], both[1]

@@ -12,7 +12,8 @@ class StaticDecoding:
     """
 
     def __init__(self, model, ids_BS: torch.Tensor, num_prompt: int):
-        self.model, self.ids_BS, self.num_prompt, self.graph = model, ids_BS, num_prompt, None
+        self.model, self.ids_BS, self.num_prompt = model, ids_BS, num_prompt
+        self.graph: torch.cuda.CUDAGraph | None = None
         self.cache = StaticCache(config=model.config, max_cache_len=ids_BS.shape[1])
         if any(layer.is_sliding for layer in self.cache.layers):
             raise ValueError("layers with a sliding window have no cache that could be set back")

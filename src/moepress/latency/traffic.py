@@ -7,7 +7,7 @@ may stay in caches.
 Legend: B sequences, S positions, T = B * S tokens, L MoE layers, E experts.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import inf
@@ -87,7 +87,7 @@ class Parts:
             del tensors[id(table)]
         self.rest_bytes = sum(tensors.values()) + sum(packed_bytes(m) for m in outside if isinstance(m, PackedMatrices))
 
-    def of_forward(self, counts_LE: list[torch.Tensor], shape: tuple[int, int], past: int, cache) -> Traffic:
+    def of_forward(self, counts_LE: list[torch.Tensor], shape: Sequence[int], past: int, cache) -> Traffic:
         """counts: as `selections` has them. shape: (B, S) of the forward, behind `past` positions; cache: as it left it."""
         B, S = shape
         experts, used, flops = 0, 0, 2 * B * (S * self.dense_weights + self.head_weights)
@@ -117,7 +117,7 @@ def packed_bytes(matrices: PackedMatrices) -> int:
     return sum(matrix_bytes(matrices.rows, matrices.columns, bits, matrices.group_size) for bits in matrices.bits)
 
 
-def expert_bytes(experts: nn.Module) -> list[int]:
+def expert_bytes(experts) -> list[int]:
     """Of each routed expert of a layer, packed or not."""
     found = [sum(tensor.nbytes for tensor in own_tensors(experts)) // experts.num_experts] * experts.num_experts
     for part in experts.modules():
@@ -127,7 +127,7 @@ def expert_bytes(experts: nn.Module) -> list[int]:
     return found
 
 
-def expert_weights(experts: nn.Module) -> int:
+def expert_weights(experts) -> int:
     """Weights of the matrices of one routed expert of a layer."""
     packed = sum(part.rows * part.columns for part in experts.modules() if isinstance(part, PackedMatrices))
     return packed + sum(t.numel() for t in own_tensors(experts) if t.dim() == 3) // experts.num_experts

@@ -12,6 +12,8 @@ from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from moepress.models.lowbit import Stored
+
 
 class Experts(nn.Module):
     """Drop-in for an experts module of transformers; subclasses say what each expert's matrices are.
@@ -20,7 +22,15 @@ class Experts(nn.Module):
     activation and the biases. Its weights may lie on the meta device.
     """
 
-    def __init__(self, original: nn.Module):
+    num_experts: int
+    has_bias: bool
+    gate_up_proj_bias: torch.Tensor | None
+    down_proj_bias: torch.Tensor | None
+    hidden_size: int
+    intermediate_size: int
+    activate: Callable[[torch.Tensor], torch.Tensor]
+
+    def __init__(self, original):
         super().__init__()
         self.num_experts = original.num_experts
         self.has_bias = original.has_bias
@@ -32,7 +42,7 @@ class Experts(nn.Module):
         else:
             H, I = original.down_proj.shape[1:]
             self.hidden_size, self.intermediate_size = (I, H) if original.is_transposed else (H, I)
-            self.activate: Callable[[torch.Tensor], torch.Tensor] = original._apply_gate
+            self.activate = original._apply_gate
 
     def gate_up_matrix(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
         """`[2I, H]`: the gate's and the up projection's rows, in the order that the activation wants."""
@@ -85,7 +95,7 @@ class StoredExperts(Experts):
     they stay views of the mapped files, so that what a layer holds in memory is little more than the expert in hand.
     """
 
-    def __init__(self, original: nn.Module, weights: list[tuple[list[torch.Tensor], torch.Tensor]], device: str):
+    def __init__(self, original, weights: list[tuple[list[Stored], Stored]], device: str):
         super().__init__(original)
         self.device = device
         on_cpu = torch.device(device).type == "cpu"
@@ -102,7 +112,7 @@ class StoredExperts(Experts):
 class LoadedExperts(Experts):
     """The experts of a loaded 16-bit model, whose module keeps the weights."""
 
-    def __init__(self, original: nn.Module):
+    def __init__(self, original):
         super().__init__(original)
         up_EOH, down_EHI = original.gate_up_proj, original.down_proj
         self.weights = (up_EOH.mT, down_EHI.mT) if original.is_transposed else (up_EOH, down_EHI)

@@ -61,9 +61,15 @@ class Family:
 
 
 ATTENTION = "self_attn"
-_W123 = {"intermediate_size": "intermediate_size", "num_experts": "num_local_experts", "gate": "w1", "up": "w3", "down": "w2"}
-_W123["disk_block"] = "block_sparse_moe"
-_SIGMOID = {"num_experts": "n_routed_experts", "correction": "e_score_correction_bias", "scores": "sigmoid"}
+_W123: dict = {
+    "intermediate_size": "intermediate_size",
+    "num_experts": "num_local_experts",
+    "gate": "w1",
+    "up": "w3",
+    "down": "w2",
+    "disk_block": "block_sparse_moe",
+}
+_SIGMOID: dict = {"num_experts": "n_routed_experts", "correction": "e_score_correction_bias", "scores": "sigmoid"}
 
 FAMILIES = {
     "mixtral": Family(**_W123, renames=((r"^block_sparse_moe\.", "mlp."),)),
@@ -291,7 +297,7 @@ def standard_tensors(stored: dict[str, Entry], config: dict) -> dict[str, Entry]
         for name, entry in stored.items()
         if not (name.startswith("model.layers.") and int(name.split(".")[2]) >= beyond) and not name.startswith("mtp.")
     }
-    if dialect := DIALECTS.get(config.get("model_type")):
+    if dialect := DIALECTS.get(config.get("model_type", "")):
         family = FAMILIES[dialect.family]
         for layer in sorted({int(name.split(".")[2]) for name in found if is_expert_matrix(family, name)}):
             for name, shape in dialect.zeros.items():
@@ -319,7 +325,7 @@ def is_foreign(config: dict) -> bool:
 
 def is_doubled(config: dict, stored_name: str) -> bool:
     """Whether a tensor is taken twice on its way into its family's words."""
-    dialect = DIALECTS.get(config.get("model_type"))
+    dialect = DIALECTS.get(config.get("model_type", ""))
     return dialect is not None and re.search(dialect.doubled, stored_name) is not None
 
 

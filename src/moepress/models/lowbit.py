@@ -5,6 +5,7 @@ byte, with a power of two for every 32 (`_blocks`, `_scales`, gpt-oss; OCP Micro
 """
 
 from dataclasses import dataclass
+from typing import overload
 
 import torch
 
@@ -43,12 +44,22 @@ class LowBit:
             return bool((self.scales < 255).all())
         return bool(self.scales.isfinite().all()) and not bool((self.codes.view(torch.uint8) & 0x7F == 0x7F).any())
 
+    @overload
+    def to(self, device) -> "LowBit": ...
+
+    @overload
+    def to(self, device, dtype: torch.dtype) -> torch.Tensor: ...
+
     def to(self, device, dtype: torch.dtype | None = None) -> "torch.Tensor | LowBit":
         """Dense, by way of bfloat16, in `dtype`; without one only moved."""
         codes, scales = self.codes.to(device), self.scales.to(device)
         if dtype is None:
             return LowBit(codes, scales, self.block)
         return (_mxfp4(codes, scales) if self.is_mxfp4 else _float8(codes, scales, self.block)).bfloat16().to(dtype)
+
+
+Stored = torch.Tensor | LowBit
+"""Matrices as a checkpoint has them."""
 
 
 def _float8(codes: torch.Tensor, scales: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:

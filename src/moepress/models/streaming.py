@@ -21,7 +21,7 @@ from moepress.models.experts import StoredExperts
 from moepress.models.families import FAMILIES, layer_prefix
 from moepress.models.files import Entry
 from moepress.models.limits import TOKENS_AT_ONCE
-from moepress.models.lowbit import LowBit
+from moepress.models.lowbit import LowBit, Stored
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
@@ -66,12 +66,12 @@ class ModelStream:
         """The dtype of the checkpoint: that of its embedding."""
         return DTYPES[self.entries["model.embed_tokens.weight"].dtype]
 
-    def read(self, names: list[str]) -> dict[str, torch.Tensor | LowBit]:
+    def read(self, names: list[str]) -> dict[str, Stored]:
         """Tensors by their names on disk, as stored; on CPU they are views of the mapped files."""
         by_file: dict[Path | None, list[str]] = {}
         for name in names:
             by_file.setdefault(self.entries[name].path, []).append(name)
-        found = {}
+        found: dict[str, Stored] = {}
         for path, inside in by_file.items():
             if path is None:
                 found |= {name: torch.zeros(self.entries[name].shape, dtype=self.storage_dtype) for name in inside}
@@ -90,12 +90,12 @@ class ModelStream:
         found = self.read_dense(list(self.entries))
         for index in self.shape.moe_layers if self.family.fused else ():
             original = self.body.layers[index].get_submodule(self.family.experts)
-            for name in (layer_prefix(index) + inside for inside in self.family.fused):
+            for name in (layer_prefix(index) + inside for inside in self.family.fused or ()):
                 if original.is_transposed and self.entries[name].scale:
                     found[name] = found[name].transpose(1, 2).contiguous()
         return found
 
-    def _checked(self, tensor: torch.Tensor, entry: Entry) -> torch.Tensor | LowBit:
+    def _checked(self, tensor: torch.Tensor, entry: Entry) -> Stored:
         if entry.scale is not None:
             with safe_open(entry.scale.path, framework="pt") as file:
                 low = LowBit(tensor, file.get_tensor(entry.scale.name), self._block)
@@ -144,27 +144,25 @@ class ModelStream:
         found = self.read_dense(list(names.values()))
         return {name: found[on_disk] for name, on_disk in names.items()}
 
-    def expert_tensors(self, index: int) -> list[tuple[list[torch.Tensor], torch.Tensor]]:
+    def expert_tensors(self, index: int) -> list[tuple[list[Stored], Stored]]:
         """Each expert's gate-up rows `[2I, H]`, in one part or two, and its down projection `[H, I]`, as stored."""
         prefix, family, E = layer_prefix(index), self.family, self.shape.num_experts
         if family.fused:
             names = [prefix + name for name in family.fused]
-            missing = [name for name in names if name not in self.entries]
-            gate_up, down = self.read(names).values() if not missing else (None, None)
         else:
             each = [
                 [f"{prefix}{family.experts_on_disk}.{e}.{m}.weight" for m in (family.gate, family.up, family.down)]
                 for e in range(E)
             ]
-            missing = [name for names in each for name in names if name not in self.entries]
-        if missing:
+            names = [name for matrices in each for name in matrices]
+        if missing := [name for name in names if name not in self.entries]:
             raise ValueError(f"{self.folder}: the checkpoint lacks the tensor {missing[0]}")
+        found = self.read(names)
         if not family.fused:
-            found = self.read([name for names in each for name in names])
             return [([found[gate], found[up]], found[down]) for gate, up, down in each]
-        original = self.body.layers[index].get_submodule(family.experts)
-        if original.is_transposed and not isinstance(gate_up, LowBit):  # mxfp4 has its rows as we have
-            gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
+        gate_up, down = found.values()
+        if self.body.layers[index].get_submodule(family.experts).is_transposed:  # mxfp4 has its rows as we have
+            gate_up, down = (t if isinstance(t, LowBit) else t.transpose(1, 2) for t in (gate_up, down))
         return [([gate_up[e]], down[e]) for e in range(E)]
 
     def layer(self, index: int) -> nn.Module:

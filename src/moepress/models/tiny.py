@@ -303,7 +303,8 @@ def specialisation(model, tokenizer, folder: Path, held_out: dict) -> dict:
     trained = set(
         pd.read_parquet(folder / "documents.parquet", columns=["domain"], filters=[("split", "==", "train")])["domain"]
     )
-    counts, quality = {}, {}
+    counts: dict = {}
+    quality = {}
     for domain, group in corpus.read(folder, "test").groupby("domain"):
         sequences = tokenize(tokenizer, group["text"], held_out["seq_len"])[: held_out["num_sequences"]]
         nats, num_tokens, num_bytes, counts[domain] = 0.0, 0, 0, 0

@@ -83,8 +83,9 @@ def _removal(model, token_ids_NS: torch.Tensor, pruning: dict, progress) -> dict
     scores = [Scores(experts.num_experts) for experts in every]
 
     def note(own: Scores, experts, args):
-        top_k.append(args[1].shape[1])
-        own.add(experts, *args, norms=pruning["criterion"] == "reap")
+        hidden_TH, index_TK, weights_TK = args
+        top_k.append(index_TK.shape[1])
+        own.add(experts, hidden_TH, index_TK, weights_TK, norms=pruning["criterion"] == "reap")
 
     hooks = [e.register_forward_pre_hook(partial(note, own)) for e, own in zip(every, scores, strict=True)]
     try:

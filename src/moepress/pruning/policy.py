@@ -22,7 +22,7 @@ class Batch:
     """Of the forward in progress: True for tokens, False for padding, `[B, S]`; positions that a cache holds before them; the
     attention that each token of a layer receives, `[B, S]`, from its attention until its experts."""
 
-    mask_BS: torch.Tensor | None = None
+    mask_BS: torch.Tensor = field(init=False)
     past: int = 0
     received: dict[int, torch.Tensor] = field(default_factory=dict)
 
@@ -49,7 +49,7 @@ class MayBeLeftOut:
     """Until removed, tells transformers' grouped experts that some slots may have "no expert": they leave those rows
     uninitialised otherwise."""
 
-    def __init__(self, experts: nn.Module):
+    def __init__(self, experts):
         self.experts, self.before = experts, getattr(experts, "_is_expert_parallel", False)
         experts._is_expert_parallel = True
 
@@ -57,13 +57,13 @@ class MayBeLeftOut:
         self.experts._is_expert_parallel = self.before
 
 
-def moe_layers(model) -> list[nn.Module]:
+def moe_layers(model) -> list:
     """The decoder layers with routed experts, in order."""
     block = FAMILIES[model.config.model_type].block
     return [layer for layer in model.model.layers if hasattr(layer.get_submodule(block), "experts")]
 
 
-def experts_of(model) -> list[nn.Module]:
+def experts_of(model) -> list:
     """The routed experts of every MoE layer, in order; each is called with `(hidden, top_k_index, top_k_weights)`."""
     path = FAMILIES[model.config.model_type].experts
     return [layer.get_submodule(path) for layer in moe_layers(model)]

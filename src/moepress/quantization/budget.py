@@ -37,7 +37,8 @@ class Prediction:
     @cached_property
     def fixed(self) -> tuple[list[dict[str, Entry]], dict[str, int]]:
         """The shards without routed experts, one per decoder layer and one for the rest; and their packed modules' bits."""
-        shards, modules = [{} for _ in range(self.shape.num_layers + 1)], {}
+        shards: list[dict[str, Entry]] = [{} for _ in range(self.shape.num_layers + 1)]
+        modules: dict[str, int] = {}
         for name, entry in self.outline.tensors.items():
             kind = kind_of(self.family, name, entry.shape, self.group_size)
             if kind == "expert" or (name == HEAD and self.outline.is_tied):
@@ -50,7 +51,8 @@ class Prediction:
             if bits:
                 name = name.removesuffix(".weight")
                 modules[name] = bits
-                shard |= packed_entries(name, *entry.shape, [bits], self.group_size)
+                rows, columns = entry.shape
+                shard |= packed_entries(name, rows, columns, [bits], self.group_size)
             else:
                 shard[name] = Entry(None, name, entry.dtype, entry.shape)
         return shards, modules

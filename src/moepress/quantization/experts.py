@@ -149,6 +149,7 @@ class ExpertInputs:
         `[C, H, H]` of the block's input, or with the quantized gate and up `[C, I, I]` of the down projection's."""
         width = self.m_TH.shape[1] if gate_up_COH is None else self.experts.intermediate_size
         found = Curvature(len(batch), width, self.device)
+        assert self.original_TH is not None
         for i, e in enumerate(batch):
             for rows, share in self._tokens(e):
                 x_hat, x = (part[rows].to(self.device) for part in (self.m_TH, self.original_TH))
@@ -203,6 +204,7 @@ def quantize_batch(
         down_h = inputs.down_curvature(batch, gate_up.dequantize())
     down_w = torch.stack([experts.down_matrix(e, torch.float32) for e in batch])
     if recipe.asymmetry and inputs is not None and inputs.original_TH is not None:
+        assert down_h is not None
         drift = inputs.drift(batch, gate_up.dequantize())
         down_w = asymmetric(down_w, drift, down_h, recipe.damping, recipe.asymmetry)
     return gate_up, recipe.quantize(down_w, down_h, bits)
@@ -267,7 +269,7 @@ def width_errors(
     reads_text = recipe.method == "gptq"
     for batch in expert_batches(experts):
         h = inputs.gate_up_curvature(batch) if reads_text else None
-        u = recipe.factor(h) if reads_text else None
+        u = None if h is None else recipe.factor(h)
         read = inputs if reads_text else None
         found = [quantize_batch(recipe, experts, batch, [width] * len(batch), read, h, u) for width in widths]
         for i, e in enumerate(batch):

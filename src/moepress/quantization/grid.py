@@ -97,7 +97,7 @@ def _search(w_OC, top: float, weight_C, how: Search):
             found = better((*fit(a * low_O, b * high_O, top, how.zero_steps), a, b), found)
     found = found[:3]
     for _ in range(how.fit_rounds):
-        found = better(least_squares(w_OC, *found[1:], top, weight_C, how.zero_steps), found)
+        found = better(least_squares(w_OC, found[1], found[2], top, weight_C, how.zero_steps), found)
     return found[1:]
 
 

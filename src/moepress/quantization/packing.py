@@ -43,6 +43,7 @@ def unpack(stream: torch.Tensor, count: int, width: int) -> torch.Tensor:
             part = ((part[:, None] >> places) & ((1 << field) - 1)).view(-1)[:count]
         part = part.to(dtype) << shift
         codes = part if codes is None else codes | part
+    assert codes is not None  # every width has a field
     return codes
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from moepress.inference.packed import PackedExperts, PackedLinear
+from moepress.models.experts import Experts
 from moepress.models.families import layer_prefix
 from moepress.models.limits import TOKENS_AT_ONCE, WORKSPACE
 from moepress.models.streaming import DTYPES, ModelStream, Routing
@@ -87,7 +88,7 @@ class LayerQuantizer:
     def run(self, bits: list[int] | None) -> LayerResult:
         """bits: of each expert; None for a dense layer."""
         stream, layer, streams = self.stream, self.layer, self.streams
-        routing = None
+        routing = original = target = None
         if streams:
             x, x_next, m = streams["x"], streams.next("x"), streams.scratch("m")
             stream.attend(self.index, layer, x, x_next, m)
@@ -99,15 +100,15 @@ class LayerQuantizer:
         self.quantize_linears("attention", lambda: stream.attend(self.index, layer, x_hat, x_hat_next, m_hat))
         if streams:
             stream.attend(self.index, layer, x_hat, x_hat_next, m_hat)
-            if bits:
+            if original:
                 routing = self.calibrate_router(m_hat, original, ("before", "both"))
         self.quantize_linears("shared", lambda: self.see_block(m_hat, bits))
         if bits:
-            seen = (m_hat.flatten(0, 1), m.flatten(0, 1)) if streams else (None, None)
-            self.quantize_experts(bits, *seen, routing)
-            if streams:
+            m_hat_TH, m_TH = (m_hat.flatten(0, 1), m.flatten(0, 1)) if streams else (None, None)
+            self.quantize_experts(bits, m_hat_TH, m_TH, routing)
+            if original:
                 self.calibrate_router(m_hat, original, ("after", "both"))
-        if streams and self.recipe.tune_steps:
+        if target is not None:
             self.tune(x_hat, target)
             stream.attend(self.index, layer, x_hat, x_hat_next, m_hat)
         self.keep_rest()
@@ -178,6 +179,7 @@ class LayerQuantizer:
         and in the original stream, `[T, H]`; None, as the routing, where no text is read."""
         name = self.stream.family.experts
         experts = self.layer.get_submodule(name)
+        assert isinstance(experts, Experts)
         inputs = ExpertInputs(experts, m_hat_TH, routing, self.coverage, self.stream.device, m_TH) if routing else None
         packed, errors = quantize_experts(self.recipe, experts, bits, inputs)
         module = PackedExperts(experts, bits, self.recipe.group_size, self.stream.device)
@@ -194,6 +196,7 @@ class LayerQuantizer:
 
     def tuning_target(self, x_hat: torch.Tensor, x_next: torch.Tensor, m_hat: torch.Tensor) -> torch.Tensor:
         """What the 16-bit layer makes of the quantized stream, drawn towards the original stream's by `tune_asymmetry`."""
+        assert self.streams is not None
         target = self.streams.scratch("target")
         self.stream.attend(self.index, self.layer, x_hat, target, m_hat)
         self.stream.add_block(self.layer, target, m_hat)

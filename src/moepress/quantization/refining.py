@@ -37,7 +37,8 @@ def refine(
             rows.shift_zeros(zero_steps)
             rows.sweep_codes()
         parts.append((rows.codes_OI.to(torch.uint8), rows.scales_OG.half(), rows.zeros_OG.to(torch.int16)))
-    return Quantized(*(torch.stack(part) for part in zip(*parts, strict=True)), list(start.bits))
+    codes, scales, zeros = (torch.stack(part) for part in zip(*parts, strict=True))
+    return Quantized(codes, scales, zeros, list(start.bits))
 
 
 class Rows:

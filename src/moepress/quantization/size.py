@@ -1,5 +1,7 @@
 """How many bytes the packed format takes, as plain arithmetic: imports no torch, so that a budget is planned in a moment."""
 
+from collections.abc import Sequence
+
 from moepress.models.families import Shape, group_of
 
 ZERO_STEPS = 4
@@ -33,7 +35,7 @@ def expert_bytes(shape: Shape, bits: int, group_size: int) -> int:
     return gate_up + matrix_bytes(shape.hidden_size, shape.intermediate_size, bits, group_size)
 
 
-def feasible_range(num_experts: int, widths: list[int], sizes: list[float], keep: list[int]) -> tuple[float, float]:
+def feasible_range(num_experts: int, widths: Sequence[int], sizes: Sequence[float], keep: Sequence[int]) -> tuple[float, float]:
     """Smallest and largest total size that `num_experts` experts can take when each width of `keep` is taken once."""
     size = dict(zip(widths, sizes, strict=True))
     if len(keep) > num_experts:

@@ -39,7 +39,7 @@ def outside_layers(stream: ModelStream) -> dict[str, torch.Tensor]:
     expected = model.state_dict()
     renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
     tensors, left_out = {}, []
-    for name, tensor in stream.read(stream.names_outside_layers()).items():
+    for name, tensor in stream.read_dense(stream.names_outside_layers()).items():
         renamed = rename_source_key(name, renamings, [], model.base_model_prefix, expected)[0]
         known = next((found for found in (renamed, name) if found in expected), None)
         if known:

@@ -23,6 +23,7 @@ def increase(runs: list[Run], reference: Run | None, part: str, domains: list[st
     def nll(run: Run) -> dict[str, np.ndarray]:
         if run.is_reference:
             return {domain: run.nll[domain] for domain in domains}
+        assert run.decomposition is not None
         own = run.decomposition.groupby("domain")[part]
         return {domain: own.get_group(domain).to_numpy() for domain in domains}
 
@@ -31,7 +32,7 @@ def increase(runs: list[Run], reference: Run | None, part: str, domains: list[st
 
 def columns(run: Run, reference: Run | None) -> dict[str, float]:
     """Of runs.csv: delta_nll of each part alone, with its standard error; nan for a run that was not decomposed."""
-    found = {}
+    found: dict[str, float] = {}
     for part in ("shift_only", "weights_only"):
         above = NOTHING if run.decomposition is None else increase([run], reference, part, run.domains[0])
         found |= {f"delta_nll_{part}": above.value, f"delta_nll_{part}_stderr": above.stderr}

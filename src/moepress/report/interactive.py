@@ -79,7 +79,7 @@ def renumbered(value, ids: dict[str, str]):
     def new(name: str) -> str:
         return ids.setdefault(name, f"m{len(ids)}")
 
-    found = {}
+    found: dict = {}
     for key, each in value.items():
         if key == "id":
             found[key] = new(each)

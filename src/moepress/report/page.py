@@ -49,7 +49,9 @@ def write(name: str, caption: str, runs: list[Run], table: pd.DataFrame, out: Pa
 def _figure(name: str, folder: Path) -> dict:
     entry = FIGURES[name]
     svg = (folder / f"{name}.svg").read_bytes()
-    points = float(re.search(rb'width="([\d.]+)pt"', svg).group(1))
+    width = re.search(rb'width="([\d.]+)pt"', svg)
+    assert width is not None  # as matplotlib writes it
+    points = float(width.group(1))
     encoded = base64.b64encode(svg).decode("ascii")
     width = round(points * POINTS_TO_PIXELS)
     return {"name": name, "title": entry.title, "caption": entry.caption, "width": width, "base64": encoded}

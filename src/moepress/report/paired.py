@@ -19,7 +19,7 @@ from moepress.report.reading import Run, methods, reference_of
 CONFIDENCE = 0.95
 SIXTEEN = "16 bits"
 
-BASELINES = {
+BASELINES: dict = {
     "quantization": {"best": "fast", "fast": "qesc", "qesc": "gptq", "gptq": "rtn"},
     "allocation": ("uniform", "half"),
     "pruning": ("none",),

@@ -70,7 +70,7 @@ def _cells(own: list[Run], table: pd.DataFrame, runs: list[Run]) -> dict[str, Ce
     (inside, outside), against = run.domains, [reference] if reference and compressed else None
     changes = [percent(increase(own, against, domains)) if against and domains else "" for domains in (inside, outside)]
     ppl = {name: np.exp(np.log(table[name]).mean()) for name in ("ppl_mean", "ppl_ood")}
-    smaller = f"{reference.checkpoint_bytes / row['checkpoint_bytes']:.1f}× smaller" if against else ""
+    smaller = f"{reference.checkpoint_bytes / row['checkpoint_bytes']:.1f}× smaller" if reference and compressed else ""
     took = "" if np.isnan(row["quantize_seconds"]) else seconds(row["quantize_seconds"])
     return {
         "method": (run.series, run.name if len(own) == 1 else f"{len(own)} seeds"),
@@ -99,7 +99,7 @@ def _time(row: pd.Series, phase: str, compressed: bool) -> Cell:
 def domain_table(runs: list[Run]) -> tuple[list[str], list[list[str | Cell]]]:
     """Perplexity by domain, below it bits per byte, out-of-domain ones last: the headings, and a row for each method."""
     inside, outside = runs[0].domains
-    rows = []
+    rows: list[list[str | Cell]] = []
     for own in methods(runs):
         cells = []
         for domain in inside + outside:
@@ -122,7 +122,7 @@ def paired_table(runs: list[Run]) -> tuple[list[str], list[list[str | Cell]]] | 
     pairs."""
     pairs = paired.pairs(runs)
     metrics = list(dict.fromkeys(m for pair in pairs for m, one in pair.differences.items() if not np.isnan(one.value)))
-    rows = []
+    rows: list[list[str | Cell]] = []
     for pair in pairs:
         cells = [_difference(metric, pair.differences.get(metric, paired.NOTHING)) for metric in metrics]
         rows.append([pair.title, pair.against, *cells])
@@ -188,10 +188,11 @@ def _accuracy(row: pd.Series) -> Cell:
 
 def _score(scores: list[dict | None]) -> str:
     """The mean over seeds."""
-    if any(score is None or score["value"] is None for score in scores):
+    known = [score for score in scores if score is not None and score["value"] is not None]
+    if len(known) < len(scores):
         return ""
-    value, error = (pd.Series([score[name] for score in scores], dtype=float).mean() for name in ("value", "stderr"))
-    return " ".join(filter(None, _share(value, error))) + ("*" if scores[0]["limited"] else "")
+    value, error = (pd.Series([score[name] for score in known], dtype=float).mean() for name in ("value", "stderr"))
+    return " ".join(filter(None, _share(value, error))) + ("*" if known[0]["limited"] else "")
 
 
 def milliseconds(value: float) -> str:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from moepress.report.reading import Run
 
-RC = {
+RC: dict = {
     "figure.dpi": 100,
     "savefig.dpi": 150,
     "figure.constrained_layout.use": True,

@@ -74,7 +74,7 @@ def row(run: Run, reference: Run | None) -> dict:
         found[name], found[f"{name}_stderr"] = above.value, above.stderr
     found |= decomposition.columns(run, reference)
     found |= accuracies(run)
-    if tasks := paired.accurate([run, reference]) if reference and run.tasks else []:
+    if reference and run.tasks and (tasks := paired.accurate([run, reference])):
         above = paired.difference([run], [reference], paired.scores(tasks))
         found |= {"delta_acc": above.value, "delta_acc_stderr": above.stderr}
     provenance = run.json("quantization", PROVENANCE) if quantized else {}
@@ -107,7 +107,8 @@ def timed_with(run: Run) -> str | None:
 
 def accuracies(run: Run) -> dict:
     """Columns of the tasks' scores (`acc_<task>`; `<metric>_<task>` of what is no accuracy) with their standard errors."""
-    found, accurate = {}, []
+    found: dict[str, float] = {}
+    accurate = []
     for task, score in run.tasks.items():
         metric = score["metric"].split(",")[0]
         is_share = metric.startswith(("acc", "exact_match", "pass"))

@@ -53,8 +53,9 @@ def numbers(runs: list[Run]) -> pd.DataFrame:
     timed = [run for run in first_seeds(runs) if run.latency["rows"]]
     base = next((run for run in timed if run.is_reference), timed[0] if timed else None)
     found = []
-    for model, (name, _) in SIXTEEN.items():
-        found += [line(name, base, row) for row in (base.latency["rows"] if base else ()) if row["model"] == model]
+    if base:
+        for model, (name, _) in SIXTEEN.items():
+            found += [line(name, base, row) for row in base.latency["rows"] if row["model"] == model]
     once: dict[str, Run] = {}
     for run in sorted(timed, key=lambda run: (run.is_pruned, -run.width)):
         if not run.is_reference:

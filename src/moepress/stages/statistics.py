@@ -4,6 +4,7 @@ A layer's statistics need what enters it, and so the forward of all layers befor
 layers can be jobs of their own (`statistics.blocks`). Each repeats the forward up to its block, a few percent of the work.
 """
 
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -71,7 +72,7 @@ def measure(task: Task, block: int, count: int) -> None:
     write_json(task.out / "statistics.json", {"widths": widths, "num_tokens": tokens.numel(), "layers": found})
 
 
-def read_gradient(folder: Path, layer: int, shape: tuple[int, int]) -> Gradient | None:
+def read_gradient(folder: Path, layer: int, shape: Sequence[int]) -> Gradient | None:
     """What the stage `gradients` left of a layer, None of a dense one. shape: of the calibration's tokens, `[N, S]`."""
     path = folder / f"layer-{layer:03d}.safetensors"
     if not path.is_file():

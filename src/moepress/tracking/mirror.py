@@ -125,7 +125,7 @@ def send(record: Record, target: Target, entries: dict[str, list]) -> None:
         name=record.name,
         id=record.id,
         config=record.config,
-        mode=target.mode,
+        mode=target.mode,  # type: ignore[arg-type]
         dir=str(target.results),
         resume="allow" if target.mode == "online" else None,
         settings=quiet(wandb),

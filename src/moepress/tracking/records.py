@@ -221,7 +221,7 @@ def cost(item: Found) -> dict:
 
 def numbers(value: dict) -> dict:
     """Its numbers and short texts, nested as they are; without lists."""
-    found = {}
+    found: dict = {}
     for name, item in value.items():
         if isinstance(item, dict):
             found |= {name: inner} if (inner := numbers(item)) else {}
@@ -297,6 +297,6 @@ def heat_map(allocation: Path) -> np.ndarray:
     with style.plt.rc_context({**style.RC, "figure.dpi": style.RC["savefig.dpi"]}):
         figure = heatmaps.allocation(allocation.name.rpartition("-")[0], bits_LE, layers)
         figure.canvas.draw()
-        picture = np.array(figure.canvas.buffer_rgba())
+        picture = np.array(figure.canvas.buffer_rgba())  # type: ignore[attr-defined]
         style.plt.close(figure)
     return picture

@@ -18,7 +18,7 @@ MOST_RUNS = 100
 """Lines of one panel. W&B's own default, 10, hides most of a study."""
 
 
-def build(entity: str, project: str, group: str | None) -> ws.Workspace:
+def build(entity: str | None, project: str, group: str | None) -> ws.Workspace:
     """The workspace of one group's experiments and its report, or of all groups."""
     by_name = "${run:displayName}"
     quality = [

@@ -55,7 +55,9 @@ def _shared_bytes(tile: Tile, itemsize: int) -> int:
 
 @cache
 def _shared_limit(device: torch.device) -> int:
-    return 2**31 if device.type == "cpu" else torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    if device.type == "cpu":
+        return 2**31
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
 
 
 class Matrices:
