@@ -171,15 +171,15 @@ def test_an_unknown_family_is_refused_by_name(zoo, tmp_path):
 
 
 def write_float8(source, out):
-    """DeepSeek-V3's form: linears of the layers in float8, a scale for each block of 128 x 128. Returns the 16-bit twin."""
+    """DeepSeek-V3's form: linears, here the head too, in float8, a scale for each block of 128 x 128; and the 16-bit twin."""
     tensors, stored, dense = load_file(source / "model.safetensors"), {}, {}
     for name, tensor in tensors.items():
         stored[name] = dense[name] = tensor
-        if tensor.ndim == 2 and name.startswith("model.layers.") and not name.endswith("mlp.gate.weight"):
-            blocks = tensor.float().abs().amax() / 448  # these are smaller than one block
-            stored[name] = (tensor.float() / blocks).to(torch.float8_e4m3fn)
-            stored[f"{name}_scale_inv"] = blocks.reshape(1, 1)
-            dense[name] = (stored[name].float() * blocks).bfloat16()
+        if tensor.ndim == 2 and name.startswith(("model.layers.", "lm_head.")) and not name.endswith("mlp.gate.weight"):
+            scale = tensor.float().abs().amax() / 448  # one for all blocks
+            stored[name] = (tensor.float() / scale).to(torch.float8_e4m3fn)
+            stored[f"{name}_scale_inv"] = scale.repeat(*(-(-size // 128) for size in tensor.shape))
+            dense[name] = (stored[name].float() * scale).bfloat16()
     return stored, dense, {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
 
 
@@ -219,6 +219,8 @@ def test_published_in_fewer_bits(zoo, tmp_path, family, write):
     for low, full in zip(packed["low"], packed["dense"], strict=True):
         assert low.tensors.keys() == full.tensors.keys()
         assert all(torch.equal(low.tensors[name], full.tensors[name]) for name in full.tensors)
+    low, full = (writer.outside_layers(ModelStream(folder)) for folder in folders.values())
+    assert low.keys() == full.keys() and all(torch.equal(low[name], full[name]) for name in full)
     sizes = [families.num_weights(folder) for folder in folders.values()]
     assert sizes[0] == sizes[1]
 
