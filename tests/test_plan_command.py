@@ -272,6 +272,10 @@ def test_more_work_takes_longer(model_folder):
 
     plain = spent()
     assert spent("calibration.num_sequences=640")["quantization"] > plain["quantization"]
+    assert spent("quantization=gptq")["quantization"] < plain["quantization"], "no router is fitted"
+    assert spent("quantization.clip_norm=2.4")["quantization"] > plain["quantization"], "torch searches, which takes longer"
+    assert spent("quantization.router_when=both")["quantization"] > plain["quantization"]
+    assert spent("quantization.router_loss=kl")["quantization"] > plain["quantization"]
     best, own = spent("quantization=best"), spent("quantization=best", "quantization.distill_sequences=null")
     assert best["quantization"] > own["quantization"] > plain["quantization"]
     assert spent("statistics.widths=[2]")["statistics"] < plain["statistics"]
@@ -301,6 +305,14 @@ def test_finished_quantizations_correct_the_estimate(model_folder, tmp_path):
     assert estimate.correction_from(tmp_path, 1e9, "another machine") is None
 
 
+def test_test_text_is_counted_by_domain(text_folder, tmp_path):
+    own = ["corpus=local", f"corpus.path={text_folder}", "evaluation.num_blocks=4"]
+    assert estimate.num_blocks(config.values(own)) == 8, "a folder a domain"
+    assert estimate.num_blocks(config.values([*own, "evaluation.domains=[odd]"])) == 4
+    assert estimate.num_blocks(config.values([*own, f"corpus.path={tmp_path / 'nothing'}"])) == 4, "nobody knows yet"
+    assert estimate.num_blocks(config.values(["evaluation.num_blocks=4", "evaluation.domains=null"])) > 8
+
+
 def test_task_tokens_follow_tasks_limit_and_examples():
     def tokens(*overrides):
         return estimate.task_tokens(config.values(list(overrides))["evaluation"])
@@ -326,8 +338,9 @@ def test_fitted_policies_and_the_decomposition_are_counted(model_folder):
     for found in planned("evaluation.decomposition=true"):
         assert found["decomposition"] > 0 and "pruning" not in found
     assert all("pruning" not in found for found in planned("pruning=pesf")), "nothing is fitted"
-    once = planned("pruning=odp", "pruning.threshold=0.3")[0]["pruning"] - estimate.STARTUP_SECONDS
-    twice = planned("pruning=odp")[0]["pruning"] - estimate.STARTUP_SECONDS
+    fixed = estimate.STARTUP_SECONDS + estimate.FOLDER_SECONDS
+    once = planned("pruning=odp", "pruning.threshold=0.3")[0]["pruning"] - fixed
+    twice = planned("pruning=odp")[0]["pruning"] - fixed
     assert twice == pytest.approx(2 * once)
 
 

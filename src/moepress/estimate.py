@@ -15,6 +15,7 @@ from pathlib import Path
 
 from moepress.artefacts import read_config, read_json
 from moepress.dag import distill_sequences, is_decomposed
+from moepress.data import textfiles
 from moepress.evaluation import benchmarks, suites
 from moepress.integrity import PROVENANCE
 from moepress.models import outline as outlines
@@ -24,7 +25,7 @@ from moepress.models.outline import Outline
 from moepress.quantization.budget import unpacked_bytes
 from moepress.schema.allocation import reads_gradients, reads_statistics
 
-LIBRARY_BYTES = 600 << 20
+LIBRARY_BYTES = 700 << 20
 """Of a stage that has torch and transformers in memory and no model yet."""
 STARTUP_SECONDS = 8.0
 TRIAL_FLOPS, TRIAL_FLOPS_BY_TORCH = 90, 250
@@ -37,8 +38,8 @@ UPDATE_FLOPS = 6.5
 FACTOR_FLOPS = 1500
 """What an entry of a curvature costs on its way to its factor beside `1.6 I^3`: Cholesky and substitution on matrices of some
 hundred columns reach a tenth of a product's speed, on thousands of columns most of it. Measured from 192 to 2048."""
-UNPACK_FLOPS = 400
-"""What it costs to unpack one weight, likewise."""
+UNPACK_FLOPS, UNPACK_FLOPS_BY_TORCH = 80, 400
+"""What it costs to unpack one weight, likewise: compiled, and differentiable."""
 ELEMENT_FLOPS = 160
 """What one activation costs on its way into and out of a product (gathered, normed, gated, summed up), likewise. A small model
 spends half of its time on it, one with a hidden size of 4096 a few percent."""
@@ -56,6 +57,10 @@ UNKNOWN_BLOCKS = 256
 """Of each domain, where evaluation.num_blocks asks for all: before the text is read nobody knows."""
 STEP_SECONDS = 8e-5
 """Of one column of GPTQ's loop beside its arithmetic: some ten calls of torch, measured on one matrix of 512 x 512."""
+EXPERT_STEPS = 2.5
+"""What an expert's turn in a forward costs beside its arithmetic, likewise; seen where a batch has few tokens for each."""
+FOLDER_SECONDS = 0.7
+"""Of transformers' and our own code around a whole model: built and loaded, or its packed folder finished, with a card."""
 READ_BYTES_PER_SECOND = 5e8
 
 
@@ -108,8 +113,10 @@ def memory(model: Outline, config: dict, packed_bytes: int | None, device: str, 
         found["evaluation"] = library + packed_bytes + logits
     if is_fitted(config):  # whole, as it is loaded
         found["pruning"] = library + (packed_bytes if quantized else original) + 4 * TOKENS_AT_ONCE * (8 * H + 4 * I)
-    if is_decomposed(config):  # one model after the other
-        found["decomposition"] = max(found["evaluation"], found["evaluation at 16 bits"])
+    if is_decomposed(config):  # one model after the other: what the first leaves, and the second's files as they are read
+        found["decomposition"] = (
+            max(found["evaluation"], found["evaluation at 16 bits"]) + packed_bytes + model.nbytes * is_whole
+        )
     found["latency"] = library + original * is_whole + (packed_bytes if quantized else 0)
     return found
 
@@ -160,11 +167,12 @@ def seconds(model: Outline, config: dict, flops_per_second: float, correction: f
         found["statistics"] = correction * (flops / flops_per_second + STEP_SECONDS * steps)
     if method != "none":
         flops, steps = quantization_work(model, config["calibration"], settings)
-        found["quantization"] = correction * (flops / flops_per_second + STEP_SECONDS * steps)
+        found["quantization"] = correction * (flops / flops_per_second + STEP_SECONDS * steps) + FOLDER_SECONDS
     if is_fitted(config):
-        found["pruning"] = pruning_work(model, config) / flops_per_second
+        found["pruning"] = pruning_work(model, config) / flops_per_second + FOLDER_SECONDS
     if is_decomposed(config):
-        found["decomposition"] = decomposition_work(model, config) / flops_per_second
+        flops, steps = decomposition_work(model, config)
+        found["decomposition"] = flops / flops_per_second + STEP_SECONDS * steps + 2 * FOLDER_SECONDS
     once = measurement_work(model, config, is_packed=False)
     found["evaluation and latency"] = sum(once) / flops_per_second
     if method != "none":
@@ -228,8 +236,8 @@ def experts_work(model: Outline, tokens: int, settings: dict, method: str) -> tu
 def router_flops(model: Outline, tokens: int, settings: dict) -> float:
     """One layer's router fit, all in float64, which costs twice: each expert's normal equations over the tokens that have it
     among their candidates, or one for all experts; see quantization/router.py."""
-    loss, H, E = settings["router_loss"], model.shape.hidden_size, model.shape.num_experts
-    if settings["method"] != "qesc" or loss == "none":
+    loss, H, E = settings.get("router_loss", "none"), model.shape.hidden_size, model.shape.num_experts
+    if loss == "none":
         return 0.0
     found = 0.0
     if loss != "topk_mse_gd":
@@ -281,12 +289,12 @@ def quantization_work(model: Outline, calibration: dict, settings: dict) -> tupl
     if method != "rtn" and settings["tune_steps"]:  # forward, and back with an expert's forward anew; twice it is unpacked
         seen = settings["tune_steps"] * max(settings["tune_tokens"], calibration["seq_len"])
         flops += forward_flops(model, tokens, calibration["seq_len"]) + 4 * forward_flops(model, seen, calibration["seq_len"])
-        flops += settings["tune_steps"] * 2 * UNPACK_FLOPS * model.routed_weights
+        flops += settings["tune_steps"] * 2 * UNPACK_FLOPS_BY_TORCH * model.routed_weights
         steps += settings["tune_steps"] * TUNE_STEPS * num_experts
     if method != "rtn" and settings["distill_steps"]:
         seen = settings["distill_steps"] * max(settings["tune_tokens"], calibration["seq_len"])
         flops += 4 * forward_flops(model, seen, calibration["seq_len"])
-        flops += settings["distill_steps"] * 2 * UNPACK_FLOPS * model.routed_weights
+        flops += settings["distill_steps"] * 2 * UNPACK_FLOPS_BY_TORCH * model.routed_weights
         steps += settings["distill_steps"] * TUNE_STEPS * num_experts
         if settings["distill_sequences"] is not None:  # and that text through the 16-bit model
             flops += forward_flops(model, seen, calibration["seq_len"])
@@ -295,9 +303,7 @@ def quantization_work(model: Outline, calibration: dict, settings: dict) -> tupl
 
 def measurement_work(model: Outline, config: dict, is_packed: bool) -> tuple[float, float]:
     """FLOPs of evaluation and of latency. A packed model's experts are unpacked in every forward that uses them."""
-    evaluation, latency, corpus = config["evaluation"], config["latency"], config["corpus"]
-    found = [*corpus.get("domains", ["text"]), *corpus.get("test_domains", [])]
-    blocks = len(evaluation["domains"] or found) * (evaluation["num_blocks"] or UNKNOWN_BLOCKS)
+    evaluation, latency, blocks = config["evaluation"], config["latency"], num_blocks(config)
     unpack = UNPACK_FLOPS * model.routed_weights if is_packed else 0
     evaluated = forward_flops(model, blocks * evaluation["seq_len"], evaluation["seq_len"])
     evaluated += -(-blocks // evaluation["batch_size"]) * unpack
@@ -335,17 +341,24 @@ def pruning_work(model: Outline, config: dict) -> float:
     return once * (1 if config["pruning"].get("threshold") is not None else 2)
 
 
-def decomposition_work(model: Outline, config: dict) -> float:
-    """FLOPs of the test text's perplexity three times: the packed model as it is, with other selections, the 16-bit one."""
+def decomposition_work(model: Outline, config: dict) -> tuple[float, float]:
+    """`(FLOPs, steps)`: the test text's perplexity three times: the packed model as it is, with other selections, the 16-bit
+    one."""
     evaluation, blocks = config["evaluation"], num_blocks(config)
-    once = forward_flops(model, blocks * evaluation["seq_len"], evaluation["seq_len"])
-    return 3 * once + 2 * -(-blocks // evaluation["batch_size"]) * unpacking(model, config)
+    once, batches = (
+        forward_flops(model, blocks * evaluation["seq_len"], evaluation["seq_len"]),
+        -(-blocks // evaluation["batch_size"]),
+    )
+    steps = 3 * batches * EXPERT_STEPS * len(model.shape.moe_layers) * model.shape.num_experts
+    return 3 * once + 2 * batches * unpacking(model, config), steps
 
 
 def num_blocks(config: dict) -> int:
-    """Blocks of test text, of all domains."""
+    """Blocks of test text, of all domains; of a folder of one's own that is not there yet, as if it were one."""
     evaluation, corpus = config["evaluation"], config["corpus"]
     found = [*corpus.get("domains", ["text"]), *corpus.get("test_domains", [])]
+    if corpus.get("kind") == "local" and corpus["path"] and Path(corpus["path"]).exists():
+        found = set(textfiles.domains_of(textfiles.find(corpus["path"]), Path(corpus["path"]), corpus["min_documents"]))
     return len(evaluation["domains"] or found) * (evaluation["num_blocks"] or UNKNOWN_BLOCKS)
 
 
