@@ -59,7 +59,7 @@ STEP_SECONDS = 8e-5
 """Of one column of GPTQ's loop beside its arithmetic: some ten calls of torch, measured on one matrix of 512 x 512."""
 EXPERT_STEPS = 2.5
 """What an expert's turn in a forward costs beside its arithmetic, likewise; seen where a batch has few tokens for each."""
-FOLDER_SECONDS = 0.7
+FOLDER_SECONDS = 0.4
 """Of transformers' and our own code around a whole model: built and loaded, or its packed folder finished, with a card."""
 READ_BYTES_PER_SECOND = 5e8
 
