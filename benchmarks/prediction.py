@@ -1,6 +1,6 @@
 """What `moepress plan` foretells against what stages then took: random models of several shapes, one thread.
 
-python benchmarks/prediction.py FOLDER [--shapes wide,narrow,many] [--stages statistics,quantization,decomposition,pruning]
+python benchmarks/prediction.py FOLDER [--shapes wide,narrow,many,middle,finest] [--stages statistics,quantization,decomposition,pruning]
 
 Writes the models to FOLDER, runs the real stages, each in a process of its own, and prints for each stage CPU seconds (not the
 clock's: they hold on a machine that does other things too; imports are left out on both sides), the most memory, and the bytes
@@ -61,7 +61,7 @@ def measure(folder: Path, results: Path) -> dict:
     fork.set_forkserver_preload(IMPORTS)
     speed = estimate.measured_flops(0.5, clock=time.process_time)
     told = fork.SimpleQueue()
-    process = fork.Process(target=stage, args=(task, out, told))
+    process = fork.Process(target=run_told, args=(task, out, told))
     process.start()
     while process.is_alive():
         most = max(most, size(out.with_name(f"{out.name}.partial") / "streams"))
@@ -83,7 +83,7 @@ def measure(folder: Path, results: Path) -> dict:
     return found
 
 
-def stage(task: Path, out: Path, told) -> None:
+def run_told(task: Path, out: Path, told) -> None:
     """Tells how many bytes of libraries a fork starts without, which a process that imports them itself has."""
     told.put(mapped(os.getppid()) - mapped(os.getpid()))
     run_stage(task, out)
