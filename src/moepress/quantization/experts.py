@@ -268,24 +268,25 @@ def width_errors(
     for batch in expert_batches(experts):
         h = inputs.gate_up_curvature(batch) if reads_text else None
         u = recipe.factor(h) if reads_text else None
-        for column, width in enumerate(widths):
-            gate_up, down = quantize_batch(recipe, experts, batch, [width] * len(batch), inputs if reads_text else None, h, u)
-            gate_up, down = gate_up.dequantize(), down.dequantize()
-            for i, e in enumerate(batch):
-                weight_errors[e, column, 0] = (gate_up[i] - experts.gate_up_matrix(e, torch.float32)).square().sum()
-                weight_errors[e, column, 1] = (down[i] - experts.down_matrix(e, torch.float32)).square().sum()
-                for rows in inputs.rows[e].split(TOKENS_AT_ONCE):
-                    x = inputs.m_TH[rows].to(device)
-                    hidden = experts.hidden(e, x)
-                    change = experts.output(e, x, gate_up[i], down[i]) - experts.project(e, hidden)
-                    change *= weights_TE[rows, e, None].to(device)
+        read = inputs if reads_text else None
+        found = [quantize_batch(recipe, experts, batch, [width] * len(batch), read, h, u) for width in widths]
+        for i, e in enumerate(batch):
+            for column, (gate_up, down) in enumerate(found):
+                weight_errors[e, column, 0] = (gate_up.matrix(i) - experts.gate_up_matrix(e, torch.float32)).square().sum()
+                weight_errors[e, column, 1] = (down.matrix(i) - experts.down_matrix(e, torch.float32)).square().sum()
+            for rows in inputs.rows[e].split(TOKENS_AT_ONCE):
+                x, weight = inputs.m_TH[rows].to(device), weights_TE[rows, e, None].to(device)
+                hidden = experts.hidden(e, x)
+                output = experts.project(e, hidden)
+                traces[e] += torch.stack([v.square().sum().cpu() / v.shape[1] for v in (x, hidden)]) / T
+                sampled = place_T[rows] >= 0
+                if gradient:
+                    known = gradient.row_T[rows] >= 0
+                    g = gradient.g_GH[gradient.row_T[rows[known]]].to(device, torch.float32)
+                for column, (gate_up, down) in enumerate(found):
+                    change = weight * (experts.output(e, x, gate_up.matrix(i), down.matrix(i)) - output)
                     squares[e, column] += change.square().sum().item()
-                    sampled = place_T[rows] >= 0
                     changes[column].index_add_(0, place_T[rows[sampled]].to(device), change[sampled.to(device)])
                     if gradient:
-                        known = gradient.row_T[rows] >= 0
-                        g = gradient.g_GH[gradient.row_T[rows[known]]].to(device, torch.float32)
                         losses[e, column] += (g * change[known.to(device)]).sum(-1).square().sum().item()
-                    if column == 0:
-                        traces[e] += torch.stack([v.square().sum().cpu() / v.shape[1] for v in (x, hidden)]) / T
     return WidthErrors(squares.sqrt(), losses if gradient else None, weight_errors, traces, changes, sample_S)
