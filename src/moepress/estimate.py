@@ -252,14 +252,15 @@ def router_flops(model: Outline, tokens: int, settings: dict) -> float:
 
 
 def statistics_work(model: Outline, config: dict) -> tuple[float, float]:
-    """`(FLOPs, steps)`: a forward; at every width each expert quantized and run, with one curvature of its gate and up."""
+    """`(FLOPs, steps)`: a forward; each expert run as it is, and at every width quantized and run, with one curvature of its
+    gate and up."""
     calibration, widths = config["calibration"], len(config["statistics"]["widths"])
     tokens = calibration["num_sequences"] * calibration["seq_len"]
     gate_up, each, steps = experts_work(model, tokens, config["quantization"], config["statistics"]["quantizer"])
     slots = tokens * model.shape.top_k
-    outputs = 2 * (2 * slots * model.expert_weights + ELEMENT_FLOPS * expert_elements(model, slots))  # as it is, and quantized
+    output = 2 * slots * model.expert_weights + ELEMENT_FLOPS * expert_elements(model, slots)
     layers = len(model.shape.moe_layers)
-    flops = forward_flops(model, tokens, calibration["seq_len"]) + layers * (gate_up + widths * (each + outputs))
+    flops = forward_flops(model, tokens, calibration["seq_len"]) + layers * (gate_up + output + widths * (each + output))
     return flops, layers * widths * steps
 
 
