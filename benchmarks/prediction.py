@@ -1,6 +1,6 @@
 """What `moepress plan` foretells against what stages then took: random models of several shapes, one thread.
 
-python benchmarks/prediction.py FOLDER [--shapes wide,narrow,many,middle,finest] [--stages statistics,quantization,decomposition,pruning]
+python benchmarks/prediction.py FOLDER [--shapes wide,narrow,many,middle,finest] [--stages statistics,quantization,...]
 
 Writes the models to FOLDER, runs the real stages, each in a process of its own, and prints for each stage CPU seconds (not the
 clock's: they hold on a machine that does other things too; imports are left out on both sides), the most memory, and the bytes
