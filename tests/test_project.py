@@ -77,7 +77,8 @@ LAYERS = [
     {"models"},
     {"quantization", "inference", "pruning", "allocation", "gradients", "statistics", "evaluation", "latency"},
     {"config", "dag"},
-    {"artefacts", "integrity", "lookup", "locks", "report", "tracking", "plan", "execution", "export", "estimate", "forecast"},
+    {"artefacts", "integrity", "lookup", "locks", "report", "tracking"}
+    | {"plan", "execution", "patches", "export", "estimate", "forecast"},
     {"stages", "commands", "sweeps", "api", "cli", "__main__", "__init__"},
 ]
 """As docs/architecture.md draws them: a module imports from its own row and those above it."""

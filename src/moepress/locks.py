@@ -21,8 +21,6 @@ from pathlib import Path
 
 import psutil
 
-from moepress import integrity
-
 OWNER = Path(".snakemake") / "moepress.json"
 """On which machine the Snakemake runs that works here: written before it locks the folder."""
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -127,7 +125,7 @@ def snakemake(command: list[str], lock: int | None) -> Iterator[subprocess.Popen
 
 def inside_snakemake() -> None:
     """What a Snakemake that reads our Snakefile does first: note that it works here, or free the folder of a lock that is
-    left of a killed one; and never remove a whole artefact."""
+    left of a killed one."""
     locks = list(Path(".snakemake", "locks").glob("*.lock"))
     if locks and is_stale():
         print("moepress: the last run here was killed; going on from what is whole", file=sys.stderr)
@@ -137,7 +135,6 @@ def inside_snakemake() -> None:
         with suppress(OSError):  # a folder that is only read
             OWNER.parent.mkdir(exist_ok=True)
             OWNER.write_text(json.dumps({"host": platform.node()}), encoding="utf-8")
-    _keep_whole()
 
 
 def is_stale() -> bool:
@@ -147,21 +144,6 @@ def is_stale() -> bool:
     except (OSError, ValueError, KeyError, TypeError):
         return False  # a question for Snakemake and the user
     return owner == platform.node() and not working_here(("snakemake",))
-
-
-def _keep_whole() -> None:
-    """Let Snakemake start a job without removing its output where that is a whole artefact: another run, of a checkout with the
-    same results, has finished it since this run's DAG was made. The stage then has nothing to do."""
-    from snakemake.jobs import Job
-
-    remove = Job.remove_existing_output
-
-    async def remove_what_is_not_whole(self):
-        if not any(integrity.is_whole(Path(path)) for path in self.output):
-            await remove(self)
-
-    if remove.__name__ == "remove_existing_output":
-        Job.remove_existing_output = remove_what_is_not_whole
 
 
 def working_here(kinds: tuple[str, ...] = ("snakemake", "moepress.stages")) -> list[int]:

@@ -1,8 +1,10 @@
 # The plan that every rule asks for its inputs. It is made by the library: no logic here.
+from moepress import patches
 from moepress.locks import inside_snakemake
 from moepress.plan import all_cores, from_snakemake
 
 inside_snakemake()
+patches.apply()
 PLAN = from_snakemake(config)
 RESULTS = PLAN.results
 ALL_CORES = all_cores(workflow)
