@@ -272,6 +272,10 @@ def test_more_work_takes_longer(model_folder):
 
     plain = spent()
     assert spent("calibration.num_sequences=640")["quantization"] > plain["quantization"]
+    assert spent("quantization=gptq")["quantization"] < plain["quantization"], "no router is fitted"
+    assert spent("quantization.clip_norm=2.4")["quantization"] > plain["quantization"], "torch searches, which takes longer"
+    assert spent("quantization.router_when=both")["quantization"] > plain["quantization"]
+    assert spent("quantization.router_loss=kl")["quantization"] > plain["quantization"]
     best, own = spent("quantization=best"), spent("quantization=best", "quantization.distill_sequences=null")
     assert best["quantization"] > own["quantization"] > plain["quantization"]
     assert spent("statistics.widths=[2]")["statistics"] < plain["statistics"]
@@ -301,6 +305,38 @@ def test_finished_quantizations_correct_the_estimate(model_folder, tmp_path):
     assert estimate.correction_from(tmp_path, 1e9, "another machine") is None
 
 
+MEASURED = {  # benchmarks/prediction.py, 2026-11-22: GFLOP/s and CPU seconds of each stage
+    (1024, 2048, 4, 2, 2): {"quantization": (93.5, 27.7), "decomposition": (77.2, 14.6)},
+    (384, 768, 8, 2, 3): {"quantization": (94.6, 6.8), "decomposition": (94.1, 4.1)},
+    (512, 192, 48, 8, 2): {"quantization": (93.3, 10.3), "decomposition": (97.0, 4.6)},
+    (256, 512, 16, 2, 4): {"statistics": (91.0, 15.2), "quantization": (94.0, 6.3), "decomposition": (94.0, 3.6)},
+    (256, 128, 64, 4, 2): {"quantization": (92.8, 3.7), "decomposition": (93.2, 2.1)},
+}
+
+
+@pytest.mark.parametrize("shape", MEASURED)
+def test_what_was_foretold_was_measured(shape):
+    """The table of docs/scale.md: who changes the arithmetic measures again."""
+    sizes = ("hidden_size", "intermediate_size", "num_local_experts", "num_experts_per_tok", "num_hidden_layers")
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 300, "tie_word_embeddings": False}
+    kind = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "torch_dtype": "bfloat16"}
+    model = outline.from_config({**dict(zip(sizes, shape, strict=True)), **heads, **kind}, "model")
+    text = ["evaluation.domains=[even, odd]", "evaluation.num_blocks=32", "evaluation.seq_len=64", "latency.repeats=0"]
+    calibration = ["calibration.num_sequences=16", "calibration.seq_len=256", "quantization.group_size=64"]
+    values = config.values([*SMALL, *text, *calibration, "evaluation.decomposition=true", "evaluation.tasks=none"])
+    for stage, (speed, measured) in MEASURED[shape].items():
+        foretold = estimate.seconds(model, values | {"model": {"kind": "local"}}, speed * 1e9)[stage]
+        assert foretold - estimate.STARTUP_SECONDS == pytest.approx(measured, rel=0.25), stage
+
+
+def test_test_text_is_counted_by_domain(text_folder, tmp_path):
+    own = ["corpus=local", f"corpus.path={text_folder}", "evaluation.num_blocks=4"]
+    assert estimate.num_blocks(config.values(own)) == 8, "a folder a domain"
+    assert estimate.num_blocks(config.values([*own, "evaluation.domains=[odd]"])) == 4
+    assert estimate.num_blocks(config.values([*own, f"corpus.path={tmp_path / 'nothing'}"])) == 4, "nobody knows yet"
+    assert estimate.num_blocks(config.values(["evaluation.num_blocks=4", "evaluation.domains=null"])) > 8
+
+
 def test_task_tokens_follow_tasks_limit_and_examples():
     def tokens(*overrides):
         return estimate.task_tokens(config.values(list(overrides))["evaluation"])
@@ -326,8 +362,9 @@ def test_fitted_policies_and_the_decomposition_are_counted(model_folder):
     for found in planned("evaluation.decomposition=true"):
         assert found["decomposition"] > 0 and "pruning" not in found
     assert all("pruning" not in found for found in planned("pruning=pesf")), "nothing is fitted"
-    once = planned("pruning=odp", "pruning.threshold=0.3")[0]["pruning"] - estimate.STARTUP_SECONDS
-    twice = planned("pruning=odp")[0]["pruning"] - estimate.STARTUP_SECONDS
+    fixed = estimate.STARTUP_SECONDS + estimate.FOLDER_SECONDS
+    once = planned("pruning=odp", "pruning.threshold=0.3")[0]["pruning"] - fixed
+    twice = planned("pruning=odp")[0]["pruning"] - fixed
     assert twice == pytest.approx(2 * once)
 
 

@@ -7,11 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moepress.models.limits import num_candidates
 from moepress.models.streaming import ModelStream
 from moepress.quantization import router
 from moepress.quantization.experts import Recipe
 from moepress.quantization.qesc import quantize_model
-from moepress.quantization.router import Divergence, Fit, SquaredError, Tokens, candidates, num_candidates, shift
+from moepress.quantization.router import Divergence, Fit, SquaredError, Tokens, candidates, shift
 from zoo import write_zoo_model
 
 LOSSES = {"squared": SquaredError(), "softmax": Divergence("softmax"), "sigmoid": Divergence("sigmoid")}

@@ -6,6 +6,7 @@ machine is measured to do; where the results folder holds finished quantizations
 Legend: T calibration tokens, H hidden size, I intermediate size, E experts, K selected experts, V vocabulary.
 """
 
+import math
 import shutil
 import statistics
 import subprocess
@@ -14,30 +15,39 @@ from pathlib import Path
 
 from moepress.artefacts import read_config, read_json
 from moepress.dag import distill_sequences, is_decomposed
+from moepress.data import textfiles
 from moepress.evaluation import benchmarks, suites
 from moepress.integrity import PROVENANCE
 from moepress.models import outline as outlines
-from moepress.models.families import FAMILIES, kind_of, locate
-from moepress.models.limits import TOKENS_AT_ONCE, curvature_bytes, experts_at_once
+from moepress.models.families import FAMILIES, group_of, kind_of, locate
+from moepress.models.limits import TOKENS_AT_ONCE, WORKSPACE, curvature_bytes, experts_at_once, num_candidates
 from moepress.models.outline import Outline
 from moepress.quantization.budget import unpacked_bytes
 from moepress.schema.allocation import reads_gradients, reads_statistics
 
-LIBRARY_BYTES = 600 << 20
+LIBRARY_BYTES = 700 << 20
 """Of a stage that has torch and transformers in memory and no model yet."""
 STARTUP_SECONDS = 8.0
-TRIAL_FLOPS = 250
-"""What one trial of the grid search costs for one weight: some ten passes over memory, in a matrix product's operations."""
-UNPACK_FLOPS = 400
-"""What it costs to unpack one weight, likewise."""
+TRIAL_FLOPS, TRIAL_FLOPS_BY_TORCH = 90, 250
+"""What one trial of the grid search costs for one weight, in a matrix product's operations: compiled, and where the search is
+one that torch does, some ten passes over memory. Measured on seven stacks of matrices, 86 to 116."""
+WEIGHT_FLOPS = 1500
+"""What one weight costs beside trials and products each time it is quantized: widened, turned, rounded, packed and unpacked."""
+UPDATE_FLOPS = 6.5
+"""What an operation costs of GPTQ's updates inside a block, each of rank one: memory's pace. Measured on 32 to 128 columns."""
+FACTOR_FLOPS = 1500
+"""What an entry of a curvature costs on its way to its factor beside `1.6 I^3`: Cholesky and substitution on matrices of some
+hundred columns reach a tenth of a product's speed, on thousands of columns most of it. Measured from 192 to 2048."""
+UNPACK_FLOPS, UNPACK_FLOPS_BY_TORCH = 80, 400
+"""What it costs to unpack one weight, likewise: compiled, and differentiable."""
 ELEMENT_FLOPS = 160
 """What one activation costs on its way into and out of a product (gathered, normed, gated, summed up), likewise. A small model
 spends half of its time on it, one with a hidden size of 4096 a few percent."""
 REFINE_UPDATES = 22
 """What one round of refinement costs, in GPTQ's own updates: eleven products of the error with the curvature, each of two."""
-REFINE_STEPS = 0.3
+REFINE_STEPS = 1.5
 """And for each column of each matrix, in steps of GPTQ's loop."""
-TUNE_STEPS = 22
+TUNE_STEPS = 110
 """What a step of tuning costs for each expert beside its arithmetic, likewise: forward, again, and backward. Measured on the
 small default model alone."""
 CHARACTERS_PER_TOKEN = 3.5
@@ -45,8 +55,12 @@ TASK_LENGTH = 100
 """Tokens of a task's request, about."""
 UNKNOWN_BLOCKS = 256
 """Of each domain, where evaluation.num_blocks asks for all: before the text is read nobody knows."""
-STEP_SECONDS = 4e-4
-"""Of one column of GPTQ's loop beside its arithmetic: some twenty calls of torch."""
+STEP_SECONDS = 8e-5
+"""Of one column of GPTQ's loop beside its arithmetic: some ten calls of torch, measured on one matrix of 512 x 512."""
+EXPERT_STEPS = 2.5
+"""What an expert's turn in a forward costs beside its arithmetic, likewise; seen where a batch has few tokens for each."""
+FOLDER_SECONDS = 0.4
+"""Of transformers' and our own code around a whole model: built and loaded, or its packed folder finished, with a card."""
 READ_BYTES_PER_SECOND = 5e8
 
 
@@ -99,8 +113,10 @@ def memory(model: Outline, config: dict, packed_bytes: int, device: str, has: in
         found["evaluation"] = library + packed_bytes + logits
     if is_fitted(config):  # whole, as it is loaded
         found["pruning"] = library + (packed_bytes if quantized else original) + 4 * TOKENS_AT_ONCE * (8 * H + 4 * I)
-    if is_decomposed(config):  # one model after the other
-        found["decomposition"] = max(found["evaluation"], found["evaluation at 16 bits"])
+    if is_decomposed(config):  # one model after the other: what the first leaves, and the second's files as they are read
+        found["decomposition"] = (
+            max(found["evaluation"], found["evaluation at 16 bits"]) + packed_bytes + model.nbytes * is_whole
+        )
     found["latency"] = library + original * is_whole + (packed_bytes if quantized else 0)
     return found
 
@@ -151,11 +167,12 @@ def seconds(model: Outline, config: dict, flops_per_second: float, correction: f
         found["statistics"] = correction * (flops / flops_per_second + STEP_SECONDS * steps)
     if method != "none":
         flops, steps = quantization_work(model, config["calibration"], settings)
-        found["quantization"] = correction * (flops / flops_per_second + STEP_SECONDS * steps)
+        found["quantization"] = correction * (flops / flops_per_second + STEP_SECONDS * steps) + FOLDER_SECONDS
     if is_fitted(config):
-        found["pruning"] = pruning_work(model, config) / flops_per_second
+        found["pruning"] = pruning_work(model, config) / flops_per_second + FOLDER_SECONDS
     if is_decomposed(config):
-        found["decomposition"] = decomposition_work(model, config) / flops_per_second
+        flops, steps = decomposition_work(model, config)
+        found["decomposition"] = flops / flops_per_second + STEP_SECONDS * steps + 2 * FOLDER_SECONDS
     once = measurement_work(model, config, is_packed=False)
     found["evaluation and latency"] = sum(once) / flops_per_second
     if method != "none":
@@ -182,34 +199,68 @@ def trials(settings: dict) -> int:
     return (3 if settings["clip_ends"] == "apart" else 1) * settings["clip_steps"] + 2 * settings["fit_rounds"]
 
 
+def search_flops(settings: dict) -> float:
+    """For one weight."""
+    is_compiled = settings["clip_norm"] == 2 and settings["one_bit"] == "grid"
+    return trials(settings) * (TRIAL_FLOPS if is_compiled else TRIAL_FLOPS_BY_TORCH)
+
+
+def factor_flops(columns: int) -> float:
+    """Of one curvature's factor."""
+    return 1.6 * columns**3 + FACTOR_FLOPS * columns**2
+
+
+def gptq_flops(rows: int, columns: int, settings: dict) -> float:
+    """Of one matrix, its factor known."""
+    block = math.gcd(settings["block_size"], group_of(columns, settings["group_size"]))
+    updates = (columns + UPDATE_FLOPS * block) + columns * REFINE_UPDATES * settings["refine_rounds"]
+    return rows * columns * (updates + search_flops(settings) + WEIGHT_FLOPS)
+
+
 def experts_work(model: Outline, tokens: int, settings: dict, method: str) -> tuple[float, float, float]:
     """One layer's experts at one width: FLOPs for gate-up's curvatures and factors, FLOPs for the rest, steps."""
     shape = model.shape
     H, I, E, K = shape.hidden_size, shape.intermediate_size, shape.num_experts, shape.top_k
-    search = TRIAL_FLOPS * trials(settings) * E * model.expert_weights
-    if method == "minmax":
-        return 0.0, search / trials(settings), 0.0
-    if method == "rtn":
-        return 0.0, search, 0.0
+    if method in ("minmax", "rtn"):
+        each = WEIGHT_FLOPS + (TRIAL_FLOPS_BY_TORCH if method == "minmax" else search_flops(settings))
+        return 0.0, each * E * model.expert_weights, 0.0
     routed = tokens * K
-    gate_up = 2 * (tokens + routed) * H**2 + 4 / 3 * E * H**3
+    gate_up = 2 * (tokens + routed) * H**2 + ELEMENT_FLOPS * routed * H + E * factor_flops(H)
     seen = routed + E * min(tokens, I)
-    down = seen * (4 * I * H + 2 * I**2) + ELEMENT_FLOPS * expert_elements(model, seen) + 4 / 3 * E * I**3
-    updates = E * (2 * I * H**2 + H * I**2)
-    updates *= 1 + REFINE_UPDATES * settings["refine_rounds"]
+    down = seen * (4 * I * H + 2 * I**2) + ELEMENT_FLOPS * expert_elements(model, seen) + E * factor_flops(I)
+    quantized = E * (gptq_flops(2 * I, H, settings) + gptq_flops(H, I, settings))
     steps = -(-E // experts_at_once(H, I, E)) + REFINE_STEPS * settings["refine_rounds"] * E
-    return gate_up, search + down + updates, steps * (H + I)
+    return gate_up, down + quantized, steps * (H + I)
+
+
+def router_flops(model: Outline, tokens: int, settings: dict) -> float:
+    """One layer's router fit, all in float64, which costs twice: each expert's normal equations over the tokens that have it
+    among their candidates, or one for all experts; see quantization/router.py."""
+    loss, H, E = settings.get("router_loss", "none"), model.shape.hidden_size, model.shape.num_experts
+    if loss == "none":
+        return 0.0
+    found = 0.0
+    if loss != "topk_mse_gd":
+        count = E if loss == "mse" else num_candidates(E, settings["router_candidates"])
+        equations, each = (1, 1) if count == E else (E, count)
+        passes = -(-equations // max(1, WORKSPACE // (3 * 8 * H**2)))
+        found += 2 * (2 * tokens * each * H**2 + equations * factor_flops(H) / 2)
+        found += ELEMENT_FLOPS * tokens * H * (passes + each)
+    if loss in ("topk_mse_gd", "kl"):
+        found += settings["router_steps"] * min(tokens, settings["router_batch"]) * (2 * 4 * E * H + ELEMENT_FLOPS * H)
+    return found * (2 if settings["router_when"] == "both" else 1)
 
 
 def statistics_work(model: Outline, config: dict) -> tuple[float, float]:
-    """`(FLOPs, steps)`: a forward; at every width each expert quantized and run, with one curvature of its gate and up."""
+    """`(FLOPs, steps)`: a forward; each expert run as it is, and at every width quantized and run, with one curvature of its
+    gate and up."""
     calibration, widths = config["calibration"], len(config["statistics"]["widths"])
     tokens = calibration["num_sequences"] * calibration["seq_len"]
     gate_up, each, steps = experts_work(model, tokens, config["quantization"], config["statistics"]["quantizer"])
     slots = tokens * model.shape.top_k
-    outputs = 2 * (2 * slots * model.expert_weights + ELEMENT_FLOPS * expert_elements(model, slots))  # as it is, and quantized
+    output = 2 * slots * model.expert_weights + ELEMENT_FLOPS * expert_elements(model, slots)
     layers = len(model.shape.moe_layers)
-    flops = forward_flops(model, tokens, calibration["seq_len"]) + layers * (gate_up + widths * (each + outputs))
+    flops = forward_flops(model, tokens, calibration["seq_len"]) + layers * (gate_up + output + widths * (each + output))
     return flops, layers * widths * steps
 
 
@@ -219,27 +270,32 @@ def quantization_work(model: Outline, calibration: dict, settings: dict) -> tupl
     method, family = settings["method"], FAMILIES[model.shape.family]
     tokens = 0 if method == "rtn" else calibration["num_sequences"] * calibration["seq_len"]
     gate_up, rest, steps = experts_work(model, tokens, settings, method)
-    flops, steps = (gate_up + rest) * len(model.shape.moe_layers), steps * len(model.shape.moe_layers)
+    layers = len(model.shape.moe_layers)
+    flops, steps = layers * (gate_up + rest + (router_flops(model, tokens, settings) if tokens else 0)), layers * steps
     for name, entry in model.tensors.items():
         kind = kind_of(family, name, entry.shape, settings["group_size"]) if len(entry.shape) == 2 else "rest"
         if kind in ("attention", "shared") and settings[f"{kind}_bits"]:
             rows, columns = entry.shape
-            flops += TRIAL_FLOPS * trials(settings) * entry.numel
-            if method != "rtn":
-                again = 1 if kind == "attention" else 4
-                flops += again * 2 * tokens * entry.numel + 2 * tokens * columns**2 + 4 / 3 * columns**3 + rows * columns**2
-                steps += columns
-    flops += 2 * forward_flops(model, tokens, calibration.get("seq_len", 0))
-    num_experts = len(model.shape.moe_layers) * model.shape.num_experts
+            if method == "rtn":
+                flops += (search_flops(settings) + WEIGHT_FLOPS) * entry.numel
+                continue
+            flops += 2 * tokens * ((1 if kind == "attention" else 4) * entry.numel + columns**2)
+            flops += factor_flops(columns) + gptq_flops(rows, columns, settings)
+            steps += columns
+    length, shape = calibration.get("seq_len", 0), model.shape
+    flops += 2 * forward_flops(model, tokens, length)
+    if settings["attention_bits"]:  # scores and values of the attention that runs again
+        flops += shape.num_layers * tokens * shape.hidden_size * 4 * (length + ELEMENT_FLOPS)
+    num_experts = layers * model.shape.num_experts
     if method != "rtn" and settings["tune_steps"]:  # forward, and back with an expert's forward anew; twice it is unpacked
         seen = settings["tune_steps"] * max(settings["tune_tokens"], calibration["seq_len"])
         flops += forward_flops(model, tokens, calibration["seq_len"]) + 4 * forward_flops(model, seen, calibration["seq_len"])
-        flops += settings["tune_steps"] * 2 * UNPACK_FLOPS * model.routed_weights
+        flops += settings["tune_steps"] * 2 * UNPACK_FLOPS_BY_TORCH * model.routed_weights
         steps += settings["tune_steps"] * TUNE_STEPS * num_experts
     if method != "rtn" and settings["distill_steps"]:
         seen = settings["distill_steps"] * max(settings["tune_tokens"], calibration["seq_len"])
         flops += 4 * forward_flops(model, seen, calibration["seq_len"])
-        flops += settings["distill_steps"] * 2 * UNPACK_FLOPS * model.routed_weights
+        flops += settings["distill_steps"] * 2 * UNPACK_FLOPS_BY_TORCH * model.routed_weights
         steps += settings["distill_steps"] * TUNE_STEPS * num_experts
         if settings["distill_sequences"] is not None:  # and that text through the 16-bit model
             flops += forward_flops(model, seen, calibration["seq_len"])
@@ -248,9 +304,7 @@ def quantization_work(model: Outline, calibration: dict, settings: dict) -> tupl
 
 def measurement_work(model: Outline, config: dict, is_packed: bool) -> tuple[float, float]:
     """FLOPs of evaluation and of latency. A packed model's experts are unpacked in every forward that uses them."""
-    evaluation, latency, corpus = config["evaluation"], config["latency"], config["corpus"]
-    found = [*corpus.get("domains", ["text"]), *corpus.get("test_domains", [])]
-    blocks = len(evaluation["domains"] or found) * (evaluation["num_blocks"] or UNKNOWN_BLOCKS)
+    evaluation, latency, blocks = config["evaluation"], config["latency"], num_blocks(config)
     unpack = UNPACK_FLOPS * model.routed_weights if is_packed else 0
     evaluated = forward_flops(model, blocks * evaluation["seq_len"], evaluation["seq_len"])
     evaluated += -(-blocks // evaluation["batch_size"]) * unpack
@@ -288,17 +342,24 @@ def pruning_work(model: Outline, config: dict) -> float:
     return once * (1 if config["pruning"].get("threshold") is not None else 2)
 
 
-def decomposition_work(model: Outline, config: dict) -> float:
-    """FLOPs of the test text's perplexity three times: the packed model as it is, with other selections, the 16-bit one."""
+def decomposition_work(model: Outline, config: dict) -> tuple[float, float]:
+    """`(FLOPs, steps)`: the test text's perplexity three times: the packed model as it is, with other selections, the 16-bit
+    one."""
     evaluation, blocks = config["evaluation"], num_blocks(config)
-    once = forward_flops(model, blocks * evaluation["seq_len"], evaluation["seq_len"])
-    return 3 * once + 2 * -(-blocks // evaluation["batch_size"]) * unpacking(model, config)
+    once, batches = (
+        forward_flops(model, blocks * evaluation["seq_len"], evaluation["seq_len"]),
+        -(-blocks // evaluation["batch_size"]),
+    )
+    steps = 3 * batches * EXPERT_STEPS * len(model.shape.moe_layers) * model.shape.num_experts
+    return 3 * once + 2 * batches * unpacking(model, config), steps
 
 
 def num_blocks(config: dict) -> int:
-    """Blocks of test text, of all domains."""
+    """Blocks of test text, of all domains; of a folder of one's own that is not there yet, as if it were one."""
     evaluation, corpus = config["evaluation"], config["corpus"]
     found = [*corpus.get("domains", ["text"]), *corpus.get("test_domains", [])]
+    if corpus.get("kind") == "local" and corpus["path"] and Path(corpus["path"]).exists():
+        found = set(textfiles.domains_of(textfiles.find(corpus["path"]), Path(corpus["path"]), corpus["min_documents"]))
     return len(evaluation["domains"] or found) * (evaluation["num_blocks"] or UNKNOWN_BLOCKS)
 
 

@@ -53,11 +53,8 @@ def read(config: dict) -> list[tuple[str, str, str]]:
     root = Path(config["path"] or "")
     domains: dict[str, list[tuple[str, str]]] = defaultdict(list)
     files = find(config["path"])
-    is_one = len(files) >= config["min_documents"] and all(file.parent == root for file in files)
-    for file in files:
-        above = root.resolve().name if is_one else file.stem
-        domain = above if file.parent == root or file == root else file.parent.name
-        domain, name = _printable(domain), _printable(file.relative_to(root).as_posix() if file != root else file.name)
+    for file, domain in zip(files, domains_of(files, root, config["min_documents"]), strict=True):
+        name = _printable(file.relative_to(root).as_posix() if file != root else file.name)
         rows = _rows(file, config["field"]) if file.suffix.lower() == ".jsonl" else [(None, _decode(file))]
         domains[domain] += [(name if row is None else f"{name}:{row}", text) for row, text in rows if text.strip()]
     domains = {domain: documents for domain, documents in domains.items() if documents}
@@ -68,6 +65,14 @@ def read(config: dict) -> list[tuple[str, str, str]]:
         if len(documents) < config["min_documents"]:
             domains[domain] = [block for document in documents for block in _blocks(*document, **sizes)]
     return [(domain, name, text) for domain, documents in domains.items() for name, text in documents]
+
+
+def domains_of(files: list[Path], root: Path, min_documents: int) -> list[str]:
+    """Each file's domain, see `read`."""
+    is_one = len(files) >= min_documents and all(file.parent == root for file in files)
+    above = [root.resolve().name if is_one else file.stem for file in files]
+    is_above = [file == root or file.parent == root for file in files]
+    return [_printable(name if alone else file.parent.name) for file, name, alone in zip(files, above, is_above, strict=True)]
 
 
 def _printable(name: str) -> str:

@@ -1,4 +1,4 @@
-"""How much is computed at once, for the code that computes it and for the plan that foretells it: imports no torch.
+"""How much is computed and how much at once, for the code that computes and for the plan that foretells: imports no torch.
 
 Legend: H hidden size, I intermediate size, E experts.
 """
@@ -22,6 +22,14 @@ def curvature_bytes(width: int) -> int:
 def experts_at_once(H: int, I: int, E: int) -> int:
     """How many of a layer's E experts go together: as many as the workspace holds."""
     return max(1, min(E, WORKSPACE // curvature_bytes(max(H, I))))
+
+
+def num_candidates(num_experts: int, configured: int | None) -> int:
+    """K': the configured number, else all of up to 8 experts and a third (at least 8) of more, which is near the paper's
+    8 of 16, 20 of 64 and 20 of 60."""
+    if configured is not None:
+        return min(configured, num_experts)
+    return num_experts if num_experts <= 8 else max(8, num_experts // 3)
 
 
 def free_memory() -> int:

@@ -22,12 +22,12 @@ from torch import nn
 from moepress.inference.packed import PackedExperts, PackedLinear
 from moepress.models.experts import Experts
 from moepress.models.families import layer_prefix
-from moepress.models.limits import TOKENS_AT_ONCE, WORKSPACE
+from moepress.models.limits import TOKENS_AT_ONCE, WORKSPACE, num_candidates
 from moepress.models.streaming import DTYPES, ModelStream, Routing
 from moepress.models.streams import Streams
 from moepress.quantization.experts import ExpertInputs, Recipe, quantize_experts
 from moepress.quantization.gptq import Curvature
-from moepress.quantization.router import Fit, Tokens, candidates, num_candidates, shift
+from moepress.quantization.router import Fit, Tokens, candidates, shift
 from moepress.quantization.tuning import Tuned, tune
 
 STREAMS = ("x", "x_hat")

@@ -25,14 +25,6 @@ BETAS, EPSILON = (0.9, 0.999), 1e-12
 """Adam's own; the second is far below the gradients of logits."""
 
 
-def num_candidates(num_experts: int, configured: int | None) -> int:
-    """K': the configured number, else all of up to 8 experts and a third (at least 8) of more, which is near the paper's
-    8 of 16, 20 of 64 and 20 of 60."""
-    if configured is not None:
-        return min(configured, num_experts)
-    return num_experts if num_experts <= 8 else max(8, num_experts // 3)
-
-
 def candidates(scores_TE: torch.Tensor, count: int) -> torch.Tensor:
     """True for the `count` experts of each token with the highest scores: what the original's choice goes by."""
     mask_TE = torch.zeros(scores_TE.shape, dtype=torch.bool, device=scores_TE.device)
