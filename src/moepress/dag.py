@@ -361,7 +361,7 @@ def compared(experiments: list[Experiment]) -> list[Experiment]:
     return found
 
 
-REPORT_VERSION = 2
+REPORT_VERSION = 3
 
 
 def report_artefact(name: str, caption: str, experiments: list[Experiment]) -> Artefact:

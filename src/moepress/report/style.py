@@ -43,7 +43,8 @@ RC: dict = {
 
 # Okabe and Ito's palette, which the colour-blind can tell apart.
 METHOD_COLOURS = {"none": "#4d4d4d", "rtn": "#009e73", "gptq": "#0072b2", "qesc": "#d55e00"}
-OTHER_COLOURS = ("#cc79a7", "#e69f00", "#56b4e9", "#7a5195", "#8c6d31", "#1b7837", "#a50f15", "#525252")
+METHOD_COLOURS |= {"gptq_minmax": "#56b4e9", "gptq_mc": "#e69f00", "fast": "#7a5195", "best": "#cc79a7"}
+OTHER_COLOURS = ("#8c6d31", "#1b7837", "#a50f15", "#525252", "#88419d", "#3690c0", "#f16913", "#000000")
 ALLOCATION_STYLES = {
     "uniform": ("o", "-"),
     "pmq": ("D", (0, (4, 1.5))),
@@ -62,7 +63,7 @@ INK, MUTED = "#222222", "#767676"
 
 
 def series_styles(runs: list[Run]) -> dict[str, dict]:
-    """Series -> colour (its quantization method's), marker and line (its allocation's); pruned series have hollow
+    """Series -> colour (its quantization's, by name), marker and line (its allocation's); pruned series have hollow
     markers of their own. A series that would look like one before it takes a colour that is left."""
     styles, taken, colours = {}, set(), list(OTHER_COLOURS)
     allocations, methods = dict(ALLOCATION_STYLES), dict(METHOD_COLOURS)
@@ -70,7 +71,8 @@ def series_styles(runs: list[Run]) -> dict[str, dict]:
     for run in sorted(runs, key=lambda run: len(run.extras)):
         if run.series in styles or run.is_reference:
             continue
-        method, allocation = run.quantization["method"], run.allocation["method"] if run.is_quantized else "uniform"
+        method = run.quantization.get("name", run.quantization["method"])
+        allocation = run.allocation["method"] if run.is_quantized else "uniform"
         if method not in methods:
             methods[method] = colours.pop(0) if colours else MUTED
         if allocation not in allocations:
