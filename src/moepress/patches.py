@@ -17,10 +17,13 @@ async def _remove_what_is_not_whole(job: Job) -> None:
 
 
 def _wake_once(scheduler: JobScheduler, delay: float) -> None:
-    waiting = vars(scheduler).get("_waiting")
-    if waiting is None or not waiting.is_alive():
-        scheduler._waiting = threading.Timer(delay, scheduler._open_jobs.release)
-        scheduler._waiting.start()
+    def wake():
+        scheduler._is_to_wake = False  # before the scheduler looks, and asks to be woken again
+        scheduler._open_jobs.release()
+
+    if not vars(scheduler).get("_is_to_wake"):
+        scheduler._is_to_wake = True
+        threading.Timer(delay, wake).start()
 
 
 def apply() -> None:
