@@ -49,7 +49,6 @@ def statistics(model: Path, tokens: torch.Tensor, recipe: Recipe, folder: Path) 
         streams.advance()
 
 
-@torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="coarse")
@@ -68,7 +67,7 @@ def main() -> None:
         for turn in range(arguments.rounds + 1):
             for work in (forward, quantization, statistics):
                 began = time.process_time()
-                with torch.inference_mode(work is not quantization):
+                with torch.inference_mode(work is not quantization):  # which tunes where it is asked to
                     work(model, tokens, recipe, Path(temporary) / f"{work.__name__}-{turn}")
                 seconds[work.__name__].append(time.process_time() - began)
     found = {name: np.array(rounds[1:]) for name, rounds in seconds.items()}

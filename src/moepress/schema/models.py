@@ -108,7 +108,9 @@ class TinyTraining:
 
 
 @dataclass
-class TinyHeldOut:
+class HeldOut:
+    """Text that a model which is made here is measured on at once."""
+
     seq_len: int
     num_sequences: int
 
@@ -125,7 +127,7 @@ class TinyModel:
     architecture: TinyArchitecture
     tokenizer: TinyTokenizer
     training: TinyTraining
-    held_out: TinyHeldOut
+    held_out: HeldOut
 
     def __post_init__(self):
         check_seed("model.seed", self.seed)
@@ -141,16 +143,6 @@ class CarvedCalibration:
         check(self.num_sequences >= 1, "model.calibration.num_sequences", self.num_sequences, "at least 1")
         check(self.seq_len >= 8, "model.calibration.seq_len", self.seq_len, "at least 8 tokens")
         check(self.domains is None or self.domains, "model.calibration.domains", self.domains, "null for all, or a list")
-
-
-@dataclass
-class CarvedHeldOut:
-    seq_len: int
-    num_sequences: int
-
-    def __post_init__(self):
-        check(self.num_sequences >= 1, "model.held_out.num_sequences", self.num_sequences, "at least 1")
-        check(self.seq_len >= 8, "model.held_out.seq_len", self.seq_len, "at least 8 tokens")
 
 
 @dataclass
@@ -197,7 +189,7 @@ class CarvedModel:
     down_ridge: float
     router_scale: float
     calibration: CarvedCalibration
-    held_out: CarvedHeldOut
+    held_out: HeldOut
     recover: Recover
 
     def __post_init__(self):
