@@ -372,7 +372,7 @@ def report_artefact(name: str, caption: str, experiments: list[Experiment]) -> A
         stages = dict(member.artefacts)
         stages["model"] = artefact("model", member.config)
         stages["corpus"] = artefact("corpus", member.config)
-        if member.config["quantization"]["method"] not in ("none", "rtn"):
+        if "allocation" in stages and reads_statistics(member.config["allocation"]):
             stages["statistics"] = artefact("statistics", member.config)
         if member.config["pruning"]["method"] != "none":
             stages["pruning"] = artefact("pruning", member.config)

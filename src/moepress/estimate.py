@@ -65,10 +65,7 @@ READ_BYTES_PER_SECOND = 5e8
 
 
 def has_statistics(config: dict) -> bool:
-    """Whether the run has them: for the allocation, or for the report's figures."""
-    return config["quantization"]["method"] != "none" and (
-        reads_statistics(config["allocation"]) or config["quantization"]["method"] != "rtn"
-    )
+    return config["quantization"]["method"] != "none" and reads_statistics(config["allocation"])
 
 
 def has_gradients(config: dict) -> bool:
