@@ -19,7 +19,7 @@ from moepress.evaluation.usage import of_selections
 from moepress.inference import manifest
 from moepress.inference.checkpoint import fits, load, pick_device
 from moepress.latency.traffic import weight_bytes
-from moepress.models.families import locate
+from moepress.models.folders import locate
 from moepress.models.streaming import ModelStream
 from moepress.pruning.policy import attach, experts_of
 
