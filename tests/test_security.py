@@ -163,7 +163,7 @@ def test_yaml_makes_no_objects(tmp_path, monkeypatch):
         artefacts.read_config(tmp_path / "results" / "report" / "x-0123456789ab")
     (tmp_path / "conf" / "study").mkdir(parents=True)
     (tmp_path / "conf" / "study" / "evil.yaml").write_text(text)
-    monkeypatch.setattr(dag, "ROOT", tmp_path)
+    monkeypatch.setattr(studies, "ROOT", tmp_path)
     with pytest.raises(Exception, match="could not determine a constructor"):
         studies.load_study("evil")
     assert not (tmp_path / "pwned").exists()
