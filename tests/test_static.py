@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from conftest import small_experiment
-from moepress import artefacts, dag, plan, studies
+from moepress import artefacts, config, dag, plan, studies
 from moepress.artefacts import read_json
 from moepress.evaluation.usage import watched
 from moepress.inference.checkpoint import load, load_model
@@ -144,6 +144,6 @@ def test_only_what_is_fitted_depends_on_the_checkpoint():
     keys = {}
     for method in ("pesf", "odp"):
         for quantization in ("gptq", "qesc"):
-            found = dag.artefact("pruning", dag.resolve([f"pruning={method}", f"quantization={quantization}"]))
+            found = dag.artefact("pruning", config.resolve([f"pruning={method}", f"quantization={quantization}"]))
             keys[method, quantization] = found.key
     assert keys["pesf", "gptq"] == keys["pesf", "qesc"] and keys["odp", "gptq"] != keys["odp", "qesc"]
