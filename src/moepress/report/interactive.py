@@ -27,6 +27,7 @@ from bokeh.models import (
 from bokeh.palettes import Oranges256
 from bokeh.plotting import figure
 from bokeh.resources import Resources
+from matplotlib.colors import to_hex, to_rgb
 
 from moepress.report import paired
 from moepress.report.compare import decimal
@@ -44,9 +45,11 @@ MARKERS |= {"P": "square_cross", "X": "square_x", "*": "star", "p": "circle_cros
 """Matplotlib's, as moepress.report.style gives them out -> Bokeh's."""
 LARGEST, SMALLEST = 15, 9
 """Of markers, in pixels: earlier series have larger ones, so that those which lie on each other are seen."""
+LEGEND_COLUMNS = 2
+"""As many as a phone has room for."""
 SELECT = """
 :host { color: var(--soft); }
-.bk-input { color: var(--ink); background-color: var(--card); border-color: var(--line); }
+.bk-input { color: var(--ink); background: var(--card); border-color: var(--line); appearance: auto; }
 """
 TOOLS = "pan,wheel_zoom,box_zoom,reset,save"
 
@@ -153,6 +156,12 @@ def dashes(style) -> str | list[int]:
     return {"-": "solid", ":": "dotted"}[style] if isinstance(style, str) else [max(1, round(2 * part)) for part in style[1]]
 
 
+def on_both(colour: str) -> str:
+    """Black and the dark greys lighter, so that they are seen on a dark page too."""
+    rgb = np.array(to_rgb(colour))
+    return to_hex(0.6 * rgb + 0.4) if rgb.max() < 0.35 else colour
+
+
 def quality(runs: list[Run]):
     """Every method's score against its size, with the 16-bit model's as a line; the score is chosen, methods are hidden by a
     click on their name."""
@@ -164,17 +173,18 @@ def quality(runs: list[Run]):
     tips = [("", "@title"), ("size", "@mebibytes{0.00} MiB, @bits{0.00} bits a weight"), ("against 16 bits", "@change")]
     tips += [(title, f"@{name}{{0.00}}") for title, name in shown.items()]
     tips += [("experts for each token", "@experts{0.00}"), ("seeds", "@seeds")]
-    plot = _figure("checkpoint size (MiB)", next(iter(shown)), height=460)
+    plot = _figure("checkpoint size (MiB)", next(iter(shown)), height=380 + 22 * -(-data["series"].nunique() // LEGEND_COLUMNS))
     glyphs = []
     if len(base := levels(runs)):
-        source = ColumnDataSource(base.assign(left=data["mebibytes"].min(), name="16 bit"))
+        middle = (data["mebibytes"].min() + data["mebibytes"].max()) / 2
+        source = ColumnDataSource(base.assign(middle=middle, name="16 bit"))
         level = plot.hspan(first, source=source, color=INK, line_dash=[6, 4], line_width=1.4)
-        words = plot.text("left", first, "name", source=source, color=INK, y_offset=-3, text_font_size="12px")
+        words = plot.text("middle", first, "name", source=source, color=INK, y_offset=-3, text_font_size="12px")
         glyphs += [level.glyph, words.glyph]
     sizes = np.linspace(LARGEST, SMALLEST, data["series"].nunique())
     for (series, rows), size in zip(data.groupby("series", sort=False), sizes, strict=True):
         source, style = ColumnDataSource(rows.sort_values("mebibytes")), styles[series]
-        look = {"source": source, "color": style["color"], "legend_label": series}
+        look = {"source": source, "color": on_both(style["color"]), "legend_label": series}
         dash, hollow = dashes(style["linestyle"]), style["markerfacecolor"] == "white"
         line = plot.line("mebibytes", first, **look, line_width=1.8, line_dash=dash)
         look |= {"marker": MARKERS[style["marker"]], "size": size, "line_width": 1.5, "fill_alpha": 0 if hollow else 0.35}
@@ -183,7 +193,7 @@ def quality(runs: list[Run]):
         glyphs += [line.glyph, dots.glyph]
     plot.legend.click_policy = "hide"
     plot.add_layout(plot.legend[0], "below")
-    plot.legend[0].update(orientation="horizontal", ncols=2, location="left", label_text_color=INK)
+    plot.legend[0].update(orientation="horizontal", ncols=LEGEND_COLUMNS, location="left", label_text_color=INK)
     plot.legend[0].update(background_fill_alpha=0, border_line_alpha=0)
     choice = Select(
         title="score", value=next(iter(shown)), options=list(shown), name="score", stylesheets=[InlineStyleSheet(css=SELECT)]
@@ -221,7 +231,7 @@ def _cells(title: str, kind: str, run: Run, values_LE: np.ndarray) -> pd.DataFra
     frame = pd.DataFrame({"map": title, "layer": layers, "expert": expert.ravel(), "value": values_LE.ravel()})
     if values_LE.size > MOST_NUMBERS:
         return frame.assign(kind=kind)
-    is_dark = frame["value"] > (2 if kind == "bits" else (values_LE.min() + values_LE.max()) / 2)
+    is_dark = frame["value"] > (2 if kind == "bits" else values_LE.min() + 0.6 * np.ptp(values_LE))
     return frame.assign(kind=kind, words=frame["value"].map("{:.0f}".format), ink=np.where(is_dark, "white", DARK))
 
 

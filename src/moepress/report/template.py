@@ -106,7 +106,7 @@ summary { cursor: pointer; font-weight: 600; margin-top: 1rem; }
 <tr class="size"><th colspan="{{ headings | length }}" scope="rowgroup">{{ group.title }}</th></tr>
 {% for row in group.rows %}
 <tr class="{{ row.mark }}">
-{% for cell, small in headings | map("extract", row.cells) %}
+{% for heading in headings %}{% set cell, small = row.cells[heading] %}
 <td>{{ cell }}{% if loop.first and row.mark %} <span class="mark">{{ marks[row.mark] }}</span>{% endif %}
 {% if small %}<small>{{ small }}</small>{% endif %}</td>
 {% endfor %}
