@@ -49,7 +49,7 @@ lint: install
 # The notebooks on the newest report of results/, with their pictures, in results/notebooks/.
 notebooks: install
 	mkdir -p results/notebooks
-	jupyter-execute notebooks/*.ipynb --output='../results/notebooks/{notebook_name}'
+	for notebook in notebooks/*.ipynb; do jupyter-execute $$notebook --output='../results/notebooks/{notebook_name}' || failed=1; done; exit $${failed:-0}
 	@echo "executed: results/notebooks/*.ipynb"
 
 # The picture of the stages in README.md, of two experiments that together have them all; needs graphviz.
