@@ -60,9 +60,9 @@ class Plan:
 
     def task(self, stage: str):
         """Snakemake input: the task file of a stage's job. Ancient, as all inputs here: a change is another key."""
-        from snakemake.io import ancient
+        from snakemake.io import ancient, local
 
-        return ancient(f"{self.results}/tasks/{stage}/{{id}}.yaml")
+        return local(ancient(f"{self.results}/tasks/{stage}/{{id}}.yaml"))
 
     def threads(self, stage: str, cores: int):
         """Snakemake's threads of a job: one where the model is small, so that several run side by side; all the cores where

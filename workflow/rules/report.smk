@@ -33,3 +33,17 @@ rule tracking:
         settings=PLAN.tracking,
     shell:
         "python -m moepress.tracking {input.report:q} {output:q} {params.settings:q} 2>&1 | tee {log:q}"
+
+
+# All of it on this machine, whichever made it: what moepress asks for where results are in a bucket (docs/scale.md).
+rule here:
+    input:
+        PLAN.targets,
+        [f"{RESULTS}/{folder}" for folder in PLAN.artefacts],
+    log:
+        local(f"{RESULTS}/logs/here.log"),
+    conda:
+        "../../environment.yml"
+    localrule: True
+    shell:
+        ": 2> {log:q}"
