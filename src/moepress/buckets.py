@@ -4,8 +4,8 @@
 
 Snakemake fetches what a job reads and the bucket has, and stores what a job made. Its local copies are the folders of results
 themselves, so all else (locks, hashes, partial folders, the commands that read results) is as without a bucket. A bucket has
-neither renames nor locks: a folder is whole there when every file that its provenance.json names is there with its size; and two
-machines that come to the same artefact at the same moment both make it.
+neither renames nor locks: a folder is whole there when every file that its provenance.json names is there with its size;
+and two machines that come to the same artefact at the same moment both make it.
 """
 
 import json
@@ -16,7 +16,7 @@ from moepress import integrity, locks
 
 
 def apply(workflow, results: str) -> None:
-    """Nothing where Snakemake was given no default storage. Raises ValueError for one that is not S3, or no name in a bucket."""
+    """Nothing where Snakemake was given no default storage. ValueError for one that is not S3, or for no name in a bucket."""
     from snakemake.dag import DAG  # which cannot be imported first
 
     settings = workflow.storage_settings
@@ -62,6 +62,7 @@ def _keep_whole(cls) -> None:
         return all(sizes.get(name) == entry["bytes"] for name, entry in told.items())
 
     def exists_whole(self) -> bool:
+        self._is_dir = None  # since it was asked last, a pod may have stored the folder
         return self.is_whole() if self.is_dir() else exists(self)
 
     def store_whole(self) -> None:

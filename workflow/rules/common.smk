@@ -9,7 +9,7 @@ PLAN = from_snakemake(config)
 RESULTS = PLAN.results
 buckets.apply(workflow, RESULTS)
 ALL_CORES = all_cores(workflow)
-RUN = "python -m moepress.stages {input.task:q} {output:q} 2>&1 | tee {log:q}"
+RUN = "python -m moepress.stages {params.task:q} {output:q} 2>&1 | tee {log:q}"
 
 shell.prefix(PLAN.shell_prefix)
 

@@ -2,7 +2,6 @@
 rule report:
     input:
         PLAN.upstream("report"),
-        task=PLAN.task("report"),
     output:
         report(
             directory(f"{RESULTS}/report/{{id}}"),
@@ -16,6 +15,8 @@ rule report:
         "../../environment.yml"
     resources:
         mem_mb=PLAN.memory("report"),
+    params:
+        task=PLAN.task("report"),
     shell:
         RUN
 
@@ -42,8 +43,8 @@ rule here:
         [f"{RESULTS}/{folder}" for folder in PLAN.artefacts],
     log:
         local(f"{RESULTS}/logs/here.log"),
+    localrule: True
     conda:
         "../../environment.yml"
-    localrule: True
     shell:
         ": 2> {log:q}"
