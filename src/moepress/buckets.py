@@ -74,17 +74,19 @@ def _keep_whole(cls) -> None:
         target = self.local_path()
         if not self.is_dir():
             retrieve(self)
-            return
-        with locks.hold(locks.of(target), f"makes or fetches {target}; waiting for it"):
-            if integrity.is_whole(target):
-                return
-            beside = target.with_name(f".{target.name}.fetched")
-            shutil.rmtree(beside, ignore_errors=True)  # of a process that was killed
-            self.set_local_path(beside)
-            try:
-                retrieve(self)
-            finally:
-                self.set_local_path(None)
-            beside.rename(target)
+        elif not integrity.is_whole(target):  # looked at without the lock, which whoever reads it shares
+            with locks.hold(locks.of(target), f"makes or fetches {target}; waiting for it"):
+                if not integrity.is_whole(target):
+                    fetch(self, target)
+
+    def fetch(self, target: Path) -> None:
+        beside = target.with_name(f".{target.name}.fetched")
+        shutil.rmtree(beside, ignore_errors=True)  # of a process that was killed
+        self.set_local_path(beside)
+        try:
+            retrieve(self)
+        finally:
+            self.set_local_path(None)
+        beside.rename(target)
 
     cls.is_whole, cls.exists, cls.store_object, cls.retrieve_object = is_whole, exists_whole, store_whole, retrieve_whole
