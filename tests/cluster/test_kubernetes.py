@@ -28,8 +28,8 @@ def test_an_experiment_in_pods(tmp_path, model_folder, text_folder):
         shutil.copy(ROOT / name, checkout)
     (checkout / "profiles").symlink_to("workflow/profiles")
     image = {"PYTHONPATH": str(checkout / "src"), "OMP_NUM_THREADS": "1"}
-    asked = [*small_experiment(model_folder, text_folder), "latency.repeats=0", "device=cpu", "quantization=gptq"]
-    asked += ["allocation=uniform", "allocation.bits=3", "hydra.launcher.profile=kubernetes", "hydra.launcher.cores=1"]
+    asked = [*small_experiment(model_folder, text_folder), "latency.repeats=0", "device=cpu", "quantization=none"]
+    asked += ["hydra.launcher.profile=kubernetes", "hydra.launcher.cores=1"]
     asked += ["hydra.launcher.storage=s3://moepress/team"]
     asked += ["hydra.launcher.arguments=[--container-image,moepress,--seconds-between-status-checks,2]"]
     with s3.Server() as server, pods.Pods(tmp_path / "pods", image) as cluster:
@@ -42,10 +42,10 @@ def test_an_experiment_in_pods(tmp_path, model_folder, text_folder):
     report = Path(done.stdout.splitlines()[-1])
     assert (checkout / report / "runs.csv").is_file()
     whole = [path.parent for path in checkout.glob("results/*/*/provenance.json")]
-    assert len(bodies) == len(whole) == 8, "every artefact was one job, in a pod"
+    assert len(bodies) == len(whole) == 4, "every artefact was one job, in a pod"
     command = [sys.executable, "-m", "moepress", "verify"]
     told = subprocess.run(command, cwd=checkout, env={**os.environ, **image}, capture_output=True, text=True, check=False)
-    assert told.returncode == 0 and "8 artefacts, every file as it was left" in told.stdout
+    assert told.returncode == 0 and "4 artefacts, every file as it was left" in told.stdout
     containers = [body["spec"]["template"]["spec"]["containers"][0] for body in bodies]
     assert {each["image"] for each in containers} == {"moepress"}
     assert {each["resources"]["limits"]["memory"] for each in containers} == {"2000M"}, "as plan.LEAST_MEMORY_MB has it"
