@@ -17,8 +17,6 @@ from moepress import integrity, locks
 
 def apply(workflow, results: str) -> None:
     """Nothing where Snakemake was given no default storage. ValueError for one that is not S3, or for no name in a bucket."""
-    from snakemake.dag import DAG  # which cannot be imported first
-
     settings = workflow.storage_settings
     provider = workflow.storage_registry.default_storage_provider if settings.default_storage_provider else None
     if provider is None:
@@ -27,6 +25,8 @@ def apply(workflow, results: str) -> None:
         raise ValueError(f"--default-storage-provider {settings.default_storage_provider}: only s3 keeps folders whole here")
     if ".." in Path(results).parts:
         raise ValueError(f"paths.results={results}: in a bucket it has the same name, which cannot go up; leave out the '..'")
+    from snakemake.dag import DAG  # by the time that Snakemake has read a Snakefile: it cannot be imported first
+
     place = provider.object(f"{(settings.default_storage_prefix or '').rstrip('/')}/{results}")
     _link(place.local_path(), Path(results))
     _keep_whole(type(place))
