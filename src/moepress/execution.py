@@ -20,12 +20,14 @@ from moepress.plan import Plan
 
 @dataclass(frozen=True)
 class Settings:
-    """How Snakemake runs: conf/hydra/launcher/snakemake.yaml. arguments: further ones of its command line."""
+    """How Snakemake runs: conf/hydra/launcher/snakemake.yaml. storage: a place in a bucket, `s3://BUCKET/PREFIX`. arguments:
+    further ones of its command line."""
 
     executor: str | None = None
     cores: int | None = None
     jobs: int | None = None
     profile: str | None = None
+    storage: str | None = None
     arguments: tuple[str, ...] = ()
 
     @property
@@ -39,7 +41,8 @@ class Settings:
         profile = str(ours) if self.profile and ours.is_dir() else self.profile
         given = {"cores": cores, "executor": self.executor, "jobs": self.jobs, "workflow-profile": profile}
         named = [part for name, value in given.items() if value is not None for part in (f"--{name}", str(value))]
-        return [*named, "--keep-going", *map(str, self.arguments)]
+        bucket = ["--default-storage-provider", "s3", "--default-storage-prefix", self.storage] if self.storage else []
+        return [*named, *bucket, "--keep-going", *map(str, self.arguments)]
 
 
 def settings_of(launcher) -> Settings:
@@ -59,10 +62,11 @@ def run(plan: Plan, experiments: list[list[str]], settings: Settings | None = No
     experiments: the overrides of each one, from which Snakemake makes the same plan. Raises KeyboardInterrupt where that
     stopped it.
     """
-    if not is_done(plan):
+    settings = settings or Settings()
+    if not is_done(plan) or settings.storage:  # which may lack what is here
         with locks.working_folder() as lock:
-            if not is_done(plan):  # by the run that this one waited for
-                return _run(plan, experiments, settings or Settings(), lock)
+            if not is_done(plan) or settings.storage:  # by the run that this one waited for
+                return _run(plan, experiments, settings, lock)
     print("everything is computed already", file=sys.stderr)
     return 0
 
@@ -74,6 +78,7 @@ def _run(plan: Plan, experiments: list[list[str]], settings: Settings, lock: int
     write_if_changed(asked, json.dumps({"experiments": lines}, indent=1, ensure_ascii=False) + "\n")
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--configfile", str(asked)]
     command += [*settings.options(plan.cores), "--quiet", "host", "rules", "reason"]
+    command += ["--", "here"] if settings.storage else []
     is_stopped = False
     with locks.snakemake(command, lock) as snakemake:
         while True:
