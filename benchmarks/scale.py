@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from large import write_index
-from moepress import config, estimate, forecast
+from moepress import config, estimate, forecast, work
 from moepress.models import outline
 from moepress.quantization.budget import Prediction, readable, unpacked_bytes
 
@@ -45,10 +45,10 @@ def lines(name: str, model: outline.Outline, overrides: list[str], speed: float)
     )
     del seconds["evaluation and latency"]
     for label, is_packed in (("evaluation at 16 bits", False), ("evaluation", True)):
-        seconds[label], timed = (work / speed for work in estimate.measurement_work(model, values, is_packed))
+        seconds[label], timed = (flops / speed for flops in work.measurement_work(model, values, is_packed))
         seconds["latency"] = seconds.get("latency", 0) + timed
     found += [f"  {stage:22} {n / 3600:9.1f} core-hours  {readable(memory.get(stage, 0))}" for stage, n in seconds.items()]
-    forward = estimate.forward_flops(model, values["calibration"]["num_sequences"] * 2048, 2048) / speed / 3600
+    forward = work.forward_flops(model, values["calibration"]["num_sequences"] * 2048, 2048) / speed / 3600
     found += [f"  one forward of the calibration text {forward:.1f} core-hours"]
     return found + [f"  disk: {what} {readable(n)}" for what, n in disk.items()]
 

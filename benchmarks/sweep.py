@@ -34,7 +34,7 @@ def timed(command: list[str], place: Path) -> float:
 
 
 def compose(small: list[str]) -> None:
-    from moepress import dag, plan
+    from moepress import dag, plan, studies
 
     ranges = (("gptq", "qesc"), ("pmq", "uniform"), (2, 3), range(13))
     lines = [
@@ -43,8 +43,8 @@ def compose(small: list[str]) -> None:
     ][:100]
     for name, own in (("the default model", []), ("a model folder", small)) if small else (("the default model", []),):
         start, cpu = time.perf_counter(), time.process_time()
-        members = [dag.experiment([*own, *shlex.split(line)]) for line in lines]
-        found = dag.everything([dag.report_artefact(*plan.joined(members))])
+        members = [studies.experiment([*own, *shlex.split(line)]) for line in lines]
+        found = dag.everything([studies.report_artefact(*plan.joined(members))])
         seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
         print(f"{len(lines)} variants of {name}: {len(found)} artefacts in {seconds:.2f} s, {cpu:.2f} of the CPU", flush=True)
 

@@ -81,7 +81,7 @@ def write_texts(folder, documents=60, words=300, seed=0):
 
 def bytes_outside_experts(shape, tensors, quantization):
     """Bytes of everything that is no expert's matrix, counted tensor by tensor: attention, shared experts and dense layers
-    packed, the rest as it is. tensors: as `families.tensors` has them. quantization: as in conf/quantization/.
+    packed, the rest as it is. tensors: as `folders.tensors` has them. quantization: as in conf/quantization/.
     """
     from moepress.models.families import FAMILIES, kind_of
     from moepress.quantization.size import matrix_bytes

@@ -30,7 +30,7 @@ PATIENCE = 300
 def plans(place: Path) -> dict:
     """Folder -> artefact of everything that is killed: every stage, on a model of a few kilobytes."""
     from conftest import small_experiment, write_model, write_texts
-    from moepress import dag, plan
+    from moepress import dag, plan, studies
 
     small = small_experiment(write_model(place / "model"), write_texts(place / "texts"))
     small += ["device=cpu", "calibration.num_sequences=4", "evaluation.num_blocks=2", f"paths.results={place / 'whole'}"]
@@ -39,11 +39,11 @@ def plans(place: Path) -> dict:
         ["experiment=best", "allocation=uniform", "allocation.bits=2", *QUICK_BEST],
         ["quantization=rtn", "allocation=global", "allocation.bits=3", "pruning=odp"],
     ]
-    found = plan.for_experiments([dag.experiment([*small, *member]) for member in members]).artefacts
+    found = plan.for_experiments([studies.experiment([*small, *member]) for member in members]).artefacts
     tiny = [o for o in small if not o.startswith("model")]
-    trained = dag.artefact("model", dag.experiment([*tiny, *TINY]).config)
+    trained = dag.artefact("model", studies.experiment([*tiny, *TINY]).config)
     plan.write_tasks(
-        [trained], dict.fromkeys(dag.everything([trained]), dag.experiment([*tiny, *TINY]).config), place / "whole"
+        [trained], dict.fromkeys(dag.everything([trained]), studies.experiment([*tiny, *TINY]).config), place / "whole"
     )
     return found | {trained.folder: trained}
 

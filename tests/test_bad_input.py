@@ -26,11 +26,11 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 from conftest import small_experiment, write_model
-from moepress import artefacts, config, dag, plan
+from moepress import artefacts, config, dag, plan, studies
 from moepress.api import override_value
 from moepress.config import ROOT
 from moepress.data import corpus
-from moepress.models import families
+from moepress.models import folders
 from moepress.models.streaming import ModelStream
 from moepress.stages import model as model_stage
 
@@ -94,8 +94,8 @@ def test_any_configuration_is_resolved_or_refused_by_name(tmp_path, monkeypatch)
     def one(lines):
         start = time.process_time(), time.perf_counter()
         try:
-            found = dag.experiment(lines)
-            report = dag.report_artefact("x", "y", [found])
+            found = studies.experiment(lines)
+            report = studies.report_artefact("x", "y", [found])
             text = yaml.safe_dump([item.config for item in dag.everything([report]).values()], allow_unicode=True)
             text.encode()
             counts["resolved"] += 1
@@ -438,7 +438,7 @@ def test_any_configuration_of_a_model_is_read_or_refused(model_folder, tmp_path)
         (folder / "config.json").write_text(json.dumps(plain | changes))
         start = time.process_time()
         try:
-            families.read_model(folder, "model.path")
+            folders.read_model(folder, "model.path")
             ModelStream(folder)
             counts["read"] += 1
         except ValueError:
@@ -464,6 +464,6 @@ def test_checkpoints_with_bytes_changed_anywhere_in_the_header(tmp_path):
             changed[place] = byte
         path.write_bytes(changed)
         with contextlib.suppress(ValueError):
-            families.read_model(folder, "model.path")
+            folders.read_model(folder, "model.path")
 
     one()

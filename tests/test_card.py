@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from moepress import dag
+from moepress import dag, studies
 from moepress.export import export
 from moepress.report import card
 from moepress.report import made as made_from
@@ -43,7 +43,7 @@ def test_the_cards_command_makes_the_same_checkpoint(made):
     command = shlex.split(json.loads((checkpoint / "card.json").read_text())["command"])
     assert command[0] == "moepress" and "quantization=qesc" in command and "seed=0" not in command
     paths = [word for word in overrides if word.startswith(("model.path", "corpus.path"))]
-    again = dag.experiment([*command[1:], *paths])
+    again = studies.experiment([*command[1:], *paths])
     assert again.artefacts["quantization"].key == checkpoint.name[-12:]
 
 
@@ -68,14 +68,14 @@ def test_what_upstream_does_not_tell_is_said(checkpoint):
     ],
 )
 def test_any_command_is_found_again(line):
-    wanted = dag.experiment(shlex.split(line)).artefacts["quantization"]
+    wanted = studies.experiment(shlex.split(line)).artefacts["quantization"]
     groups = {}
     told = [item for role, item in wanted.inputs.items() if role != "distillation"]  # as made.settings has it
     for item in [wanted, *dag.everything(told).values()]:
         for group, values in item.config.items():
             groups[group] = values | groups.get(group, {})
     command = shlex.split(made_from.command(groups, "tiny"))
-    assert dag.experiment(command[1:]).artefacts["quantization"].key == wanted.key, command
+    assert studies.experiment(command[1:]).artefacts["quantization"].key == wanted.key, command
 
 
 def test_the_base_model_and_its_licence(tmp_path):

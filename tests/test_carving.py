@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from conftest import WORDS, write_model
 from moepress import config, dag, load
 from moepress.config import ROOT
-from moepress.models import carved, carving, dense, distilling, families, outline
+from moepress.models import carved, carving, dense, distilling, folders, outline
 from moepress.stages import model as model_stage
 
 H, I, E, SHARED, TOP_K = 32, 48, 4, 16, 3
@@ -194,7 +194,7 @@ def test_other_dense_families(model_type, text, tmp_path):
 def test_it_loads_as_what_it_says(made, source):
     folder, report = made
     model, tokenizer = load(folder, "cpu")
-    shape = families.read_shape(folder, "model")
+    shape = folders.read_shape(folder, "model")
     assert (shape.num_experts, shape.top_k, shape.intermediate_size, shape.moe_layers) == (E, TOP_K, R, (1, 2))
     assert tokenizer("expert router").input_ids and model.config.eos_token_id == 0
     assert load_file(folder / "model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
@@ -205,7 +205,7 @@ def test_it_loads_as_what_it_says(made, source):
     carved_tensors, dense_tensors = (load_file(each / "model.safetensors") for each in (folder, source))
     assert all(torch.equal(carved_tensors[n], t) for n, t in dense_tensors.items() if n.startswith("model.layers.0."))
     predicted = outline.from_carving(recipe(path=str(source)))
-    assert {n: t.shape for n, t in predicted.tensors.items()} == {n: t.shape for n, t in families.tensors(folder).items()}
+    assert {n: t.shape for n, t in predicted.tensors.items()} == {n: t.shape for n, t in folders.tensors(folder).items()}
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from moepress import cli, dag, execution, lookup
+from moepress import cli, execution, lookup, studies
 from moepress.commands import clean, compare, results, show
 from moepress.report import paired, reading
 
@@ -127,7 +127,7 @@ def test_clean_keeps_what_a_study_needs(copied, said, monkeypatch):
     overrides = [o for o in overrides if not o.startswith(("quantization=", "allocation="))]  # they would rule the study's
     before = folders(place)
     study = {"name": "s", "caption": "", "base": [], "experiments": ["quantization=rtn allocation=uniform allocation.bits=3"]}
-    monkeypatch.setattr(dag, "load_study", lambda name: study)
+    monkeypatch.setattr(studies, "load_study", lambda name: study)
     dry = said(clean, *overrides, "--study", "s", "--dry-run")
     assert folders(place) == before and "would be removed" in dry
     with pytest.raises(ValueError, match=r"nobody to ask here; --yes removes them"):
@@ -147,7 +147,7 @@ def test_clean_keeps_what_a_study_needs(copied, said, monkeypatch):
 def test_clean_keeps_a_sweep_a_report_and_asks(copied, said, monkeypatch):
     place, overrides = copied
     before = folders(place)
-    monkeypatch.setattr(dag, "load_study", lambda name: {"name": "s", "caption": "", "base": [], "experiments": []})
+    monkeypatch.setattr(studies, "load_study", lambda name: {"name": "s", "caption": "", "base": [], "experiments": []})
     monkeypatch.setattr(clean, "folders", lambda *found, own=clean.folders: own(*found) if found[2] else set())
     sweep = "quantization=qesc allocation.bits=2,2.5"
     assert "quantization/old" in said(clean, *overrides, "--study", "s", "--keep", sweep, "--dry-run")
@@ -173,7 +173,7 @@ def test_clean_with_yes_wants_to_know_every_study(copied, monkeypatch):
     def broken(name):
         raise ValueError("no such group")
 
-    monkeypatch.setattr(dag, "load_study", broken)
+    monkeypatch.setattr(studies, "load_study", broken)
     with pytest.raises(ValueError, match="with --yes nothing is removed while it is not known"):
         clean.main([*overrides, "--yes"])
     assert folders(place) == before

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from moepress import config, dag
+from moepress import config, dag, studies
 from moepress.config import ROOT
 from moepress.schema.values import parse_bytes
 
@@ -113,13 +113,13 @@ def test_keys_follow_what_a_stage_reads():
 
 
 def test_nothing_is_timed_with_no_repeats():
-    assert "latency" in dag.experiment(["quantization=none"]).artefacts
-    assert "latency" not in dag.experiment(["quantization=none", "latency.repeats=0"]).artefacts
+    assert "latency" in studies.experiment(["quantization=none"]).artefacts
+    assert "latency" not in studies.experiment(["quantization=none", "latency.repeats=0"]).artefacts
 
 
 def test_only_the_rules_that_read_something_wait_for_it():
     def stages(*overrides):
-        found = dag.everything([dag.report_artefact("one", "", [dag.experiment(overrides)])])
+        found = dag.everything([studies.report_artefact("one", "", [studies.experiment(overrides)])])
         return {folder.split("/")[0] for folder in found}
 
     for method in ("uniform", "half", "random"):
@@ -161,40 +161,40 @@ def test_a_model_is_known_by_content_wherever_it_lies(model_folder, tmp_path):
 
 
 def test_the_default_study():
-    members = dag.study_experiments(dag.load_study("default"))
-    names = dag.run_names(members)
+    members = studies.study_experiments(studies.load_study("default"))
+    names = studies.run_names(members)
     assert len(set(names)) == len(names) == 17 and names[0] == "16bit"
     everything = dag.everything([a for m in members for a in m.artefacts.values()])
     assert sum(folder.startswith("statistics/") for folder in everything) == 1
     assert sum(folder.startswith("quantization/") for folder in everything) == 14
     with pytest.raises(ValueError, match=r"study=nothing: .*default"):
-        dag.load_study("nothing")
+        studies.load_study("nothing")
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "conf" / "study").glob("*.yaml")))
 def test_each_study_is_one_table_of_distinct_runs(name):
-    study = dag.load_study(name)
-    members = dag.study_experiments(study)
-    names = dag.run_names(members)
+    study = studies.load_study(name)
+    members = studies.study_experiments(study)
+    names = studies.run_names(members)
     assert study["name"] == name and study["caption"].endswith(".") and any(dag.is_reference(m.config) for m in members)
     assert len(set(names)) == len(names) and len({m.artefacts["evaluation"].key for m in members}) == len(members)
 
 
 def test_a_study_without_the_16_bit_model_gets_it():
     study = {"base": ["calibration.seq_len=64"], "experiments": ["quantization=gptq", "quantization=rtn seed=1"]}
-    members = dag.study_experiments(study)
+    members = studies.study_experiments(study)
     assert [dag.is_reference(m.config) for m in members] == [True, False, False]
-    assert dag.run_names(members) == ["16bit", "gptq-global-2.5", "rtn-global-2.5 seed=1"]
+    assert studies.run_names(members) == ["16bit", "gptq-global-2.5", "rtn-global-2.5 seed=1"]
 
 
 def test_a_study_under_several_seeds():
     """What draws nothing is there once; a caller's seed wins."""
     lines = ["quantization=none", "quantization=rtn allocation=uniform", "quantization=gptq allocation=uniform"]
     study = {"base": ["allocation.bits=2"], "seeds": [0, 1, 2], "experiments": lines}
-    members = dag.study_experiments(study)
-    assert dag.run_names(members) == ["16bit", "rtn-2", *(f"gptq-2 seed={seed}" for seed in (0, 1, 2))]
+    members = studies.study_experiments(study)
+    assert studies.run_names(members) == ["16bit", "rtn-2", *(f"gptq-2 seed={seed}" for seed in (0, 1, 2))]
     assert len({member.artefacts["quantization"].key for member in members[1:]}) == 4
-    assert len(dag.study_experiments(study, ["seed=5"])) == 3
+    assert len(studies.study_experiments(study, ["seed=5"])) == 3
 
 
 def test_no_stage_but_those_that_need_it_imports_torch():

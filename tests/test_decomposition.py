@@ -10,13 +10,13 @@ from tqdm import tqdm
 
 from conftest import small_experiment
 from moepress import artefacts, plan
-from moepress.dag import experiment
 from moepress.evaluation import perplexity as ppl
 from moepress.evaluation.decomposition import Forced, forced, topk_overlap
 from moepress.inference.checkpoint import load_model
 from moepress.models.families import FAMILIES
 from moepress.models.streaming import ModelStream
 from moepress.pruning.policy import experts_of, routers_of
+from moepress.studies import experiment
 from zoo import write_zoo_model
 
 BLOCKS = np.random.default_rng(0).integers(1, 250, (5, 16))

@@ -14,7 +14,7 @@ from moepress.data import sampling
 from moepress.evaluation import perplexity as ppl
 from moepress.evaluation.usage import Usage, count, of_selections
 from moepress.inference.checkpoint import fits, load, load_model
-from moepress.models import families, limits
+from moepress.models import folders, limits
 from moepress.models.streaming import ModelStream
 from moepress.pruning.policy import attach, experts_of
 from zoo import write_zoo_model
@@ -106,7 +106,7 @@ def test_a_layer_at_a_time_gives_the_same_numbers(family, tmp_path):
 
 
 def test_what_fits_in_memory(model_folder, monkeypatch):
-    weights = sum(entry.numel for entry in families.tensors(model_folder).values())
+    weights = sum(entry.numel for entry in folders.tensors(model_folder).values())
     for free, expected in ((4 * 1.1 * weights + 1, True), (4 * 1.1 * weights - 1, False)):
         monkeypatch.setattr(limits, "free_memory", lambda free=free: free)
         assert fits(model_folder, "cpu") == expected

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from conftest import bytes_outside_experts
 from moepress import allocation
 from moepress.inference.checkpoint import load_model
-from moepress.models import families
+from moepress.models import families, folders
 from moepress.models.streaming import ModelStream
 from moepress.models.streams import Streams
 from moepress.pruning.policy import attach, experts_of
@@ -132,7 +132,7 @@ def test_the_chain(zoo, family, tmp_path):
     original(TOKENS)
     assert torch.allclose(seen[1], last["x"], atol=1e-3, rtol=1e-3)
 
-    tensors = families.tensors(zoo(family))
+    tensors = folders.tensors(zoo(family))
     predicted = bytes_outside_experts(shape, tensors, QUANTIZATION)
     predicted += sum(size.expert_bytes(shape, width, 32) for layer in bits for width in layer)
     stored = [tensor for path in out.glob("*.safetensors") for tensor in load_file(path).values()]
@@ -167,7 +167,7 @@ def test_an_unknown_family_is_refused_by_name(zoo, tmp_path):
     config = json.loads((zoo("mixtral") / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "jetmoe"}))
     with pytest.raises(ValueError, match=r"model\.path: model type 'jetmoe' is not .*deepseek_v3.*mixtral"):
-        families.read_shape(tmp_path, "model.path")
+        folders.read_shape(tmp_path, "model.path")
 
 
 def write_float8(source, out):
@@ -204,24 +204,24 @@ def test_published_in_fewer_bits(zoo, tmp_path, family, write):
     """Read as the 16-bit model it stands for: the same walk, the same logits, the same packed bytes as from the dense twin."""
     config = json.loads((zoo(family) / "config.json").read_text())
     stored, dense, quantization = write(zoo(family), tmp_path)
-    folders = {}
+    places = {}
     for kind, tensors in (("low", stored), ("dense", dense)):
-        folders[kind] = tmp_path / kind
-        folders[kind].mkdir()
-        save_file(tensors, folders[kind] / "model.safetensors", {"format": "pt"})
+        places[kind] = tmp_path / kind
+        places[kind].mkdir()
+        save_file(tensors, places[kind] / "model.safetensors", {"format": "pt"})
         extra = {"quantization_config": quantization} if kind == "low" else {}
-        (folders[kind] / "config.json").write_text(json.dumps(config | extra))
-    logits = {kind: load_model(folder)(TOKENS).logits for kind, folder in folders.items()}
+        (places[kind] / "config.json").write_text(json.dumps(config | extra))
+    logits = {kind: load_model(folder)(TOKENS).logits for kind, folder in places.items()}
     assert torch.equal(logits["low"], logits["dense"])
-    shape = families.read_shape(folders["low"], "model.path")
+    shape = folders.read_shape(places["low"], "model.path")
     bits = [[2] * shape.num_experts for _ in shape.moe_layers]
-    packed = {k: list(quantize_model(ModelStream(f), TOKENS, bits, Recipe(**QUANTIZATION))) for k, f in folders.items()}
+    packed = {k: list(quantize_model(ModelStream(f), TOKENS, bits, Recipe(**QUANTIZATION))) for k, f in places.items()}
     for low, full in zip(packed["low"], packed["dense"], strict=True):
         assert low.tensors.keys() == full.tensors.keys()
         assert all(torch.equal(low.tensors[name], full.tensors[name]) for name in full.tensors)
-    low, full = (writer.outside_layers(ModelStream(folder)) for folder in folders.values())
+    low, full = (writer.outside_layers(ModelStream(folder)) for folder in places.values())
     assert low.keys() == full.keys() and all(torch.equal(low[name], full[name]) for name in full)
-    sizes = [families.num_weights(folder) for folder in folders.values()]
+    sizes = [folders.num_weights(folder) for folder in places.values()]
     assert sizes[0] == sizes[1]
 
 

@@ -7,10 +7,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from lm_eval.models.huggingface import HFLM
 
 from moepress import artefacts, config, dag, plan
 from moepress.artefacts import read_json
-from moepress.evaluation import benchmarks, quick, suites, usage
+from moepress.evaluation import benchmarks, harness, quick, suites, usage
+from moepress.evaluation.bridge import Bridge, StreamedBridge
 from moepress.inference.checkpoint import load
 from moepress.models.streaming import ModelStream
 from moepress.pruning.policy import attach
@@ -18,20 +20,13 @@ from moepress.pruning.policy import attach
 PESF = {"method": "pesf", "alpha": 1.0, "renormalize": True}
 
 
-@pytest.fixture(scope="module")
-def harness():
-    from moepress.evaluation import harness
-
-    return harness
-
-
 @pytest.fixture
-def bridge(harness, model_folder):
+def bridge(model_folder):
     def make(policy=None, max_tokens=None):
         model, tokenizer = load(model_folder, "cpu")
         if policy:
             attach(model, policy)
-        return harness.Bridge(model, tokenizer, max_tokens)
+        return Bridge(model, tokenizer, max_tokens)
 
     return make
 
@@ -56,16 +51,16 @@ def test_an_answer_does_not_depend_on_its_batch_mates(bridge):
     assert not np.allclose([a for a, _ in together], [a for a, _ in unpruned], atol=1e-2), "the policy is active"
 
 
-def test_lm_eval_alone_lets_padding_count(bridge, harness):
+def test_lm_eval_alone_lets_padding_count(bridge):
     """Why the bridge has its own batches: lm-eval gives no mask. Should this fail, it does now, and ours may go."""
     lm, asked = bridge(PESF), requests(12)
     ours = [a for a, _ in lm._loglikelihood_tokens(asked, disable_tqdm=True)]
     lm.batch_size_per_gpu = len(asked)
-    theirs = [a for a, _ in harness.HFLM._loglikelihood_tokens(lm, asked, disable_tqdm=True)]
+    theirs = [a for a, _ in HFLM._loglikelihood_tokens(lm, asked, disable_tqdm=True)]
     assert not np.allclose(ours, theirs, atol=1e-3)
 
 
-def test_the_same_answers_as_lm_evals_own_class(bridge, harness):
+def test_the_same_answers_as_lm_evals_own_class(bridge):
     lm = bridge()
     asked = requests(20)
     asked += [(None, context, [*continuation[:-1], 7]) for _, context, continuation in asked[:5]]  # shared inputs
@@ -73,7 +68,7 @@ def test_the_same_answers_as_lm_evals_own_class(bridge, harness):
     greedy = lm.model(torch.tensor([asked[0][1]])).logits[0, -1].argmax().item()
     asked += [(None, asked[0][1], [greedy])]
     with torch.no_grad():
-        theirs = harness.HFLM._loglikelihood_tokens(lm, asked, disable_tqdm=True)
+        theirs = HFLM._loglikelihood_tokens(lm, asked, disable_tqdm=True)
     ours = lm._loglikelihood_tokens(asked, disable_tqdm=True)
     assert np.allclose([a for a, _ in ours], [a for a, _ in theirs], atol=1e-4)
     assert [b for _, b in ours] == [b for _, b in theirs] and ours[-1][1]
@@ -169,7 +164,7 @@ def test_quick_items_of_little_text(tmp_path):
     assert {item["domain"] for item in other["word_swap"]} == {"b"}
 
 
-def test_the_experts_that_a_task_uses(bridge, harness):
+def test_the_experts_that_a_task_uses(bridge):
     """Of each of its inputs once, without padding, against a row at a time; other tasks' requests do not count."""
     lm = bridge(PESF, max_tokens=4096)
     asked = [(f"context {n} " * (n + 1), f" answer {m}") for n in range(4) for m in range(2)]
@@ -190,16 +185,16 @@ def test_the_experts_that_a_task_uses(bridge, harness):
 # --- the whole --------------------------------------------------------------------------------------------------------
 
 
-def test_the_same_scores_as_lm_eval_itself(harness, model_folder, tmp_path):
+def test_the_same_scores_as_lm_eval_itself(model_folder, tmp_path):
     import lm_eval
 
     texts = {topic: [prose(f"{topic}{n}x", 60) for n in range(4)] for topic in ("a", "b")}
     items, _ = quick.build(corpus_folder(tmp_path, texts), list(suites.QUICK), None)
     model, tokenizer = load(model_folder, "cpu")
-    scored = harness.evaluate(harness.Bridge(model, tokenizer), dict.fromkeys(items), limit=5, items=items)
+    scored = harness.evaluate(Bridge(model, tokenizer), dict.fromkeys(items), limit=5, items=items)
     manager = lm_eval.tasks.TaskManager(include_path=suites.DEFINITIONS, include_defaults=False)
     quick.use(manager, items)
-    lm = harness.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=3)
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=3)
     found = lm_eval.simple_evaluate(lm, tasks=list(items), limit=5, task_manager=manager, bootstrap_iters=0)
     for name in items:
         for metric in ("acc,none",) + (("acc_mutual_info,none",) if name != "word_swap" else ()):
@@ -213,7 +208,7 @@ def test_the_same_scores_as_lm_eval_itself(harness, model_folder, tmp_path):
     assert score["value"] == pytest.approx(own.mean()) and score["stderr"] == pytest.approx(own.sem())
     assert (score["metric"], score["chance"], score["num_items"], score["limited"]) == ("acc_mutual_info,none", 0.25, 5, True)
     json.dumps(scored.results, allow_nan=False)
-    lm = harness.Bridge(model, tokenizer)
+    lm = Bridge(model, tokenizer)
     one = harness.evaluate(lm, {"word_swap": None}, limit=1, items=items).results["moepress"]["scores"]["word_swap"]
     assert one["stderr"] is None and one["items_sha256"] != score["items_sha256"]
 
@@ -246,7 +241,7 @@ def test_the_stage(tmp_path, model_folder, text_folder):
 
 def test_a_model_that_does_not_fit_answers_the_same(tmp_path, model_folder, monkeypatch):
     """A layer at a time, in passes: the scores of the loaded model; what it would have to write is refused."""
-    from moepress.evaluation import harness
+    from moepress.evaluation import bridge
     from moepress.stages import evaluation
 
     (tmp_path / "corpus").mkdir()
@@ -256,7 +251,7 @@ def test_a_model_that_does_not_fit_answers_the_same(tmp_path, model_folder, monk
     found = []
     for is_whole in (True, False):
         monkeypatch.setattr(evaluation, "fits", lambda *_, is_whole=is_whole: is_whole)
-        monkeypatch.setattr(harness, "STREAMED_TOKENS", 1000)
+        monkeypatch.setattr(bridge, "STREAMED_TOKENS", 1000)
         out = tmp_path / f"out-{is_whole}"
         out.mkdir()
         inputs = {"corpus": corpus, "checkpoint": model_folder}
@@ -271,7 +266,7 @@ def test_a_model_that_does_not_fit_answers_the_same(tmp_path, model_folder, monk
     for name, score in scores.items():
         assert score["usage"] == streamed_scores[name]["usage"]
     stream = ModelStream(model_folder)
-    lm = harness.StreamedBridge(stream, load(model_folder, "cpu")[1], tmp_path / "streams")
+    lm = StreamedBridge(stream, load(model_folder, "cpu")[1], tmp_path / "streams")
     with pytest.raises(ValueError, match=r"evaluation\.tasks: gsm8k lets the model write.*larger machine"):
         lm.generate_until([SimpleNamespace(task_name="gsm8k")])
 
@@ -284,7 +279,7 @@ def test_tasks_are_in_the_key():
     assert key("evaluation.limit=10") != key()
 
 
-def test_a_limit_is_of_what_was_asked_for(harness):
+def test_a_limit_is_of_what_was_asked_for():
     """MMLU's subjects share it; a task has what it has."""
     tasks = {name: SimpleNamespace(eval_docs=range(size)) for name, size in (("piqa", 9), ("a", 50), ("b", 50), ("c", 1))}
     found = harness.first_items(tasks, [["piqa"], ["a", "b", "c"]], limit=20)

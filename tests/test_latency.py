@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from moepress import cli, dag
+from moepress import cli, dag, studies
 from moepress.commands import latency as asking
 from moepress.config import resolve, values
 from moepress.latency import building, device, measuring, shapes, traffic
@@ -327,6 +327,6 @@ def test_layers_that_do_not_fit_are_refused(monkeypatch):
 
 def test_a_shape_is_no_experiment():
     with pytest.raises(ValueError, match=r"moepress latency latency\.model=mixtral-8x7b"):
-        dag.experiment(["latency.model=mixtral-8x7b"])
+        studies.experiment(["latency.model=mixtral-8x7b"])
     plain = dag.artefact("latency", resolve([])).key
     assert dag.artefact("latency", resolve(["latency.skew=2"])).key == plain, "read by shapes only"

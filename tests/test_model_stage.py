@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from conftest import write_model
 from moepress.models import hub
-from moepress.models.families import locate
+from moepress.models.folders import locate
 from moepress.stages import model
 
 

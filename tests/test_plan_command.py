@@ -11,9 +11,9 @@ import yaml
 
 import large
 from conftest import small_experiment
-from moepress import config, estimate, forecast
+from moepress import config, estimate, forecast, work
 from moepress import plan as planning
-from moepress.models import families, limits, outline
+from moepress.models import families, folders, limits, outline
 from moepress.models.files import Entry
 from moepress.quantization.budget import Prediction
 from moepress.quantization.size import mixed
@@ -43,7 +43,7 @@ def deepseek_v3(tmp_path_factory):
 def exact_v3():
     """The same model as its headers would tell it."""
     entries = {name: Entry(None, name, "BF16", shape) for name, shape in large.shapes().items()}
-    tensors = families.standard_tensors(entries, large.CONFIG)
+    tensors = folders.standard_tensors(entries, large.CONFIG)
     return outline.Outline(large.CONFIG, families.shape_of(large.CONFIG, "model", tensors), tensors)
 
 
@@ -331,15 +331,15 @@ def test_what_was_foretold_was_measured(shape):
 
 def test_test_text_is_counted_by_domain(text_folder, tmp_path):
     own = ["corpus=local", f"corpus.path={text_folder}", "evaluation.num_blocks=4"]
-    assert estimate.num_blocks(config.values(own)) == 8, "a folder a domain"
-    assert estimate.num_blocks(config.values([*own, "evaluation.domains=[odd]"])) == 4
-    assert estimate.num_blocks(config.values([*own, f"corpus.path={tmp_path / 'nothing'}"])) == 4, "nobody knows yet"
-    assert estimate.num_blocks(config.values(["evaluation.num_blocks=4", "evaluation.domains=null"])) > 8
+    assert work.num_blocks(config.values(own)) == 8, "a folder a domain"
+    assert work.num_blocks(config.values([*own, "evaluation.domains=[odd]"])) == 4
+    assert work.num_blocks(config.values([*own, f"corpus.path={tmp_path / 'nothing'}"])) == 4, "nobody knows yet"
+    assert work.num_blocks(config.values(["evaluation.num_blocks=4", "evaluation.domains=null"])) > 8
 
 
 def test_task_tokens_follow_tasks_limit_and_examples():
     def tokens(*overrides):
-        return estimate.task_tokens(config.values(list(overrides))["evaluation"])
+        return work.task_tokens(config.values(list(overrides))["evaluation"])
 
     assert tokens("evaluation.tasks=none") == 0
     assert tokens("evaluation.tasks=[piqa]") == 1838 * 67 and tokens("evaluation.tasks=[piqa]", "evaluation.limit=100") == 6700

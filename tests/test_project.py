@@ -76,9 +76,9 @@ LAYERS = [
     {"data"},
     {"models"},
     {"quantization", "inference", "pruning", "allocation", "gradients", "statistics", "evaluation", "latency"},
-    {"config", "dag"},
+    {"config", "dag", "work"},
     {"artefacts", "integrity", "lookup", "locks", "report", "tracking"}
-    | {"plan", "execution", "patches", "export", "estimate", "forecast"},
+    | {"plan", "studies", "execution", "patches", "export", "estimate", "forecast"},
     {"stages", "commands", "sweeps", "api", "cli", "__main__", "__init__"},
 ]
 """As docs/architecture.md draws them: a module imports from its own row and those above it."""

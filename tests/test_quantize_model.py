@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from conftest import bytes_outside_experts, write_model
 from moepress import config
 from moepress.inference.checkpoint import load
-from moepress.models import families
+from moepress.models import folders
 from moepress.models.streaming import ModelStream
 from moepress.models.streams import Streams
 from moepress.quantization import size, writer
@@ -57,7 +57,7 @@ def test_every_quantized_weight_occupies_its_bits(model_folder, tmp_path):
     bits = [[1, 2, 3, 4], [2, 2, 3, 3]]
     compress(model_folder, tmp_path, RECIPES["rtn"], bits)
     shape = ModelStream(model_folder).shape
-    outside = bytes_outside_experts(shape, families.tensors(model_folder), {"attention_bits": 4, "group_size": 32})
+    outside = bytes_outside_experts(shape, folders.tensors(model_folder), {"attention_bits": 4, "group_size": 32})
     predicted = outside + sum(size.expert_bytes(shape, b, 32) for layer in bits for b in layer)
     tensors = {k: t for path in tmp_path.glob("*.safetensors") for k, t in load_file(path).items()}
     assert sum(t.numel() * t.element_size() for t in tensors.values()) == predicted

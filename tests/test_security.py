@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from conftest import small_experiment
-from moepress import artefacts, config, dag, secrets
+from moepress import artefacts, config, dag, secrets, studies
 from moepress.api import override_value
 from moepress.config import ROOT
 from moepress.data import corpus, packages
@@ -163,9 +163,9 @@ def test_yaml_makes_no_objects(tmp_path, monkeypatch):
         artefacts.read_config(tmp_path / "results" / "report" / "x-0123456789ab")
     (tmp_path / "conf" / "study").mkdir(parents=True)
     (tmp_path / "conf" / "study" / "evil.yaml").write_text(text)
-    monkeypatch.setattr(dag, "ROOT", tmp_path)
+    monkeypatch.setattr(studies, "ROOT", tmp_path)
     with pytest.raises(Exception, match="could not determine a constructor"):
-        dag.load_study("evil")
+        studies.load_study("evil")
     assert not (tmp_path / "pwned").exists()
 
 
@@ -228,7 +228,7 @@ def test_names_break_out_of_no_shell_and_secrets_into_no_file(model_folder, text
     lines = [*quoted, f"model.path={override_value(str(folder))}", f"corpus.path={override_value(str(texts))}", "device=cpu"]
     results = f"results {EVIL}"
     lines += [f"model.name={override_value(EVIL)}", f"paths.results={override_value(results)}"]
-    needed = dag.everything(list(dag.experiment(lines).artefacts.values()))
+    needed = dag.everything(list(studies.experiment(lines).artefacts.values()))
     asked = [folder for folder, item in needed.items() if item.stage in ("corpus", "model", "calibration")]
     assert len(asked) == 3
     (tmp_path / "asked.json").write_text(json.dumps({"experiments": [" ".join(map(shlex.quote, lines))]}))
@@ -335,19 +335,19 @@ def test_secrets_come_into_no_configuration(lines, message, monkeypatch):
 )
 def test_a_study_of_somebody_else(change, message):
     study = {"name": "theirs", "caption": "Theirs.", "base": [], "experiments": ["quantization=rtn"]}
-    dag.checked_study(study, "study=theirs")
+    studies.checked_study(study, "study=theirs")
     with pytest.raises(ValueError, match=message):
-        dag.checked_study(study | change, "study=theirs")
+        studies.checked_study(study | change, "study=theirs")
 
 
 def test_a_study_of_somebody_else_reads_no_secret(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     study = {"name": "theirs", "caption": "", "base": ["corpus=local", "corpus.path=${oc.env:HF_TOKEN}"]}
     with pytest.raises(ValueError, match="only MOEPRESS_CACHE and HOME are read"):
-        dag.study_experiments(study | {"experiments": ["quantization=rtn"]})
+        studies.study_experiments(study | {"experiments": ["quantization=rtn"]})
     for name in ("../../../etc/passwd", "/etc/passwd", "", "a\0b"):
         with pytest.raises(ValueError, match=r"no such file in conf/study/"):
-            dag.load_study(name)
+            studies.load_study(name)
 
 
 def test_the_mirror_at_wandb_holds_no_secret(made, tmp_path):

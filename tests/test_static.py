@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from conftest import small_experiment
-from moepress import artefacts, dag, plan
+from moepress import artefacts, config, dag, plan, studies
 from moepress.artefacts import read_json
 from moepress.evaluation.usage import watched
 from moepress.inference.checkpoint import load, load_model
@@ -123,7 +123,7 @@ def test_the_stages(tmp_path, model_folder, text_folder, pruning):
     planned = plan.for_overrides(overrides)
     for folder in planned.artefacts:
         artefacts.run_stage(artefacts.task_path(tmp_path, folder), tmp_path / folder)
-    member = dag.experiment(overrides)
+    member = studies.experiment(overrides)
     evaluation = member.artefacts["evaluation"]
     policy = read_json(tmp_path / evaluation.inputs["pruning"].folder / "policy.json")
     metrics = read_json(tmp_path / evaluation.folder / "metrics.json")
@@ -144,6 +144,6 @@ def test_only_what_is_fitted_depends_on_the_checkpoint():
     keys = {}
     for method in ("pesf", "odp"):
         for quantization in ("gptq", "qesc"):
-            found = dag.artefact("pruning", dag.resolve([f"pruning={method}", f"quantization={quantization}"]))
+            found = dag.artefact("pruning", config.resolve([f"pruning={method}", f"quantization={quantization}"]))
             keys[method, quantization] = found.key
     assert keys["pesf", "gptq"] == keys["pesf", "qesc"] and keys["odp", "gptq"] != keys["odp", "qesc"]

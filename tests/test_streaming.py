@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import write_model
-from moepress.models import families, files
+from moepress.models import files, folders
 from moepress.models.streaming import ModelStream
 from moepress.models.streams import Streams
 
@@ -62,12 +62,12 @@ def test_damage_is_named(tmp_path):
 
 def test_fingerprint_sees_weights_and_config(tmp_path):
     folder = write_model(tmp_path / "model", layers=1)
-    first = families.fingerprint(folder)
-    assert families.fingerprint(folder) == first
+    first = folders.fingerprint(folder)
+    assert folders.fingerprint(folder) == first
     tensors = load_file(folder / "model.safetensors")
     tensors["lm_head.weight"] += 1
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    assert families.fingerprint(folder) != first
+    assert folders.fingerprint(folder) != first
 
 
 def test_streams_go_on_from_the_last_whole_layer(tmp_path):

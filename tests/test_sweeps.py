@@ -13,7 +13,7 @@ from hydra.core.utils import JobStatus
 
 import hydra_plugins
 from conftest import small_experiment
-from moepress import artefacts, cli, config, dag, execution, plan, sweeps
+from moepress import artefacts, cli, config, dag, execution, plan, studies, sweeps
 
 SHARED = {"model", "corpus", "calibration", "statistics"}
 
@@ -106,10 +106,9 @@ def test_a_changed_file_of_a_corpus_is_seen(small, text_folder, tmp_path):
 def test_18_members_have_one_calibration_and_one_statistics(small):
     grid = itertools.product(("gptq", "qesc"), (2, 2.5, 3), (0.3, 0.5, 0.7))
     own = ["pruning=pesf"]
-    members = [
-        dag.experiment([*small, *own, f"quantization={q}", f"allocation.bits={b}", f"pruning.alpha={a}"]) for q, b, a in grid
-    ]
-    found = dag.everything([dag.report_artefact(*plan.joined(members))]).values()
+    varied = [[f"quantization={q}", f"allocation.bits={b}", f"pruning.alpha={a}"] for q, b, a in grid]
+    members = [studies.experiment([*small, *own, *line]) for line in varied]
+    found = dag.everything([studies.report_artefact(*plan.joined(members))]).values()
     counts = {stage: sum(item.stage == stage for item in found) for stage in dag.STAGES}
     assert all(counts[stage] == 1 for stage in SHARED)
     assert counts["quantization"] == 6 and counts["evaluation"] == 19, "and one of the 16-bit model"
@@ -135,8 +134,8 @@ def test_three_doors_have_the_same_keys(small, place, monkeypatch):
 
 
 def test_an_experiment_that_is_asked_for_twice_is_one_row(small):
-    rtn = [dag.experiment([*small, "quantization=rtn", "allocation=uniform", f"seed={seed}"]) for seed in (0, 1)]
-    assert [member.config["quantization"]["method"] for member in dag.compared(rtn)] == ["none", "rtn"]
+    rtn = [studies.experiment([*small, "quantization=rtn", "allocation=uniform", f"seed={seed}"]) for seed in (0, 1)]
+    assert [member.config["quantization"]["method"] for member in studies.compared(rtn)] == ["none", "rtn"]
 
 
 def test_a_sweep_its_failures_and_one_that_overlaps(small, place, ran, monkeypatch, capsys):
@@ -206,10 +205,10 @@ def test_a_sweeper_that_asks_again(small, place, ran, monkeypatch, capsys):
     assert values[3] == rows["rtn-4"]["delta_nll"]
     assert ran.count("quantization") == 3 and ran.count("model") == 1
 
-    member = dag.experiment(
+    member = studies.experiment(
         [*small, "quantization=rtn", "allocation=uniform", "allocation.bits=2", "objective=[ppl_mean,nothing]"]
     )
-    done = plan.for_experiments([dag.experiment(Asking.answers[n].overrides) for n in (0, 1, 3)])
+    done = plan.for_experiments([studies.experiment(Asking.answers[n].overrides) for n in (0, 1, 3)])
     with pytest.raises(ValueError, match=r"objective=nothing: runs\.csv has no such column; there is .*ppl_mean"):
         sweeps.objective(done, member)
     member.config["objective"] = ["ppl_mean", "bits_nominal"]

@@ -130,7 +130,8 @@ def test_a_run_for_every_artefact_and_every_row(mirrored):
 
 
 def test_config_and_summary_are_complete(mirrored, made):
-    from moepress.dag import NOT_IN_KEY, experiment
+    from moepress.dag import NOT_IN_KEY
+    from moepress.studies import experiment
 
     left_out = {group: keys for group, keys in NOT_IN_KEY.items() if group != "quantization"}  # whose name is told
 

@@ -29,7 +29,7 @@ from omegaconf.resolvers.oc import env as plain_environment
 from moepress import pruning
 from moepress.data import settings
 from moepress.evaluation import suites
-from moepress.models import dense, families, outline
+from moepress.models import dense, families, folders, outline
 from moepress.quantization.budget import Prediction, plan_budget
 from moepress.schema import SCHEMA
 from moepress.schema.allocation import reads_statistics
@@ -239,7 +239,7 @@ def with_files(config: dict) -> dict:
 @lru_cache(maxsize=16)
 def _model(path: str, _: tuple) -> tuple[outline.Outline, str]:
     """What a model's headers tell, and its fingerprint. The second argument only tells the cache that files have changed."""
-    return outline.read(Path(path), "model.path"), families.fingerprint(Path(path))
+    return outline.read(Path(path), "model.path"), folders.fingerprint(Path(path))
 
 
 @lru_cache(maxsize=16)

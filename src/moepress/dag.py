@@ -7,15 +7,11 @@ content depends on. The same experiment asked for through any door has the same 
 import hashlib
 import json
 import re
-import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
 from moepress import pruning
-from moepress.config import ROOT, resolve
 from moepress.schema.allocation import reads_gradients, reads_statistics
 
 
@@ -267,128 +263,6 @@ def shape_artefact(config: dict, shape: dict) -> Artefact:
     label = f"{config['latency']['model']}-{config['allocation']['bits']:g}-{pruning.label(config['pruning']).lower()}"
     sliced |= {"pruning": config["pruning"], "shape": shape}
     return make_artefact("latency", STAGES["latency"].version, label, sliced, {})
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """config: resolved. artefacts: stage -> Artefact of the stages with a row to fill."""
-
-    overrides: tuple[str, ...]
-    config: dict
-    artefacts: dict[str, Artefact]
-
-    @property
-    def beside_label(self) -> list[str]:
-        """The overrides that the label does not tell."""
-        told = ("quantization", "allocation", "allocation.bits", "allocation.budget")
-        of_all = ("paths.", "tracking", "device", "cores", "out", "objective", "model", "corpus", "experiment", "pruning")
-        return [o for o in self.overrides if o.split("=")[0] not in told and not o.startswith(of_all)]
-
-
-def experiment(overrides: list[str] | tuple[str, ...]) -> Experiment:
-    """One experiment from its overrides."""
-    config = resolve(overrides)
-    if name := config["latency"]["model"]:
-        raise ValueError(f"latency.model={name}: no experiment, but a shape to time: moepress latency latency.model={name} ...")
-    stages = ["evaluation", "latency"] if config["latency"]["repeats"] else ["evaluation"]
-    if config["quantization"]["method"] != "none":
-        stages += ["quantization", "allocation"]
-    if is_decomposed(config):
-        stages += ["decomposition"]
-    return Experiment(tuple(overrides), config, {stage: artefact(stage, config) for stage in stages})
-
-
-def run_names(experiments: list[Experiment]) -> list[str]:
-    """A name for each row: its label, and the overrides beyond it that not all of the compressed ones share."""
-    compressed = [set(e.beside_label) for e in experiments if not is_reference(e.config)]
-    shared = set.intersection(*compressed) if compressed else set()
-    return [" ".join([run_label(e.config), *(o for o in e.beside_label if o not in shared)]) for e in experiments]
-
-
-def load_study(name: str) -> dict:
-    """`{name, caption, seeds, base, experiments}` of conf/study/NAME.yaml."""
-    files = {found.stem: found for found in (ROOT / "conf" / "study").glob("*.yaml")}
-    if name not in files:
-        raise ValueError(f"study={name}: no such file in conf/study/; there is {', '.join(sorted(files))}")
-    return checked_study(OmegaConf.to_container(OmegaConf.load(files[name])), f"study={name}")
-
-
-NOT_A_STUDYS = re.compile(r"[+~]*(paths|out|hydra|tracking|evaluation\.run_generated_code)\b")
-"""What a study, which somebody else may have written, leaves to whoever runs it."""
-
-
-def checked_study(study, key: str) -> dict:
-    """A study as it is; ValueError for what is none, or what sets keys that are the caller's own."""
-    texts = isinstance(study, dict) and all(isinstance(study.get(name), str) for name in ("name", "caption"))
-    lists = texts and all(isinstance(study.get(name), list) for name in ("base", "experiments"))
-    if not lists or not all(isinstance(line, str) for line in (*study["base"], *study["experiments"])):
-        raise ValueError(f"{key}: a study has name and caption (texts), base and experiments (lists of overrides)")
-    if not study["experiments"] or not all(type(seed) is int for seed in study.get("seeds", [])):
-        raise ValueError(f"{key}: give at least one experiment, and seeds, if any, as a list of whole numbers")
-    for line in [*study["base"], *shlex.split(" ".join(study["experiments"]))]:
-        if NOT_A_STUDYS.match(line):
-            raise ValueError(f"{key}: sets {line!r}, which is for whoever runs the study: give it on the command line")
-    return study
-
-
-def study_experiments(study: dict, overrides: list[str] | tuple[str, ...] = ()) -> list[Experiment]:
-    """Every experiment of a study: its own overrides over the study's base, the caller's over both; under each of the study's
-    seeds, but once where its artefacts are the same under all.
-    The 16-bit models are added as `compared` has it."""
-    found: list[Experiment] = []
-    for line in study["experiments"]:
-        own = [*study["base"], *shlex.split(line)]
-        drawn = [experiment([*own, f"seed={seed}", *overrides]) for seed in study.get("seeds", [])]
-        different = {member.artefacts["evaluation"].key: member for member in drawn}
-        found += different.values() if len(different) > 1 else [experiment([*own, *overrides])]
-    return compared(found)
-
-
-def compared(experiments: list[Experiment]) -> list[Experiment]:
-    """The experiments of one table: each once, however often it was asked for, and first of all the 16-bit models that they
-    are measured against, where they are not among them."""
-    once: dict[tuple, Experiment] = {}
-    for member in experiments:
-        once.setdefault(tuple(item.key for item in member.artefacts.values()), member)
-    found = list(once.values())
-    known = {member.artefacts["evaluation"].key for member in found}
-    for member in list(found):
-        key = artefact("evaluation", reference(member.config)).key
-        if key not in known:
-            own = [o for o in member.overrides if not o.startswith(("quantization", "allocation", "pruning"))]
-            found.insert(0, experiment([*own, "quantization=none", "pruning=none"]))
-            known.add(key)
-    return found
-
-
-REPORT_VERSION = 3
-
-
-def report_artefact(name: str, caption: str, experiments: list[Experiment]) -> Artefact:
-    """The report over many experiments: one folder with the table, the figures and the page."""
-    inputs: dict[str, Artefact] = {}
-    runs = []
-    for member, run_name in zip(experiments, run_names(experiments), strict=True):
-        stages = dict(member.artefacts)
-        stages["model"] = artefact("model", member.config)
-        stages["corpus"] = artefact("corpus", member.config)
-        if "allocation" in stages and reads_statistics(member.config["allocation"]):
-            stages["statistics"] = artefact("statistics", member.config)
-        if member.config["pruning"]["method"] != "none":
-            stages["pruning"] = artefact("pruning", member.config)
-        for stage, found in stages.items():
-            inputs[f"{stage}-{found.key}"] = found
-        describe = {group: member.config[group] for group in ("quantization", "allocation", "pruning")}
-        runs.append(
-            {
-                "run": run_name,
-                "seed": member.config["seed"],
-                "is_reference": is_reference(member.config),
-                **describe,
-                "artefacts": {stage: found.folder for stage, found in sorted(stages.items())},
-            }
-        )
-    return make_artefact("report", REPORT_VERSION, name, {"name": name, "caption": caption, "runs": runs}, inputs)
 
 
 def everything(artefacts: list[Artefact]) -> dict[str, Artefact]:

@@ -1,26 +1,25 @@
 """What a run will need of a machine: memory, disk and time, from an outline and a configuration. Imports no torch.
 
-Memory and disk follow the code that they are named after. Time is a count of floating-point operations, divided by what this
+Memory and disk follow the code that they are named after. Time is the arithmetic that work.py counts, divided by what this
 machine is measured to do; where the results folder holds finished quantizations, their own times correct it.
 
 Legend: T calibration tokens, H hidden size, I intermediate size, E experts, K selected experts, V vocabulary.
 """
 
-import math
 import shutil
 import statistics
 import subprocess
 import time
 from pathlib import Path
 
+from moepress import work
 from moepress.artefacts import read_config, read_json
 from moepress.dag import distill_sequences, is_decomposed
-from moepress.data import textfiles
-from moepress.evaluation import benchmarks, suites
 from moepress.integrity import PROVENANCE
 from moepress.models import outline as outlines
-from moepress.models.families import FAMILIES, group_of, kind_of, locate
-from moepress.models.limits import TOKENS_AT_ONCE, WORKSPACE, curvature_bytes, experts_at_once, num_candidates
+from moepress.models.families import FAMILIES, kind_of
+from moepress.models.folders import locate
+from moepress.models.limits import TOKENS_AT_ONCE, curvature_bytes, experts_at_once
 from moepress.models.outline import Outline
 from moepress.quantization.budget import unpacked_bytes
 from moepress.schema.allocation import reads_gradients, reads_statistics
@@ -28,37 +27,8 @@ from moepress.schema.allocation import reads_gradients, reads_statistics
 LIBRARY_BYTES = 700 << 20
 """Of a stage that has torch and transformers in memory and no model yet."""
 STARTUP_SECONDS = 8.0
-TRIAL_FLOPS, TRIAL_FLOPS_BY_TORCH = 90, 250
-"""What one trial of the grid search costs for one weight, in a matrix product's operations: compiled, and where the search is
-one that torch does, some ten passes over memory. Measured on seven stacks of matrices, 86 to 116."""
-WEIGHT_FLOPS = 1500
-"""What one weight costs beside trials and products each time it is quantized: widened, turned, rounded, packed and unpacked."""
-UPDATE_FLOPS = 6.5
-"""What an operation costs of GPTQ's updates inside a block, each of rank one: memory's pace. Measured on 32 to 128 columns."""
-FACTOR_FLOPS = 1500
-"""What an entry of a curvature costs on its way to its factor beside `1.6 I^3`: Cholesky and substitution on matrices of some
-hundred columns reach a tenth of a product's speed, on thousands of columns most of it. Measured from 192 to 2048."""
-UNPACK_FLOPS, UNPACK_FLOPS_BY_TORCH = 80, 400
-"""What it costs to unpack one weight, likewise: compiled, and differentiable."""
-ELEMENT_FLOPS = 160
-"""What one activation costs on its way into and out of a product (gathered, normed, gated, summed up), likewise. A small model
-spends half of its time on it, one with a hidden size of 4096 a few percent."""
-REFINE_UPDATES = 22
-"""What one round of refinement costs, in GPTQ's own updates: eleven products of the error with the curvature, each of two."""
-REFINE_STEPS = 1.5
-"""And for each column of each matrix, in steps of GPTQ's loop."""
-TUNE_STEPS = 110
-"""What a step of tuning costs for each expert beside its arithmetic, likewise: forward, again, and backward. Measured on the
-small default model alone."""
-CHARACTERS_PER_TOKEN = 3.5
-TASK_LENGTH = 100
-"""Tokens of a task's request, about."""
-UNKNOWN_BLOCKS = 256
-"""Of each domain, where evaluation.num_blocks asks for all: before the text is read nobody knows."""
 STEP_SECONDS = 8e-5
 """Of one column of GPTQ's loop beside its arithmetic: some ten calls of torch, measured on one matrix of 512 x 512."""
-EXPERT_STEPS = 2.5
-"""What an expert's turn in a forward costs beside its arithmetic, likewise; seen where a batch has few tokens for each."""
 FOLDER_SECONDS = 0.4
 """Of transformers' and our own code around a whole model: built and loaded, or its packed folder finished, with a card."""
 READ_BYTES_PER_SECOND = 5e8
@@ -157,244 +127,36 @@ def seconds(model: Outline, config: dict, flops_per_second: float, correction: f
     found = {"model": model_seconds(model, config, flops_per_second)}
     method, settings = config["quantization"]["method"], config["quantization"]
     if has_gradients(config):  # forward, forward again, its experts once more, backward
-        work = 4 * forward_flops(model, gradient_tokens(config), config["calibration"]["seq_len"])
-        found["gradients"] = work / flops_per_second
+        flops = 4 * work.forward_flops(model, gradient_tokens(config), config["calibration"]["seq_len"])
+        found["gradients"] = flops / flops_per_second
     if has_statistics(config):
-        flops, steps = statistics_work(model, config)
+        flops, steps = work.statistics_work(model, config)
         found["statistics"] = correction * (flops / flops_per_second + STEP_SECONDS * steps)
     if method != "none":
-        flops, steps = quantization_work(model, config["calibration"], settings)
+        flops, steps = work.quantization_work(model, config["calibration"], settings)
         found["quantization"] = correction * (flops / flops_per_second + STEP_SECONDS * steps) + FOLDER_SECONDS
     if is_fitted(config):
-        found["pruning"] = pruning_work(model, config) / flops_per_second + FOLDER_SECONDS
+        found["pruning"] = work.pruning_work(model, config) / flops_per_second + FOLDER_SECONDS
     if is_decomposed(config):
-        flops, steps = decomposition_work(model, config)
+        flops, steps = work.decomposition_work(model, config)
         found["decomposition"] = flops / flops_per_second + STEP_SECONDS * steps + 2 * FOLDER_SECONDS
-    once = measurement_work(model, config, is_packed=False)
+    once = work.measurement_work(model, config, is_packed=False)
     found["evaluation and latency"] = sum(once) / flops_per_second
     if method != "none":
-        found["evaluation and latency"] += sum(measurement_work(model, config, is_packed=True)) / flops_per_second
+        found["evaluation and latency"] += sum(work.measurement_work(model, config, is_packed=True)) / flops_per_second
     jobs = {"evaluation and latency": 2 if method == "none" else 4}
     return {stage: value + STARTUP_SECONDS * jobs.get(stage, 1) for stage, value in found.items()}
-
-
-def forward_flops(model: Outline, tokens: int, length: int) -> float:
-    """Two for every weight that a token meets, attention's scores and values, and what activations cost besides."""
-    shape = model.shape
-    around = shape.num_layers * 4 * shape.hidden_size + len(shape.moe_layers) * expert_elements(model, shape.top_k)
-    products = 2 * tokens * model.active_weights + 4 * tokens * length * shape.hidden_size * shape.num_layers
-    return products + ELEMENT_FLOPS * tokens * around
-
-
-def expert_elements(model: Outline, slots: float) -> float:
-    """Activations of experts that run so often."""
-    return slots * 2 * (model.shape.intermediate_size + model.shape.hidden_size)
-
-
-def trials(settings: dict) -> int:
-    """Of the grid search; a search of both ends together is a third of one that takes each by itself too."""
-    return (3 if settings["clip_ends"] == "apart" else 1) * settings["clip_steps"] + 2 * settings["fit_rounds"]
-
-
-def search_flops(settings: dict) -> float:
-    """For one weight."""
-    is_compiled = settings["clip_norm"] == 2 and settings["one_bit"] == "grid"
-    return trials(settings) * (TRIAL_FLOPS if is_compiled else TRIAL_FLOPS_BY_TORCH)
-
-
-def factor_flops(columns: int) -> float:
-    """Of one curvature's factor."""
-    return 1.6 * columns**3 + FACTOR_FLOPS * columns**2
-
-
-def gptq_flops(rows: int, columns: int, settings: dict) -> float:
-    """Of one matrix, its factor known."""
-    block = math.gcd(settings["block_size"], group_of(columns, settings["group_size"]))
-    updates = (columns + UPDATE_FLOPS * block) + columns * REFINE_UPDATES * settings["refine_rounds"]
-    return rows * columns * (updates + search_flops(settings) + WEIGHT_FLOPS)
-
-
-def experts_work(model: Outline, tokens: int, settings: dict, method: str) -> tuple[float, float, float]:
-    """One layer's experts at one width: FLOPs for gate-up's curvatures and factors, FLOPs for the rest, steps."""
-    shape = model.shape
-    H, I, E, K = shape.hidden_size, shape.intermediate_size, shape.num_experts, shape.top_k
-    if method in ("minmax", "rtn"):
-        each = WEIGHT_FLOPS + (TRIAL_FLOPS_BY_TORCH if method == "minmax" else search_flops(settings))
-        return 0.0, each * E * model.expert_weights, 0.0
-    routed = tokens * K
-    gate_up = 2 * (tokens + routed) * H**2 + ELEMENT_FLOPS * routed * H + E * factor_flops(H)
-    seen = routed + E * min(tokens, I)
-    down = seen * (4 * I * H + 2 * I**2) + ELEMENT_FLOPS * expert_elements(model, seen) + E * factor_flops(I)
-    quantized = E * (gptq_flops(2 * I, H, settings) + gptq_flops(H, I, settings))
-    steps = -(-E // experts_at_once(H, I, E)) + REFINE_STEPS * settings["refine_rounds"] * E
-    return gate_up, down + quantized, steps * (H + I)
-
-
-def router_flops(model: Outline, tokens: int, settings: dict) -> float:
-    """One layer's router fit, all in float64, which costs twice: each expert's normal equations over the tokens that have it
-    among their candidates, or one for all experts; see quantization/router.py."""
-    loss, H, E = settings.get("router_loss", "none"), model.shape.hidden_size, model.shape.num_experts
-    if loss == "none":
-        return 0.0
-    found = 0.0
-    if loss != "topk_mse_gd":
-        count = E if loss == "mse" else num_candidates(E, settings["router_candidates"])
-        equations, each = (1, 1) if count == E else (E, count)
-        passes = -(-equations // max(1, WORKSPACE // (3 * 8 * H**2)))
-        found += 2 * (2 * tokens * each * H**2 + equations * factor_flops(H) / 2)
-        found += ELEMENT_FLOPS * tokens * H * (passes + each)
-    if loss in ("topk_mse_gd", "kl"):
-        found += settings["router_steps"] * min(tokens, settings["router_batch"]) * (2 * 4 * E * H + ELEMENT_FLOPS * H)
-    return found * (2 if settings["router_when"] == "both" else 1)
-
-
-def statistics_work(model: Outline, config: dict) -> tuple[float, float]:
-    """`(FLOPs, steps)`: a forward; each expert run as it is, and at every width quantized and run, with one curvature of its
-    gate and up."""
-    calibration, widths = config["calibration"], len(config["statistics"]["widths"])
-    tokens = calibration["num_sequences"] * calibration["seq_len"]
-    gate_up, each, steps = experts_work(model, tokens, config["quantization"], config["statistics"]["quantizer"])
-    slots = tokens * model.shape.top_k
-    output = 2 * slots * model.expert_weights + ELEMENT_FLOPS * expert_elements(model, slots)
-    layers = len(model.shape.moe_layers)
-    flops = forward_flops(model, tokens, calibration["seq_len"]) + layers * (gate_up + output + widths * (each + output))
-    return flops, layers * widths * steps
-
-
-def quantization_work(model: Outline, calibration: dict, settings: dict) -> tuple[float, float]:
-    """`(FLOPs, steps)`: two streams of forwards, attention and shared experts run again for their curvature and the router;
-    every expert and linear quantized once."""
-    method, family = settings["method"], FAMILIES[model.shape.family]
-    tokens = 0 if method == "rtn" else calibration["num_sequences"] * calibration["seq_len"]
-    gate_up, rest, steps = experts_work(model, tokens, settings, method)
-    layers = len(model.shape.moe_layers)
-    flops, steps = layers * (gate_up + rest + (router_flops(model, tokens, settings) if tokens else 0)), layers * steps
-    for name, entry in model.tensors.items():
-        kind = kind_of(family, name, entry.shape, settings["group_size"]) if len(entry.shape) == 2 else "rest"
-        if kind in ("attention", "shared") and settings[f"{kind}_bits"]:
-            rows, columns = entry.shape
-            if method == "rtn":
-                flops += (search_flops(settings) + WEIGHT_FLOPS) * entry.numel
-                continue
-            flops += 2 * tokens * ((1 if kind == "attention" else 4) * entry.numel + columns**2)
-            flops += factor_flops(columns) + gptq_flops(rows, columns, settings)
-            steps += columns
-    length, shape = calibration.get("seq_len", 0), model.shape
-    flops += 2 * forward_flops(model, tokens, length)
-    if settings["attention_bits"]:  # scores and values of the attention that runs again
-        flops += shape.num_layers * tokens * shape.hidden_size * 4 * (length + ELEMENT_FLOPS)
-    num_experts = layers * model.shape.num_experts
-    if method != "rtn" and settings["tune_steps"]:  # forward, and back with an expert's forward anew; twice it is unpacked
-        seen = settings["tune_steps"] * max(settings["tune_tokens"], calibration["seq_len"])
-        flops += forward_flops(model, tokens, calibration["seq_len"]) + 4 * forward_flops(model, seen, calibration["seq_len"])
-        flops += settings["tune_steps"] * 2 * UNPACK_FLOPS_BY_TORCH * model.routed_weights
-        steps += settings["tune_steps"] * TUNE_STEPS * num_experts
-    if method != "rtn" and settings["distill_steps"]:
-        seen = settings["distill_steps"] * max(settings["tune_tokens"], calibration["seq_len"])
-        flops += 4 * forward_flops(model, seen, calibration["seq_len"])
-        flops += settings["distill_steps"] * 2 * UNPACK_FLOPS_BY_TORCH * model.routed_weights
-        steps += settings["distill_steps"] * TUNE_STEPS * num_experts
-        if settings["distill_sequences"] is not None:  # and that text through the 16-bit model
-            flops += forward_flops(model, seen, calibration["seq_len"])
-    return flops, steps
-
-
-def measurement_work(model: Outline, config: dict, is_packed: bool) -> tuple[float, float]:
-    """FLOPs of evaluation and of latency. A packed model's experts are unpacked in every forward that uses them."""
-    evaluation, latency, blocks = config["evaluation"], config["latency"], num_blocks(config)
-    unpack = UNPACK_FLOPS * model.routed_weights if is_packed else 0
-    evaluated = forward_flops(model, blocks * evaluation["seq_len"], evaluation["seq_len"])
-    evaluated += -(-blocks // evaluation["batch_size"]) * unpack
-    asked = task_tokens(evaluation)
-    evaluated += forward_flops(model, asked, TASK_LENGTH) + -(-asked // TOKENS_AT_ONCE) * unpack
-    return evaluated, latency_work(model, latency, is_packed)
-
-
-def latency_work(model: Outline, latency: dict, is_packed: bool) -> float:
-    """FLOPs of timing one model: at each setting every repeat, one to warm up and one to look at; behind the prompts once. The
-    16-bit model's plain experts are timed at the first of each phase."""
-    found = 0.0
-    unpack = UNPACK_FLOPS * model.routed_weights if is_packed else 0
-    few = UNPACK_FLOPS * model.active_weights if is_packed else 0
-    for phase in ("prefill", "decode") if latency["repeats"] else ():
-        pairs = [(batch, length) for batch in latency[f"{phase}_batch"] for length in latency[f"{phase}_len"]]
-        for index, (batch, length) in enumerate(pairs):
-            passes = (latency["repeats"] + 2) * (1 if is_packed or index else 2)
-            whole = unpack + forward_flops(model, batch * length, length)
-            step = min(batch * few, unpack) + 2 * batch * model.active_weights
-            found += passes * whole if phase == "prefill" else whole + passes * latency["decode_tokens"] * step
-    return found
-
-
-def unpacking(model: Outline, config: dict) -> float:
-    """FLOPs that a forward of a packed model costs beside its products; none where nothing is packed."""
-    return UNPACK_FLOPS * model.routed_weights if config["quantization"]["method"] != "none" else 0.0
-
-
-def pruning_work(model: Outline, config: dict) -> float:
-    """FLOPs of the passes over the calibration text that fit a policy, and of the one under it."""
-    calibration = config["calibration"]
-    tokens = calibration["num_sequences"] * calibration["seq_len"]
-    once = forward_flops(model, tokens, calibration["seq_len"]) + -(-tokens // TOKENS_AT_ONCE) * unpacking(model, config)
-    return once * (1 if config["pruning"].get("threshold") is not None else 2)
-
-
-def decomposition_work(model: Outline, config: dict) -> tuple[float, float]:
-    """`(FLOPs, steps)`: the test text's perplexity three times: the packed model as it is, with other selections, the 16-bit
-    one."""
-    evaluation, blocks = config["evaluation"], num_blocks(config)
-    once, batches = (
-        forward_flops(model, blocks * evaluation["seq_len"], evaluation["seq_len"]),
-        -(-blocks // evaluation["batch_size"]),
-    )
-    steps = 3 * batches * EXPERT_STEPS * len(model.shape.moe_layers) * model.shape.num_experts
-    return 3 * once + 2 * batches * unpacking(model, config), steps
-
-
-def num_blocks(config: dict) -> int:
-    """Blocks of test text, of all domains; of a folder of one's own that is not there yet, as if it were one."""
-    evaluation, corpus = config["evaluation"], config["corpus"]
-    found = [*corpus.get("domains", ["text"]), *corpus.get("test_domains", [])]
-    if corpus.get("kind") == "local" and corpus["path"] and Path(corpus["path"]).exists():
-        found = set(textfiles.domains_of(textfiles.find(corpus["path"]), Path(corpus["path"]), corpus["min_documents"]))
-    return len(evaluation["domains"] or found) * (evaluation["num_blocks"] or UNKNOWN_BLOCKS)
-
-
-def task_tokens(evaluation: dict) -> int:
-    """Of all requests of the tasks, about; those of tasks that only the hub has are not known before."""
-    found = 0
-    for task, shots in suites.chosen(evaluation)[0].items():
-        if task in suites.QUICK:
-            sizes = suites.definition(task)["metadata"]
-            choices = 2 if task == "word_swap" else 2 * suites.NUM_CHOICES  # the latter with their context and without
-            items, each = sizes["num_items"], choices * (sizes["context"] + sizes["continuation"]) / CHARACTERS_PER_TOKEN
-        elif known := benchmarks.find(task):
-            items, each = known.num_items, known.tokens * (1 + (shots or 0))
-        else:
-            continue
-        found += int(min(items, evaluation["limit"] or items) * each)
-    return found
 
 
 def model_seconds(model: Outline, config: dict, flops_per_second: float) -> float:
     """Training the small model, carving a dense one, or reading and hashing a given one."""
     if config["model"]["kind"] == "carved":
-        return carving_flops(model, config["model"]) / flops_per_second
+        return work.carving_flops(model, config["model"]) / flops_per_second
     if config["model"]["kind"] != "tiny":
         return 2 * model.nbytes / READ_BYTES_PER_SECOND
     training = config["model"]["training"]
     tokens = training["steps"] * training["batch_size"] * training["seq_len"]
     return 6 * 2 * tokens * model.active_weights / flops_per_second  # a small model reaches about half of a matrix product's
-
-
-def carving_flops(model: Outline, settings: dict) -> float:
-    """A walk over the calibration tokens with the normal matrices of two fits a layer, and the distillation."""
-    calibration, recover, shape = settings["calibration"], settings["recover"], model.shape
-    tokens = calibration["num_sequences"] * calibration["seq_len"]
-    routed = shape.num_experts * shape.intermediate_size
-    fits = 2 * tokens * len(shape.moe_layers) * (routed**2 + (routed + settings["shared_size"]) ** 2)
-    distilled = recover["steps"] * recover["batch_size"] * recover["seq_len"]
-    return 2 * tokens * model.num_weights + fits + 4 * 2 * distilled * model.num_weights
 
 
 def measured_flops(duration: float = 0.5, clock=time.perf_counter) -> float:
@@ -426,7 +188,7 @@ def correction_from(results: Path, flops_per_second: float, device: str) -> floa
             calibration = {}
             if "calibration" in inputs:
                 calibration = read_config(results / "calibration" / inputs["calibration"])["calibration"]
-            flops, steps = quantization_work(model, calibration, read_config(folder)["quantization"])
+            flops, steps = work.quantization_work(model, calibration, read_config(folder)["quantization"])
             ratios.append(read_json(path)["quantize_seconds"] / (flops / flops_per_second + STEP_SECONDS * steps))
         except (OSError, ValueError, KeyError, ZeroDivisionError):  # a folder whose model has gone, or of another version
             continue

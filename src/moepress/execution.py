@@ -91,9 +91,10 @@ def failures(plan: Plan) -> str:
     """What a run that failed says in the end: each artefact that could have been made and was not, why, and how to go on."""
     results = Path(plan.results)
     missing = [folder for folder in plan.artefacts if not (results / folder).exists()]
-    failed = [f for f in missing if not any(item.folder in missing for item in plan.artefacts[f].inputs.values())]
+    ready = [f for f in missing if not any(item.folder in missing for item in plan.artefacts[f].inputs.values())]
+    failed = [f for f in ready if (results / "logs" / f"{f}.log").is_file()] or ready  # the others were not begun
     lines = [f"moepress: {len(failed)} of {len(plan.artefacts)} artefacts failed, the other {len(missing) - len(failed)} that "]
-    lines[0] += f"are missing wait for them; {len(plan.artefacts) - len(missing)} are whole"
+    lines[0] += f"are missing wait for them or were not begun; {len(plan.artefacts) - len(missing)} are whole"
     lines += [f"moepress:   {folder}: {failure(results, [folder])}" for folder in failed]
     return "\n".join([*lines, "moepress: once that is mended, the same command goes on from what is whole"])
 

@@ -11,21 +11,11 @@ from pathlib import Path
 from moepress import estimate, forecast, tracking
 from moepress.artefacts import write_tasks
 from moepress.config import uses_gpu
-from moepress.dag import (
-    Artefact,
-    Experiment,
-    compared,
-    everything,
-    experiment,
-    is_reference,
-    load_study,
-    report_artefact,
-    run_label,
-    study_experiments,
-)
+from moepress.dag import Artefact, everything, is_reference, run_label
 from moepress.models import dense, limits
-from moepress.models.families import read_config
+from moepress.models.folders import read_config
 from moepress.quantization.budget import Prediction
+from moepress.studies import Experiment, compared, experiment, load_study, report_artefact, study_experiments
 
 LARGE_HIDDEN_SIZE = 512
 LEAST_MEMORY_MB = 2000

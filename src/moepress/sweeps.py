@@ -11,7 +11,7 @@ from pathlib import Path
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import OmegaConf
 
-from moepress import dag, execution, plan
+from moepress import dag, execution, plan, studies
 from moepress.commands import results as results_table
 from moepress.execution import Settings
 from moepress.plan import Plan
@@ -26,7 +26,7 @@ class Sweep:
     """settings: how Snakemake runs. members: those that succeeded so far."""
 
     settings: Settings
-    members: list[dag.Experiment] = field(default_factory=list)
+    members: list[studies.Experiment] = field(default_factory=list)
 
     def launch(self, jobs: list[list[str]]) -> list[JobReturn]:
         """Run a batch, print the report over all members so far, and return each job's objective, or its failure.
@@ -36,11 +36,11 @@ class Sweep:
         common = set.intersection(*map(set, jobs)) if len(jobs) > 1 else set()
         names = [" ".join(override for override in overrides if override not in common) for overrides in jobs]
         failures: dict[int, str] = {}
-        asked: dict[int, dag.Experiment] = {}
+        asked: dict[int, studies.Experiment] = {}
         for number, overrides in enumerate(jobs):
             refuse_whole(overrides)
             try:
-                asked[number] = dag.experiment(overrides)
+                asked[number] = studies.experiment(overrides)
             except ValueError as error:
                 failures[number] = str(error)
                 print(f"moepress: refused: {names[number]}: {error}", file=sys.stderr)
@@ -68,7 +68,7 @@ class Sweep:
             returns.append(returned)
         return returns
 
-    def compute(self, asked: dict[int, dag.Experiment], failures: dict[int, str]) -> Plan:
+    def compute(self, asked: dict[int, studies.Experiment], failures: dict[int, str]) -> Plan:
         """Run what is asked, note what failed, and print the report over all that is whole."""
         done = self.run(list(asked.values()))
         whole = {number: member for number, member in asked.items() if is_whole(member)}
@@ -83,7 +83,7 @@ class Sweep:
             print(done.report)
         return done
 
-    def run(self, new: list[dag.Experiment]) -> Plan:
+    def run(self, new: list[studies.Experiment]) -> Plan:
         """Snakemake over what succeeded before and what is new."""
         members = [*self.members, *new]
         planned = plan.for_experiments(members)
@@ -99,15 +99,15 @@ def refuse_whole(overrides: list[str]) -> None:
             raise ValueError(f"{override}: a study is many experiments already; run it without --multirun")
 
 
-def results_of(member: dag.Experiment) -> Path:
+def results_of(member: studies.Experiment) -> Path:
     return Path(member.config["paths"]["results"]).expanduser()
 
 
-def is_whole(member: dag.Experiment) -> bool:
+def is_whole(member: studies.Experiment) -> bool:
     return all((results_of(member) / item.folder).exists() for item in member.artefacts.values())
 
 
-def objective(done: Plan, member: dag.Experiment) -> float | tuple[float, ...] | None:
+def objective(done: Plan, member: studies.Experiment) -> float | tuple[float, ...] | None:
     """What the configuration's `objective` names in the member's row of runs.csv: a number, several, or None for null.
 
     Raises ValueError where there is no such column, nothing in it, or no report.

@@ -9,7 +9,7 @@ from pathlib import Path
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from moepress import dag, locks, lookup, plan
+from moepress import dag, locks, lookup, plan, studies
 from moepress.config import ROOT, values
 from moepress.forecast import aligned
 from moepress.quantization.budget import readable
@@ -70,30 +70,28 @@ def main(arguments: list[str]) -> None:
     print(f"{total}: removed")
 
 
-def needed_folders(
-    studies: list[str] | None, overrides: list[str], keep: list[str], results: Path
-) -> tuple[set[str], list[str]]:
+def needed_folders(names: list[str] | None, overrides: list[str], keep: list[str], results: Path) -> tuple[set[str], list[str]]:
     """Folders of all that is needed, and a message for each study of which that cannot be told."""
     needed: set[str] = set()
     unknown = []
-    for name in studies or sorted(path.stem for path in (ROOT / "conf" / "study").glob("*.yaml")):
+    for name in names or sorted(path.stem for path in (ROOT / "conf" / "study").glob("*.yaml")):
         try:
-            study = dag.load_study(name)
-            needed |= folders(study["name"], study["caption"], dag.study_experiments(study, overrides))
+            study = studies.load_study(name)
+            needed |= folders(study["name"], study["caption"], studies.study_experiments(study, overrides))
         except ValueError as error:
-            if studies:
+            if names:
                 raise
             unknown.append(f"study={name} cannot be composed, so nothing is kept for it: {error}")
     for what in keep:
         if "=" in what:
-            needed |= folders(*plan.joined([dag.experiment([*overrides, *member]) for member in expanded(what)]))
+            needed |= folders(*plan.joined([studies.experiment([*overrides, *member]) for member in expanded(what)]))
         else:
             needed |= lookup.report(what, results).upstream().keys()
     return needed, unknown
 
 
-def folders(name: str, caption: str, members: list[dag.Experiment]) -> set[str]:
-    return set(dag.everything([dag.report_artefact(name, caption, members)]))
+def folders(name: str, caption: str, members: list[studies.Experiment]) -> set[str]:
+    return set(dag.everything([studies.report_artefact(name, caption, members)]))
 
 
 def expanded(line: str) -> list[list[str]]:

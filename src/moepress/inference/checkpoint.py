@@ -11,7 +11,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, Auto
 from transformers.utils import logging as hf_logging
 
 from moepress.inference import manifest, quantizer
-from moepress.models import families, limits
+from moepress.models import families, folders, limits
 from moepress.models.experts import ON_CPU
 from moepress.models.streaming import ModelStream
 
@@ -23,7 +23,7 @@ def pick_device(device: str) -> str:
 
 def fits(folder: Path, device: str, dtype: torch.dtype | None = None) -> bool:
     """Whether a 16-bit model folder can be loaded as `load` does it, with a tenth of it to spare for what runs through it."""
-    entries = families.tensors(families.locate(Path(folder))).values()
+    entries = folders.tensors(folders.locate(Path(folder))).values()
     if torch.device(device).type == "cuda":
         free, default = torch.cuda.mem_get_info(device)[0], None
     else:
@@ -50,7 +50,7 @@ def load(
     Raises ValueError naming a file that is missing, unexpected, truncated, altered or of a newer format, and weights that
     are missing, left over or of the wrong shape: transformers alone would go on with random ones.
     """
-    folder = families.locate(Path(folder))
+    folder = folders.locate(Path(folder))
     model = load_model(folder, pick_device(device), dtype, verify)
     if pruning:
         from moepress.pruning.policy import attach

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moepress.data import packages
-from moepress.models import families
+from moepress.models import folders
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def read_config(model: dict) -> dict:
     if model["path"] is None:
         config, key = PACKAGES[model["package"]].config, f"model.package={model['package']}"
     else:
-        config, key = families.read_config(Path(model["path"]), "model.path"), f"model.path={model['path']!r}"
+        config, key = folders.read_config(Path(model["path"]), "model.path"), f"model.path={model['path']!r}"
     kind = config.get("model_type")
     if kind not in HANDLED:
         known = ", ".join(HANDLED)
@@ -116,7 +116,7 @@ def carved_config(dense: dict, model: dict) -> dict:
 def fingerprint(model: dict) -> str:
     """What tells one dense model from another: the folder's content, or the package's version and hash."""
     if model["path"] is not None:
-        return families.fingerprint(Path(model["path"]))
+        return folders.fingerprint(Path(model["path"]))
     return " ".join(packages.requirements()[model["package"]])
 
 

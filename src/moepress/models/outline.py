@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from moepress.models import dense, families
+from moepress.models import dense, families, folders
 from moepress.models.families import ATTENTION, FAMILIES, Shape, layer_prefix
 from moepress.models.files import INDEX, ITEM_BYTES, Entry, read_index
 
@@ -21,7 +21,7 @@ TOKENIZER_BYTES = 60
 
 @dataclass(frozen=True)
 class Outline:
-    """config: config.json as it is. tensors: as `families.tensors` has them. files: name -> bytes of what is no weight file.
+    """config: config.json as it is. tensors: as `folders.tensors` has them. files: name -> bytes of what is no weight file.
     is_estimate: whether the shapes of the linears outside the experts are estimated."""
 
     config: dict
@@ -61,8 +61,8 @@ class Outline:
 
 
 def read(folder: Path, key: str) -> Outline:
-    """The outline of a folder with its weights; ValueError as `families.read_model` has it. key: the configuration's."""
-    config, shape, tensors = families.read_model(folder, key)
+    """The outline of a folder with its weights; ValueError as `folders.read_model` has it. key: the configuration's."""
+    config, shape, tensors = folders.read_model(folder, key)
     return Outline(config, shape, tensors, other_files(folder))
 
 
@@ -84,7 +84,7 @@ def from_index(folder: Path, key: str) -> Outline:
     Experts, embedding, head and routers have the shapes that config.json gives; the index's total size less theirs is
     shared evenly among the other linears. Raises ValueError naming a file that does not say what is needed.
     """
-    config = families.read_config(folder, key)
+    config = folders.read_config(folder, key)
     families.shape_of(config, key)
     index = json.loads((folder / INDEX).read_text())
     total = (index.get("metadata") or {}).get("total_size")
@@ -103,8 +103,8 @@ def from_index(folder: Path, key: str) -> Outline:
     each = left / max(1, sum(widths[name] for name in linears))
     size = (round(each / shape.hidden_size), shape.hidden_size)
     found |= {name: Entry(None, name, dtype, size) for name in linears}
-    tensors = families.standard_tensors(found, config)
-    families.check_experts(shape, tensors, folder)
+    tensors = folders.standard_tensors(found, config)
+    folders.check_experts(shape, tensors, folder)
     files = other_files(folder)
     if not {"tokenizer.json", "tokenizer.model"} & set(files):
         files["tokenizer.json"] = TOKENIZER_BYTES * shape.vocab_size

@@ -16,12 +16,13 @@ from safetensors import safe_open
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from moepress.models import families
+from moepress.models import families, folders
 from moepress.models.experts import StoredExperts
 from moepress.models.families import FAMILIES, layer_prefix
 from moepress.models.files import Entry
 from moepress.models.limits import TOKENS_AT_ONCE
 from moepress.models.lowbit import LowBit, Stored
+from moepress.models.standins import Embedding, Note, Replay, Tap, Triple
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
@@ -43,7 +44,7 @@ class ModelStream:
 
     def __init__(self, folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32):
         self.folder, self.device, self.dtype = Path(folder), device, dtype
-        self.source_config, self.shape, self.entries = families.read_model(self.folder, "model")
+        self.source_config, self.shape, self.entries = folders.read_model(self.folder, "model")
         self.family = FAMILIES[self.shape.family]
         quantized = self.source_config.get("quantization_config") or {}
         self._block = tuple(quantized.get("weight_block_size") or (128, 128))
@@ -216,10 +217,10 @@ class ModelStream:
         N, S = token_ids_NS.shape
         out = torch.empty(N, S, self.shape.hidden_size) if out_NSH is None else out_NSH
         keep = (self.body.layers, self.body.norm, self.body.embed_tokens)
-        notes = [_Note() for _ in keep[0]]
+        notes = [Note() for _ in keep[0]]
         self._place_positions()
         self.body.layers, self.body.norm = nn.ModuleList(notes), nn.Identity()
-        self.body.embed_tokens = _Embedding(weight, self.device, self.dtype)
+        self.body.embed_tokens = Embedding(weight, self.device, self.dtype)
         try:
             for part in _parts(N, S):
                 ids = token_ids_NS[part].to(self.device)
@@ -236,8 +237,8 @@ class ModelStream:
         self._load_head()
         self._place_positions()
         keep = (self.body.layers, self.body.embed_tokens)
-        self.body.layers = nn.ModuleList([_Replay(x_NSH.to(self.device))])
-        self.body.embed_tokens = _Embedding(torch.zeros(1, self.shape.hidden_size), self.device, self.dtype)
+        self.body.layers = nn.ModuleList([Replay(x_NSH.to(self.device))])
+        self.body.embed_tokens = Embedding(torch.zeros(1, self.shape.hidden_size), self.device, self.dtype)
         try:
             nothing = torch.zeros(x_NSH.shape[:2], dtype=torch.long, device=self.device)
             return self.skeleton(input_ids=nothing, use_cache=False).logits
@@ -277,7 +278,7 @@ class ModelStream:
         """
         residual = torch.empty_like(x_NSH) if residual_NSH is None else residual_NSH
         block_input = torch.empty_like(x_NSH) if block_input_NSH is None else block_input_NSH
-        block, tap = layer.get_submodule(self.family.block), _Tap(self.family.returns_tuple and index in self.shape.moe_layers)
+        block, tap = layer.get_submodule(self.family.block), Tap(self.family.returns_tuple and index in self.shape.moe_layers)
         layer.set_submodule(self.family.block, tap)
         try:
             for part in _parts(*x_NSH.shape[:2]):
@@ -317,7 +318,7 @@ class ModelStream:
 
         The block's own code runs; its experts are swapped for ones that only note the triple.
         """
-        experts, seen, logits = layer.get_submodule(self.family.experts), _Triple(), []
+        experts, seen, logits = layer.get_submodule(self.family.experts), Triple(), []
         router = layer.get_submodule(self.family.router_path)
         hook = router.register_forward_hook(lambda _, __, output: logits.append(output[0].float().cpu()))
         layer.set_submodule(self.family.experts, seen)
@@ -351,61 +352,6 @@ class ModelStream:
             for name, module in layer.named_modules()
             if isinstance(module, nn.Linear) and families.linear_kind(self.family, name, module.in_features, group_size) == kind
         }
-
-
-class _Tap(nn.Module):
-    """In a block's place: keeps the input, adds nothing."""
-
-    def __init__(self, returns_tuple: bool):
-        super().__init__()
-        self.returns_tuple = returns_tuple
-
-    def forward(self, x):
-        self.kept = x
-        return (torch.zeros_like(x), None) if self.returns_tuple else torch.zeros_like(x)
-
-
-class _Triple(nn.Module):
-    """In the experts' place: keeps what it is asked, adds nothing."""
-
-    def __init__(self):
-        super().__init__()
-        self.indices, self.weights = [], []
-
-    def forward(self, hidden_TH, top_k_index_TK, top_k_weights_TK):
-        self.indices.append(top_k_index_TK.cpu())
-        self.weights.append(top_k_weights_TK.float().cpu())
-        return torch.zeros_like(hidden_TH)
-
-
-class _Note(nn.Module):
-    """In a layer's place: notes its keyword arguments, changes nothing."""
-
-    def forward(self, x, **arguments):
-        self.arguments = arguments
-        return x
-
-
-class _Replay(nn.Module):
-    """In the layers' place: what left the last one."""
-
-    def __init__(self, x):
-        super().__init__()
-        self.x = x
-
-    def forward(self, *_, **__):
-        return self.x
-
-
-class _Embedding(nn.Module):
-    """The embedding as stored; only the rows that are looked up are widened."""
-
-    def __init__(self, weight, device, dtype):
-        super().__init__()
-        self.weight, self.device, self.dtype = weight, device, dtype
-
-    def forward(self, ids):
-        return nn.functional.embedding(ids.cpu(), self.weight).to(self.device, self.dtype)
 
 
 def auto_config(source_config: dict):

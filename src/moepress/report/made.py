@@ -10,8 +10,9 @@ import yaml
 
 from moepress.artefacts import Task, git_commit, read_json, versions
 from moepress.config import ROOT
-from moepress.models import families
-from moepress.models.families import Shape, locate
+from moepress.models import folders
+from moepress.models.families import Shape
+from moepress.models.folders import locate
 from moepress.schema.quantization import quantizer_of_statistics
 
 VARIANT = {"model": "kind", "corpus": "kind", "allocation": "method", "quantization": "method"}
@@ -30,7 +31,7 @@ def facts(task: Task, shape: Shape) -> dict:
         "base_model": base_model(groups["model"], model, task.inputs["model"].name.rpartition("-")[0]),
         "licence": licence(model),
         "shape": vars(shape),
-        "weights": families.num_weights(model),
+        "weights": folders.num_weights(model),
         **read_json(task.out / "size.json"),
         "bits_nominal": float(np.mean([width for layer in bits for width in layer])),
         "bits": bits,

@@ -14,7 +14,7 @@ import yaml
 
 from moepress import pruning
 from moepress.artefacts import read_json
-from moepress.models import families
+from moepress.models import families, folders
 
 LABELS = {"none": "16 bit", "pmq_code": "PMQ as coded", "hessian": "Hessian"}
 LABELS |= {"fast": "ours, fast", "best": "ours, best"}
@@ -220,25 +220,25 @@ class Run:
     @cached_property
     def model(self) -> Path:
         """The 16-bit model's own folder."""
-        folder = families.locate(self.folder("model"))
+        folder = folders.locate(self.folder("model"))
         if not list(folder.glob("*.safetensors")):
             raise ValueError(f"{folder}: no *.safetensors there any more, but the run {self.name!r} is measured against it")
         return folder
 
     @cached_property
     def shape(self) -> families.Shape:
-        return families.read_shape(self.model, "model")
+        return folders.read_shape(self.model, "model")
 
     @cached_property
     def has_shared(self) -> bool:
         """Whether the model has shared experts or dense layers."""
         family = families.FAMILIES[self.shape.family]
-        found = families.tensors(self.model).items()
+        found = folders.tensors(self.model).items()
         return any(families.kind_of(family, name, entry.shape, 8) == "shared" for name, entry in found)
 
     @cached_property
     def num_weights(self) -> int:
-        return families.num_weights(self.model)
+        return folders.num_weights(self.model)
 
     @cached_property
     def checkpoint_bytes(self) -> int:

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from moepress import allocation
 from moepress.artefacts import Task, read_json, write_json
 from moepress.models import outline
-from moepress.models.families import locate
+from moepress.models.folders import locate
 from moepress.quantization.budget import Prediction, plan_budget
 
 UNREAD = ("model",)

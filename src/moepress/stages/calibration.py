@@ -6,7 +6,7 @@ from safetensors.numpy import save_file
 
 from moepress.artefacts import Task
 from moepress.data import sampling
-from moepress.models.families import locate
+from moepress.models.folders import locate
 
 UNREAD = ("model",)
 

@@ -12,7 +12,7 @@ from moepress.artefacts import Task, write_json
 from moepress.evaluation import perplexity as ppl
 from moepress.evaluation.decomposition import Forced, forced, topk_overlap
 from moepress.inference.checkpoint import fits, load_model, pick_device
-from moepress.models.families import locate
+from moepress.models.folders import locate
 from moepress.models.streaming import ModelStream
 from moepress.pruning.policy import experts_of
 from moepress.stages.evaluation import test_text

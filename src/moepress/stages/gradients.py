@@ -9,7 +9,7 @@ from moepress.artefacts import Task, read_json, write_json
 from moepress.data.sampling import spread
 from moepress.gradients import LOSS, layer_gradients
 from moepress.inference.checkpoint import pick_device
-from moepress.models.families import locate
+from moepress.models.folders import locate
 from moepress.models.streaming import ModelStream
 
 WORK = ("streams", "layers.json")

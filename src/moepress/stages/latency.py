@@ -12,7 +12,7 @@ from moepress.inference.checkpoint import fits, load, pick_device
 from moepress.latency import device as devices
 from moepress.latency import measuring, shapes
 from moepress.latency.traffic import weight_bytes
-from moepress.models.families import locate
+from moepress.models.folders import locate
 from moepress.schema.values import parse_bytes
 
 

@@ -20,7 +20,7 @@ def fitted(task: Task, pruning: dict) -> dict:
     from tqdm import tqdm
 
     from moepress.inference.checkpoint import load, pick_device
-    from moepress.models.families import locate
+    from moepress.models.folders import locate
     from moepress.pruning.fitting import fit
 
     model, _ = load(locate(task.inputs["checkpoint"]), pick_device(task.runtime["device"]), verify=False)

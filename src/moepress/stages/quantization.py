@@ -11,7 +11,7 @@ from moepress.evaluation.perplexity import run_layers
 from moepress.inference.checkpoint import pick_device
 from moepress.models import limits, outline
 from moepress.models import streams as hidden_states
-from moepress.models.families import locate, num_weights
+from moepress.models.folders import locate, num_weights
 from moepress.models.streaming import ModelStream
 from moepress.quantization import distilling, writer
 from moepress.quantization.budget import Prediction, readable

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from moepress.artefacts import Task, read_config, read_json, write_json
 from moepress.inference.checkpoint import pick_device
 from moepress.models import streams as hidden_states
-from moepress.models.families import locate
+from moepress.models.folders import locate
 from moepress.models.specialisation import mutual_information
 from moepress.models.streaming import ModelStream
 from moepress.quantization.experts import Gradient, Recipe

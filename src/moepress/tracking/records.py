@@ -12,7 +12,7 @@ import pandas as pd
 
 from moepress.artefacts import read_json
 from moepress.lookup import Found
-from moepress.models import families
+from moepress.models import folders
 from moepress.report.reading import shift_by_layer
 from moepress.secrets import without_secrets
 
@@ -273,7 +273,7 @@ def moe_layers(item: Found) -> tuple[int, ...]:
 @cache
 def _moe_layers(model: Path) -> tuple[int, ...]:
     try:
-        return families.read_shape(families.locate(model), "model").moe_layers
+        return folders.read_shape(folders.locate(model), "model").moe_layers
     except (ValueError, OSError):
         return ()
 

@@ -1,0 +1,59 @@
+"""What stands in a model's forward where a part is only watched or left out: blocks, experts, layers, the embedding."""
+
+import torch
+from torch import nn
+
+
+class Tap(nn.Module):
+    """In a block's place: keeps the input, adds nothing."""
+
+    def __init__(self, returns_tuple: bool):
+        super().__init__()
+        self.returns_tuple = returns_tuple
+
+    def forward(self, x):
+        self.kept = x
+        return (torch.zeros_like(x), None) if self.returns_tuple else torch.zeros_like(x)
+
+
+class Triple(nn.Module):
+    """In the experts' place: keeps what it is asked, adds nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.indices, self.weights = [], []
+
+    def forward(self, hidden_TH, top_k_index_TK, top_k_weights_TK):
+        self.indices.append(top_k_index_TK.cpu())
+        self.weights.append(top_k_weights_TK.float().cpu())
+        return torch.zeros_like(hidden_TH)
+
+
+class Note(nn.Module):
+    """In a layer's place: notes its keyword arguments, changes nothing."""
+
+    def forward(self, x, **arguments):
+        self.arguments = arguments
+        return x
+
+
+class Replay(nn.Module):
+    """In the layers' place: what left the last one."""
+
+    def __init__(self, x):
+        super().__init__()
+        self.x = x
+
+    def forward(self, *_, **__):
+        return self.x
+
+
+class Embedding(nn.Module):
+    """The embedding as stored; only the rows that are looked up are widened."""
+
+    def __init__(self, weight, device, dtype):
+        super().__init__()
+        self.weight, self.device, self.dtype = weight, device, dtype
+
+    def forward(self, ids):
+        return nn.functional.embedding(ids.cpu(), self.weight).to(self.device, self.dtype)
