@@ -11,7 +11,7 @@ from moepress.models.limits import num_candidates
 from moepress.models.streaming import ModelStream
 from moepress.quantization import router
 from moepress.quantization.experts import Recipe
-from moepress.quantization.qesc import quantize_model
+from moepress.quantization.layers import quantize_model
 from moepress.quantization.router import Divergence, Fit, SquaredError, Tokens, candidates, shift
 from zoo import write_zoo_model
 
