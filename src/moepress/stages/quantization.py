@@ -16,7 +16,7 @@ from moepress.models.streaming import ModelStream
 from moepress.quantization import distilling, writer
 from moepress.quantization.budget import Prediction, readable
 from moepress.quantization.experts import Recipe
-from moepress.quantization.qesc import quantize_model
+from moepress.quantization.layers import quantize_model
 from moepress.report import card, made
 
 WORK = ("streams", "layers.json")
