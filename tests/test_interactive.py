@@ -43,10 +43,10 @@ def test_looks_are_those_of_the_still_figures(page):
     assert interactive.on_both("#0072b2") == "#0072b2" and interactive.on_both("#000000") == "#666666"
     _, runs, _ = page
     text = interactive.draw(runs).data
-    assert all(f'"{interactive.MARKERS[marker]}"' in text for marker in ("o", "D", "P")) and "HSpan" in text
+    assert all(f'"{interactive.MARKERS[marker]}"' in text for marker in ("D", "P")) and "HSpan" in text
     cells = interactive.cells(runs)
     bits = cells[cells["kind"] == "bits"]
-    assert bits["words"].tolist() == [str(width) for layer in runs[4].bits for width in layer]
+    assert bits["words"].tolist() == [str(width) for layer in runs[3].bits for width in layer]
     assert set(bits.loc[bits["value"] > 2, "ink"]) == {"white"}
     look = interactive.palette("bits", bits["value"])
     assert look == {"palette": [interactive.BIT_COLOURS[2], interactive.BIT_COLOURS[3]], "low": 1.5, "high": 3.5}

@@ -618,7 +618,7 @@ def test_speeds_name_both_times(results):
 def test_what_is_the_same_in_all_rows_is_said_once(study):
     page, summary = (study[2] / "index.html").read_text(), (study[2] / "summary.md").read_text()
     assert '<th scope="col">quantized in</th>' not in page and '<th scope="col">bits</th>' in page
-    assert "The same in all rows that have it: \nquantized in 1.5 s. " in page
+    assert "The same in all rows that have it: quantized in 1.5 s. " in page
     assert "quantized in" in summary.split("| ---")[0], "a terminal has all columns"
 
 
