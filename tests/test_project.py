@@ -72,7 +72,7 @@ def imports(path):
 
 
 LAYERS = [
-    {"secrets", "progress", "schema"},
+    {"secrets", "progress", "schema", "wording"},
     {"data"},
     {"models"},
     {"quantization", "inference", "pruning", "allocation", "gradients", "statistics", "evaluation", "latency"},

@@ -6,7 +6,6 @@ Imports no torch, and reads config.json, the index and headers only.
 """
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,9 +14,10 @@ from moepress.config import hardware, uses_gpu, values
 from moepress.models import families, hub, limits, outline
 from moepress.models.files import INDEX
 from moepress.models.outline import Outline
-from moepress.quantization.budget import Prediction, plan_budget, readable, unpacked_bytes
+from moepress.quantization.budget import Prediction, plan_budget, unpacked_bytes
 from moepress.quantization.size import mixed
 from moepress.schema.values import WIDTHS
+from moepress.wording import aligned, count, duration, readable
 
 USAGE = """moepress plan [KEY=VALUE ...]: what the experiment `moepress KEY=VALUE ...` will take
 
@@ -183,24 +183,3 @@ def time_rows(model: Outline, config: dict, on_gpu: bool, missing: set[str] | No
     return rows + [
         (f"  {row}", "0 s" if row in done else duration(n), "there already" if row in done else "") for row, n in spent.items()
     ]
-
-
-def aligned(rows: Sequence[tuple[str, ...]], left_last: bool = False) -> list[str]:
-    """Columns: the first flush left, the others flush right, perhaps but the last."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    flush_left = {0, len(widths) - 1} if left_last else {0}
-    lines = []
-    for row in rows:
-        cells = zip(row, widths, strict=True)
-        lines.append("  ".join(f"{c:{w}}" if i in flush_left else f"{c:>{w}}" for i, (c, w) in enumerate(cells)).rstrip())
-    return lines
-
-
-def count(number: float) -> str:
-    """`671.0B`, `3.6M`."""
-    unit, name = next((unit for unit in ((1e9, "B"), (1e6, "M")) if number >= unit[0]), (1e3, "K"))
-    return f"{number / unit:.1f}{name}"
-
-
-def duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -8,9 +8,8 @@ from omegaconf import OmegaConf
 
 from moepress import artefacts, dag
 from moepress.config import ROOT, values
-from moepress.forecast import aligned
 from moepress.models import families
-from moepress.quantization.budget import readable
+from moepress.wording import aligned, readable
 
 FOLDER = ROOT / "conf" / "latency" / "models"
 HEADINGS = ("phase", "batch x length", "model", "ms", "quartiles", "speed", "must move", "limit", "of the limit", "memory")
