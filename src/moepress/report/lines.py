@@ -17,8 +17,6 @@ MOST_LABELS = 12
 """Lines that are named beside their ends; more get a legend."""
 MOST_NAMES = 5
 """Points of the figure of pruning that are named beside them; more get markers of their own."""
-BEHIND = {"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none"}
-"""Of letters that lines pass behind."""
 LEADER = {"arrowstyle": "-", "linewidth": 0.6, "alpha": 0.6, "shrinkA": 1, "shrinkB": 4, "relpos": (0, 0.5)}
 
 
@@ -54,11 +52,11 @@ def quality(runs: list[Run]) -> Drawn:
             axis.annotate(
                 "16 bit",
                 (0, level),
-                (6, 4),
+                (6, -4),  # below: what is compressed lies above, seldom under it
                 xycoords=("axes fraction", "data"),
                 textcoords="offset points",
+                va="top",
                 color=MUTED,
-                bbox=BEHIND,
             )
         values = pd.concat([here["ppl"], levels["ppl"]])
         if values.max() > 3 * values.min():
