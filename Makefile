@@ -34,7 +34,8 @@ soak: install
 	python tests/soak.py --minutes $(MINUTES)
 	HYPOTHESIS_PROFILE=soak pytest -q -s tests/test_bad_input.py tests/test_security.py
 
-# A sweep on a Slurm of two node daemons on this machine, one of them killed (docs/scale.md); needs Debian's slurm-wlm and munge.
+# A sweep on a Slurm of two node daemons on this machine, one of them killed (needs Debian's slurm-wlm and munge); results in a
+# bucket of an S3 server on loopback, the jobs in folders that stand for machines and pods (docs/scale.md).
 cluster-test: install
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev,cluster]'
 	pytest -q -rs -m cluster tests/cluster
@@ -49,7 +50,7 @@ lint: install
 # The notebooks on the newest report of results/, with their pictures, in results/notebooks/.
 notebooks: install
 	mkdir -p results/notebooks
-	jupyter-execute notebooks/*.ipynb --output='../results/notebooks/{notebook_name}'
+	for notebook in notebooks/*.ipynb; do jupyter-execute $$notebook --output='../results/notebooks/{notebook_name}' || failed=1; done; exit $${failed:-0}
 	@echo "executed: results/notebooks/*.ipynb"
 
 # The picture of the stages in README.md, of two experiments that together have them all; needs graphviz.

@@ -63,7 +63,8 @@ def test_compare_is_the_paired_statistics_and_what_differs(made, said):
     (line,) = [line for line in text.splitlines() if line.strip().startswith("nats per token")]
     assert f"{above.value:+.4f}" in line and f"{low:+.4f} to {high:+.4f}" in line
     assert ("within noise" in line) == above.is_noise
-    differing = text.split("what differs")[1]
+    assert f"A: qesc-pmq-2.5, seed 0, of {report}" in text
+    differing, _ = text.split("what differs")[1].split("\n\n")
     assert "quantization.method" in differing and "allocation.bits" in differing and "model." not in differing
     evaluation, folder = run.keys["evaluation"], report.parent.parent / run.artefacts["quantization"]
     assert said(compare, evaluation, "16bit", where) == said(compare, folder, "16bit", where) == text

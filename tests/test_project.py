@@ -78,7 +78,7 @@ LAYERS = [
     {"quantization", "inference", "pruning", "allocation", "gradients", "statistics", "evaluation", "latency"},
     {"config", "dag", "work"},
     {"artefacts", "integrity", "lookup", "locks", "report", "tracking"}
-    | {"plan", "studies", "execution", "patches", "export", "estimate", "forecast"},
+    | {"plan", "studies", "execution", "patches", "buckets", "export", "estimate", "forecast"},
     {"stages", "commands", "sweeps", "api", "cli", "__main__", "__init__"},
 ]
 """As docs/architecture.md draws them: a module imports from its own row and those above it."""

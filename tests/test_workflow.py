@@ -136,7 +136,7 @@ def test_a_sweep_stopped_and_started_again_only_finishes(place, how, seed):
     made = {name: (folder / "results" / name / "provenance.json").read_bytes() for name in kept}
     assert not any(name.startswith("quantization/gptq") for name in kept - before), "stopped in the middle"
     if how == signal.SIGINT:
-        assert running.returncode == 130 and "stopping; the same command goes on" in said and "Traceback" not in said
+        assert running.returncode == 130 and "stopped; the same command goes on" in said and "Traceback" not in said
     assert bool(list(folder.glob(".snakemake/locks/*.lock"))) == (how == signal.SIGKILL)
     finished = moepress(folder, *sweep)
     assert ("going on from what is whole" in finished.stderr) == (how == signal.SIGKILL)

@@ -1,6 +1,7 @@
 """`moepress.compress`: what the command does, from Python."""
 
 import re
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,9 @@ def compress(model: str | Path, out: str | Path | None = None, budget: str | int
     given |= {"out": str(out)} if out is not None else {}
     lines = [f"{key}={override_value(value)}" for key, value in given.items()]
     planned = plan.for_overrides(lines)
+    began = time.time()
     if execution.run(planned, [lines]):
-        raise RuntimeError(execution.failure(Path(planned.results), planned.artefacts))
+        raise RuntimeError(execution.failures(planned, began))
     if given.get("out") is not None:
         execution.publish(planned, given["out"])
     found = execution.last_run(planned)

@@ -5,6 +5,7 @@ moepress quantization=gptq allocation=uniform allocation.bits=3
 
 import os
 import sys
+import time
 from importlib import import_module
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from moepress import execution, integrity
 from moepress import plan as planning
 from moepress.artefacts import of_the_machine
+from moepress.commands import results
 from moepress.config import ROOT, readable_error, resolve
 from moepress.sweeps import MemberFailed
 
@@ -41,9 +43,9 @@ def app(config) -> None:
     try:
         if config.out is not None and settings.mode == RunMode.MULTIRUN:
             raise ValueError(f"out={config.out}: a sweep has many checkpoints; give out= to a single experiment")
-        plan = planning.for_overrides(overrides)
+        plan, began = planning.for_overrides(overrides), time.time()
         if execution.run(plan, [overrides], execution.settings_of(settings.launcher)):
-            print(execution.failures(plan), file=sys.stderr)
+            print(execution.failures(plan, began), file=sys.stderr)
             sys.exit(1)
         if config.out is not None:
             print(f"a copy to publish: {execution.publish(plan, config.out)}", file=sys.stderr)
@@ -59,16 +61,9 @@ def tell(plan: planning.Plan, overrides: list[str], mode: RunMode | None) -> Non
         integrity.check([(report, True)], report.parent.parent)
         print((report / "summary.md").read_text(encoding="utf-8"))
     elif mode == RunMode.RUN:
-        print_row(Path(plan.report))
+        print(results.sideways(execution.rows(Path(plan.report))))
+        print(f"every column: {plan.report}/runs.csv; the page: {plan.report}/index.html")
     print(plan.report)
-
-
-def print_row(report: Path) -> None:
-    """The experiment's row of runs.csv, one value a line."""
-    row = {name: value for name, value in execution.rows(report)[-1].items() if name != "keys"}
-    width = max(map(len, row))
-    for name, value in row.items():
-        print(f"{name:{width}}  {'' if value is None else value}")
 
 
 def main() -> None:

@@ -14,17 +14,20 @@ from omegaconf import OmegaConf
 from moepress import integrity, locks
 from moepress.artefacts import read_json, write_if_changed
 from moepress.config import ROOT
+from moepress.dag import Artefact
 from moepress.plan import Plan
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How Snakemake runs: conf/hydra/launcher/snakemake.yaml. arguments: further ones of its command line."""
+    """How Snakemake runs: conf/hydra/launcher/snakemake.yaml. storage: a place in a bucket, `s3://BUCKET/PREFIX`. arguments:
+    further ones of its command line."""
 
     executor: str | None = None
     cores: int | None = None
     jobs: int | None = None
     profile: str | None = None
+    storage: str | None = None
     arguments: tuple[str, ...] = ()
 
     @property
@@ -38,7 +41,8 @@ class Settings:
         profile = str(ours) if self.profile and ours.is_dir() else self.profile
         given = {"cores": cores, "executor": self.executor, "jobs": self.jobs, "workflow-profile": profile}
         named = [part for name, value in given.items() if value is not None for part in (f"--{name}", str(value))]
-        return [*named, "--keep-going", *map(str, self.arguments)]
+        bucket = ["--default-storage-provider", "s3", "--default-storage-prefix", self.storage] if self.storage else []
+        return [*named, *bucket, "--keep-going", *map(str, self.arguments)]
 
 
 def settings_of(launcher) -> Settings:
@@ -58,10 +62,11 @@ def run(plan: Plan, experiments: list[list[str]], settings: Settings | None = No
     experiments: the overrides of each one, from which Snakemake makes the same plan. Raises KeyboardInterrupt where that
     stopped it.
     """
-    if not is_done(plan):
+    settings = settings or Settings()
+    if not is_done(plan) or settings.storage:  # which may lack what is here
         with locks.working_folder() as lock:
-            if not is_done(plan):  # by the run that this one waited for
-                return _run(plan, experiments, settings or Settings(), lock)
+            if not is_done(plan) or settings.storage:  # by the run that this one waited for
+                return _run(plan, experiments, settings, lock)
     print("everything is computed already", file=sys.stderr)
     return 0
 
@@ -73,6 +78,7 @@ def _run(plan: Plan, experiments: list[list[str]], settings: Settings, lock: int
     write_if_changed(asked, json.dumps({"experiments": lines}, indent=1, ensure_ascii=False) + "\n")
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--configfile", str(asked)]
     command += [*settings.options(plan.cores), "--quiet", "host", "rules", "reason"]
+    command += ["--", "here"] if settings.storage else []
     is_stopped = False
     with locks.snakemake(command, lock) as snakemake:
         while True:
@@ -81,28 +87,51 @@ def _run(plan: Plan, experiments: list[list[str]], settings: Settings, lock: int
                 break
             except KeyboardInterrupt:  # Snakemake got it too: it ends its jobs and unlocks the folder before it goes
                 is_stopped = True
-                print("moepress: stopping; the same command goes on from what is whole", file=sys.stderr)
+                print("moepress: stopping", file=sys.stderr)
     if is_stopped:
+        print("moepress: stopped; the same command goes on from what is whole", file=sys.stderr)
         raise KeyboardInterrupt
     return code
 
 
-def failures(plan: Plan) -> str:
-    """What a run that failed says in the end: each artefact that could have been made and was not, why, and how to go on."""
-    results = Path(plan.results)
-    missing = [folder for folder in plan.artefacts if not (results / folder).exists()]
-    ready = [f for f in missing if not any(item.folder in missing for item in plan.artefacts[f].inputs.values())]
-    failed = [f for f in ready if (results / "logs" / f"{f}.log").is_file()] or ready  # the others were not begun
-    lines = [f"moepress: {len(failed)} of {len(plan.artefacts)} artefacts failed, the other {len(missing) - len(failed)} that "]
-    lines[0] += f"are missing wait for them or were not begun; {len(plan.artefacts) - len(missing)} are whole"
-    lines += [f"moepress:   {folder}: {failure(results, [folder])}" for folder in failed]
+def missing(plan: Plan) -> list[str]:
+    """Folders that the report waits for, itself among them: what is not there, unless all that would read it is."""
+    results, found = Path(plan.results), {}
+
+    def visit(item: Artefact) -> None:
+        if item.folder not in found and not (results / item.folder).exists():
+            found[item.folder] = None
+            for upstream in item.reads.values():
+                visit(upstream)
+
+    visit(plan.artefacts[str(Path(plan.report).relative_to(results))])
+    return list(found)
+
+
+def failures(plan: Plan, since: float = 0.0) -> str:
+    """What a run that failed says in the end: each artefact that it began and that is not there, why, and how to go on.
+
+    since: when it started; older logs are of other runs.
+    """
+    results, absent = Path(plan.results), missing(plan)
+    ready = [f for f in absent if not any(item.folder in absent for item in plan.artefacts[f].reads.values())]
+    failed = [f for f in ready if _logs(results, [f], since)] or ready  # the others were not begun
+    lines = [f"moepress: {len(failed)} of {len(plan.artefacts)} artefacts failed, {len(absent) - len(failed)} more are missing, "]
+    lines[0] += "which wait for these or were not begun"
+    lines += [f"moepress:   {folder}: {failure(results, [folder], since)}" for folder in failed]
     return "\n".join([*lines, "moepress: once that is mended, the same command goes on from what is whole"])
 
 
-def failure(results: Path, folders: Iterable[str | Path]) -> str:
+def _logs(results: Path, folders: Iterable[str | Path], since: float) -> list[Path]:
+    """Of those artefacts that are not there, the newest last."""
+    named = [results / "logs" / f"{folder}.log" for folder in folders if not (results / folder).exists()]
+    found = [(log.stat().st_mtime, log) for log in named if log.is_file()]
+    return [log for written, log in sorted(found) if written >= since]
+
+
+def failure(results: Path, folders: Iterable[str | Path], since: float = 0.0) -> str:
     """Why a run failed: of artefacts that are not there, the newest log and its last line."""
-    missing = [results / "logs" / f"{folder}.log" for folder in folders if not (results / folder).exists()]
-    logs = sorted((log for log in missing if log.is_file()), key=lambda log: log.stat().st_mtime)
+    logs = _logs(results, folders, since)
     if not logs:
         return "Snakemake failed before any stage began; its log is the newest in .snakemake/log/"
     lines = logs[-1].read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["(nothing)"]

@@ -48,11 +48,10 @@ class Plan:
         is_found = Path(shutil.which("python") or "") == here.with_name("python")
         return "set -euo pipefail; " + ("" if is_found else f"export PATH={shlex.quote(str(here.parent))}:$PATH; ")
 
-    def task(self, stage: str):
-        """Snakemake input: the task file of a stage's job. Ancient, as all inputs here: a change is another key."""
-        from snakemake.io import ancient
-
-        return ancient(f"{self.results}/tasks/{stage}/{{id}}.yaml")
+    def task(self, stage: str) -> str:
+        """The task file of a stage's job. No input of it: it is written wherever the plan is made, so also where a job of a
+        cluster reads the Snakefile, and never fetched; a change is another key."""
+        return f"{self.results}/tasks/{stage}/{{id}}.yaml"
 
     def threads(self, stage: str, cores: int):
         """Snakemake's threads of a job: one where the model is small, so that several run side by side; all the cores where

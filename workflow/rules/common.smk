@@ -1,5 +1,5 @@
 # The plan that every rule asks for its inputs. It is made by the library: no logic here.
-from moepress import patches
+from moepress import buckets, patches
 from moepress.locks import inside_snakemake
 from moepress.plan import all_cores, from_snakemake
 
@@ -7,8 +7,9 @@ inside_snakemake()
 patches.apply()
 PLAN = from_snakemake(config)
 RESULTS = PLAN.results
+buckets.apply(workflow, RESULTS)
 ALL_CORES = all_cores(workflow)
-RUN = "python -m moepress.stages {input.task:q} {output:q} 2>&1 | tee {log:q}"
+RUN = "python -m moepress.stages {params.task:q} {output:q} 2>&1 | tee {log:q}"
 
 shell.prefix(PLAN.shell_prefix)
 

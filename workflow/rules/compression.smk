@@ -2,7 +2,6 @@
 rule gradients:
     input:
         PLAN.upstream("gradients"),
-        task=PLAN.task("gradients"),
     output:
         directory(f"{RESULTS}/gradients/{{id}}"),
     log:
@@ -13,6 +12,8 @@ rule gradients:
     resources:
         gpu=PLAN.gpus,
         mem_mb=PLAN.memory("gradients"),
+    params:
+        task=PLAN.task("gradients"),
     shell:
         RUN
 
@@ -21,7 +22,6 @@ rule gradients:
 rule statistics_block:
     input:
         PLAN.upstream("statistics_block"),
-        task=PLAN.task("statistics_block"),
     output:
         directory(f"{RESULTS}/statistics_block/{{id}}"),
     log:
@@ -32,6 +32,8 @@ rule statistics_block:
     resources:
         gpu=PLAN.gpus,
         mem_mb=PLAN.memory("statistics_block"),
+    params:
+        task=PLAN.task("statistics_block"),
     shell:
         RUN
 
@@ -39,7 +41,6 @@ rule statistics_block:
 rule statistics:
     input:
         PLAN.upstream("statistics"),
-        task=PLAN.task("statistics"),
     output:
         directory(f"{RESULTS}/statistics/{{id}}"),
     log:
@@ -50,6 +51,8 @@ rule statistics:
     resources:
         gpu=PLAN.gpus,
         mem_mb=PLAN.memory("statistics"),
+    params:
+        task=PLAN.task("statistics"),
     shell:
         RUN
 
@@ -57,7 +60,6 @@ rule statistics:
 rule allocation:
     input:
         PLAN.upstream("allocation"),
-        task=PLAN.task("allocation"),
     output:
         directory(f"{RESULTS}/allocation/{{id}}"),
     log:
@@ -66,6 +68,8 @@ rule allocation:
         "../../environment.yml"
     resources:
         mem_mb=PLAN.memory("allocation"),
+    params:
+        task=PLAN.task("allocation"),
     shell:
         RUN
 
@@ -73,7 +77,6 @@ rule allocation:
 rule quantization:
     input:
         PLAN.upstream("quantization"),
-        task=PLAN.task("quantization"),
     output:
         directory(f"{RESULTS}/quantization/{{id}}"),
     log:
@@ -84,6 +87,8 @@ rule quantization:
     resources:
         gpu=PLAN.gpus,
         mem_mb=PLAN.memory("quantization"),
+    params:
+        task=PLAN.task("quantization"),
     shell:
         RUN
 
@@ -91,7 +96,6 @@ rule quantization:
 rule pruning:
     input:
         PLAN.upstream("pruning"),
-        task=PLAN.task("pruning"),
     output:
         directory(f"{RESULTS}/pruning/{{id}}"),
     log:
@@ -102,5 +106,7 @@ rule pruning:
     resources:
         gpu=PLAN.gpus,
         mem_mb=PLAN.memory("pruning"),
+    params:
+        task=PLAN.task("pruning"),
     shell:
         RUN

@@ -1,7 +1,5 @@
 # Text and model: what everything else starts from.
 rule corpus:
-    input:
-        task=PLAN.task("corpus"),
     output:
         directory(f"{RESULTS}/corpus/{{id}}"),
     log:
@@ -10,6 +8,8 @@ rule corpus:
         "../../environment.yml"
     resources:
         mem_mb=PLAN.memory("corpus"),
+    params:
+        task=PLAN.task("corpus"),
     shell:
         RUN
 
@@ -17,7 +17,6 @@ rule corpus:
 rule model:
     input:
         PLAN.upstream("model"),
-        task=PLAN.task("model"),
     output:
         directory(f"{RESULTS}/model/{{id}}"),
     log:
@@ -27,6 +26,8 @@ rule model:
     threads: ALL_CORES
     resources:
         mem_mb=PLAN.memory("model"),
+    params:
+        task=PLAN.task("model"),
     shell:
         RUN
 
@@ -34,7 +35,6 @@ rule model:
 rule calibration:
     input:
         PLAN.upstream("calibration"),
-        task=PLAN.task("calibration"),
     output:
         directory(f"{RESULTS}/calibration/{{id}}"),
     log:
@@ -43,5 +43,7 @@ rule calibration:
         "../../environment.yml"
     resources:
         mem_mb=PLAN.memory("calibration"),
+    params:
+        task=PLAN.task("calibration"),
     shell:
         RUN

@@ -2,7 +2,6 @@
 rule evaluation:
     input:
         PLAN.upstream("evaluation"),
-        task=PLAN.task("evaluation"),
     output:
         directory(f"{RESULTS}/evaluation/{{id}}"),
     log:
@@ -13,6 +12,8 @@ rule evaluation:
     resources:
         gpu=PLAN.gpus,
         mem_mb=PLAN.memory("evaluation"),
+    params:
+        task=PLAN.task("evaluation"),
     shell:
         RUN
 
@@ -20,7 +21,6 @@ rule evaluation:
 rule decomposition:
     input:
         PLAN.upstream("decomposition"),
-        task=PLAN.task("decomposition"),
     output:
         directory(f"{RESULTS}/decomposition/{{id}}"),
     log:
@@ -31,6 +31,8 @@ rule decomposition:
     resources:
         gpu=PLAN.gpus,
         mem_mb=PLAN.memory("decomposition"),
+    params:
+        task=PLAN.task("decomposition"),
     shell:
         RUN
 
@@ -39,7 +41,6 @@ rule decomposition:
 rule latency:
     input:
         PLAN.upstream("latency"),
-        task=PLAN.task("latency"),
     output:
         directory(f"{RESULTS}/latency/{{id}}"),
     log:
@@ -50,5 +51,7 @@ rule latency:
     resources:
         gpu=PLAN.gpus,
         mem_mb=PLAN.memory("latency"),
+    params:
+        task=PLAN.task("latency"),
     shell:
         RUN

@@ -2,7 +2,6 @@
 rule report:
     input:
         PLAN.upstream("report"),
-        task=PLAN.task("report"),
     output:
         report(
             directory(f"{RESULTS}/report/{{id}}"),
@@ -16,6 +15,8 @@ rule report:
         "../../environment.yml"
     resources:
         mem_mb=PLAN.memory("report"),
+    params:
+        task=PLAN.task("report"),
     shell:
         RUN
 
@@ -33,3 +34,17 @@ rule tracking:
         settings=PLAN.tracking,
     shell:
         "python -m moepress.tracking {input.report:q} {output:q} {params.settings:q} 2>&1 | tee {log:q}"
+
+
+# All of it on this machine, whichever made it: what moepress asks for where results are in a bucket (docs/scale.md).
+rule here:
+    input:
+        PLAN.targets,
+        [f"{RESULTS}/{folder}" for folder in PLAN.artefacts],
+    log:
+        local(f"{RESULTS}/logs/here.log"),
+    localrule: True
+    conda:
+        "../../environment.yml"
+    shell:
+        ": 2> {log:q}"

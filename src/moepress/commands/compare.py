@@ -27,30 +27,31 @@ def main(arguments: list[str]) -> None:
     lookup.add_results(parser)
     given = parser.parse_args(arguments)
     places = [lookup.report(given.report, given.results)] if given.report else lookup.reports(given.results)
-    runs, others = both(given.a, given.b, places)
+    (runs, here), (others, there) = both(given.a, given.b, places)
     reading.check_same_text([*runs, *others])
     reading.check_same_items([*runs, *others])
-    print(
-        "\n\n".join(
-            "\n".join(part) for part in (differences(runs, others), numbers(runs, others), settings(runs[0], others[0]))
-        )
-    )
+    parts = (differences(runs, others), numbers(runs, others), settings(runs[0], others[0]), sources((runs, here), (others, there)))
+    print("\n\n".join("\n".join(part) for part in parts))
 
 
-def both(a: str, b: str, places: list[lookup.Found]) -> tuple[list[Run], list[Run]]:
+Side = tuple[list[Run], lookup.Found]
+"""Runs, and the report that they were found in."""
+
+
+def both(a: str, b: str, places: list[lookup.Found]) -> tuple[Side, Side]:
     """The runs that two names mean: in one report if there is one that has both, else each in the newest that has it."""
     if not places:
         raise ValueError("no report there; run an experiment first, or give --results=DIR")
-    pairs = [(matching(a, place), matching(b, place)) for place in places]
-    for runs, others in pairs:
-        if runs and others:
-            return runs, others
-    found: list[list[Run]] = [next((side for side in sides if side), []) for sides in zip(*pairs, strict=True)]
-    for name, side in zip((a, b), found, strict=True):
-        if not side:
+    found = [[(matching(name, place), place) for place in places] for name in (a, b)]
+    for side, other in zip(*found, strict=True):
+        if side[0] and other[0]:
+            return side, other
+    for name, sides in zip((a, b), found, strict=True):
+        if not any(runs for runs, _ in sides):
             known = ", ".join(run["run"] for run in places[0].described["config"]["runs"])
             raise ValueError(f"{name}: no report has a run of this name, key or folder; the newest has {known}")
-    return found[0], found[1]
+    newest = [next(side for side in sides if side[0]) for sides in found]
+    return newest[0], newest[1]
 
 
 def matching(name: str, report: lookup.Found) -> list[Run]:
@@ -145,6 +146,13 @@ def settings(run: Run, other: Run) -> Iterator[str]:
     ]
     yield "what differs" if rows else "nothing differs in their configurations"
     yield from (f"  {line}" for line in aligned([("", "A", "B"), *rows]) if rows)
+
+
+def sources(*sides: Side) -> Iterator[str]:
+    """Which runs were meant: names are those of a report, and other reports may have the same."""
+    for name, (runs, place) in zip("AB", sides, strict=True):
+        seeds = ", ".join(str(run.seed) for run in runs)
+        yield f"{name}: {runs[0].name}, seed {seeds}, of {place.path}"
 
 
 def configuration(run: Run) -> dict:

@@ -100,6 +100,12 @@ def table(rows: list[dict]) -> str:
     return "\n".join(aligned(cells))
 
 
+def sideways(rows: list[dict]) -> str:
+    """The same with a column for each row: for the few of a single experiment."""
+    shown = [name for name in COLUMNS if any(row.get(name) not in (None, "") for row in rows)]
+    return "\n".join(aligned([(COLUMNS[name], *(cell(name, row) for row in rows)) for name in shown]))
+
+
 def cell(name: str, row: dict) -> str:
     value, error = row.get(name), row.get(f"{name}_stderr")
     if value is None:
