@@ -116,7 +116,9 @@ def failures(plan: Plan, since: float = 0.0) -> str:
     results, absent = Path(plan.results), missing(plan)
     ready = [f for f in absent if not any(item.folder in absent for item in plan.artefacts[f].reads.values())]
     failed = [f for f in ready if _logs(results, [f], since)] or ready  # the others were not begun
-    lines = [f"moepress: {len(failed)} of {len(plan.artefacts)} artefacts failed, {len(absent) - len(failed)} more are missing, "]
+    lines = [
+        f"moepress: {len(failed)} of {len(plan.artefacts)} artefacts failed, {len(absent) - len(failed)} more are missing, "
+    ]
     lines[0] += "which wait for these or were not begun"
     lines += [f"moepress:   {folder}: {failure(results, [folder], since)}" for folder in failed]
     return "\n".join([*lines, "moepress: once that is mended, the same command goes on from what is whole"])

@@ -30,7 +30,12 @@ def main(arguments: list[str]) -> None:
     (runs, here), (others, there) = both(given.a, given.b, places)
     reading.check_same_text([*runs, *others])
     reading.check_same_items([*runs, *others])
-    parts = (differences(runs, others), numbers(runs, others), settings(runs[0], others[0]), sources((runs, here), (others, there)))
+    parts = (
+        differences(runs, others),
+        numbers(runs, others),
+        settings(runs[0], others[0]),
+        sources((runs, here), (others, there)),
+    )
     print("\n\n".join("\n".join(part) for part in parts))
 
 
