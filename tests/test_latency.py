@@ -306,7 +306,7 @@ def test_the_command_measures_once(asked, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["latency.model=big"], r"latency\.model=big: one of small"),
+        (["latency.model=big"], r"latency\.model=big: no such shape; it is one of small"),
         (["pruning=odp"], "pruning=odp: is fitted to real weights"),
         (["latency.num_layers=0"], r"latency\.num_layers=0: between 1"),
         (["latency.skew=-1"], r"latency\.skew=-1\.0: a Zipf exponent"),

@@ -113,7 +113,7 @@ def refuse_words(arguments: list[str]) -> None:
         if "." in word or word in (*ALONE, *groups()):
             raise ValueError(without_value(word))
         raise ValueError(
-            f"{word!r}: no such command{nearest(word, [*COMMANDS, *groups()])}; there is {', '.join(COMMANDS)}; without one, "
+            f"{word!r}: no such command{nearest(word, COMMANDS)}; there is {', '.join(COMMANDS)}; without one, "
             "`moepress KEY=VALUE ...` runs an experiment, and a key needs its `=`"
         )
 

@@ -98,12 +98,11 @@ def check_experiment(overrides: list[str] | tuple[str, ...]) -> None:
     for group, option in _choices_of(given.get("experiment")).items():
         if (other := given.get(group, option)) != option:
             chosen = _choices_of(given["experiment"])
-            stands_for, instead = (
-                " ".join(f"{g}={o}" for g, o in c.items()) for c in (chosen, {g: given.get(g, o) for g, o in chosen.items()})
-            )
+            stands_for = " ".join(f"{g}={o}" for g, o in chosen.items())
+            instead = " ".join(f"{g}={given.get(g, o)}" for g, o in chosen.items())
             raise ValueError(
-                f"experiment={given['experiment']} stands for {stands_for}, which {group}={other} contradicts; leave one of the "
-                f"two out, or write {instead} in their place"
+                f"experiment={given['experiment']} stands for {stands_for}, which {group}={other} contradicts; leave one of "
+                f"the two out, or write {instead} in their place"
             )
 
 
@@ -182,16 +181,17 @@ def _unknown_key(overrides: list[str] | tuple[str, ...]) -> str | None:
         name = override.partition("=")[0].lstrip("~")
         if name.startswith(("+", "hydra.", "hydra/")) or "@" in name or name in groups():
             continue
-        node, path = config, name.split(".")
+        node, path, said = config, name.split("."), override[:100]
         for depth, part in enumerate(path):
+            where = ".".join(path[:depth])
             if isinstance(node, dict) and part not in node:
-                return f"{override[:100]}: {no_such_key(path, depth, list(node), choices(overrides))}"
-            if node is None:
-                return f"{override[:100]}: {'.'.join(path[:depth])} is null; give it whole, {'.'.join(path[:depth])}={{{path[depth]}: ...}}"
-            if not isinstance(node, dict | list):
-                return f"{override[:100]}: {'.'.join(path[:depth])} is one value and has no keys"
+                return f"{said}: {no_such_key(path, depth, list(node), choices(overrides))}"
             if isinstance(node, list):
                 break
+            if node is None:
+                return f"{said}: {where} is null; give it whole, {where}={{{part}: ...}}"
+            if not isinstance(node, dict):
+                return f"{said}: {where} is one value and has no keys"
             node = node[part]
     return None
 
@@ -241,9 +241,8 @@ def composed(overrides: list[str] | tuple[str, ...]) -> DictConfig:
         is_name = is_name or (value is None and may_be_none)
         is_ours = _is_choice(one) and not one.is_hydra_override()
         if is_ours and one.type == OverrideType.CHANGE and not one.is_sweep_override() and not is_name:
-            raise ValueError(
-                f"{one.key_or_group}={value!r}: give one name; {one.key_or_group} is one of {', '.join(options(one.key_or_group))}"
-            )
+            group = one.key_or_group
+            raise ValueError(f"{group}={value!r}: give one name; {group} is one of {', '.join(options(group))}")
     if any(one.type != OverrideType.CHANGE or one.is_sweep_override() for one in parsed):  # `+a=1`, `~a`: rare
         return deepcopy(_composed(tuple(overrides), _newest_change()))
     choices = tuple(override for override, one in zip(overrides, parsed, strict=True) if _is_choice(one))
@@ -365,8 +364,8 @@ def check_local_text(config: dict) -> None:
         can = most[domain] // asked["seq_len"]
         if can < needed:
             raise ValueError(
-                f"calibration.num_sequences={asked['num_sequences']} with calibration.seq_len={asked['seq_len']} needs {needed} "
-                f"windows of {domain!r}, whose calibration split is at most {most[domain]} characters, {can} windows; ask for "
+                f"calibration.num_sequences={asked['num_sequences']} with calibration.seq_len={asked['seq_len']} needs "
+                f"{needed} windows of {domain!r}, whose calibration split is at most {most[domain]} characters, {can} windows; ask for "
                 "fewer or shorter sequences, choose calibration.domains, raise corpus.fractions.calibration or give more text"
             )
 
