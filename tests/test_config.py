@@ -104,7 +104,6 @@ def test_bad_values_are_named_with_a_way_out(overrides, message):
 def test_an_experiment_that_nothing_contradicts_is_taken():
     fast = config.values(["experiment=fast"])
     assert fast["quantization"]["name"] == "fast" and fast == config.values(["experiment=fast", "quantization=fast"])
-    assert config.values(["experiment=null", "quantization=gptq"])["quantization"]["name"] == "gptq"
 
 
 def test_hydras_advice_is_left_out():

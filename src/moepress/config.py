@@ -159,7 +159,8 @@ def readable_error(error: Exception, overrides: list[str] | tuple[str, ...]) -> 
         return told
     key = getattr(error, "full_key", None)
     of_hydra = "; conf/hydra/ has the keys of sweeps and jobs" if any(o.startswith("hydra.") for o in overrides) else ""
-    return f"{f'{key}: ' if key else ''}{_first_lines(error).rstrip(".")}{of_hydra}"
+    said = _first_lines(error).rstrip(".")
+    return f"{f'{key}: ' if key else ''}{said}{of_hydra}"
 
 
 def _unknown_choice(overrides: list[str] | tuple[str, ...]) -> str | None:
@@ -366,7 +367,8 @@ def check_local_text(config: dict) -> None:
             raise ValueError(
                 f"calibration.num_sequences={asked['num_sequences']} with calibration.seq_len={asked['seq_len']} needs "
                 f"{needed} windows of {domain!r}, whose calibration split is at most {most[domain]} characters, "
-                f"{can} windows; ask for fewer or shorter sequences, choose calibration.domains, raise corpus.fractions.calibration or give more text"
+                f"{can} windows; ask for fewer or shorter sequences, choose calibration.domains, "
+                "raise corpus.fractions.calibration or give more text"
             )
 
 
