@@ -93,7 +93,7 @@ def ours(folder: Path, out: Path) -> np.ndarray:
     from moepress.models.streaming import ModelStream
     from moepress.quantization import writer
     from moepress.quantization.experts import Recipe
-    from moepress.quantization.qesc import quantize_model
+    from moepress.quantization.layers import quantize_model
 
     keys = ["quantization=gptq", f"quantization.group_size={GROUP_SIZE}", f"quantization.attention_bits={BITS}"]
     recipe = Recipe(**{name: value for name, value in resolve(keys)["quantization"].items() if name != "name"})

@@ -14,7 +14,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from large import write_index
 from moepress import config, estimate, forecast, work
 from moepress.models import outline
-from moepress.quantization.budget import Prediction, readable, unpacked_bytes
+from moepress.quantization.budget import Prediction, unpacked_bytes
+from moepress.wording import count, readable
 
 MIXTRAL_8X22B = {
     "architectures": ["MixtralForCausalLM"],
@@ -39,7 +40,7 @@ def lines(name: str, model: outline.Outline, overrides: list[str], speed: float)
     asked = forecast.asked_size(Prediction(model, values["quantization"]), values["allocation"])
     memory = estimate.memory(model, values, asked.on_cpu, "cpu", 512 << 30)
     seconds, disk = estimate.seconds(model, values, speed), estimate.disk(model, values, asked.folder)
-    found = [f"{name}: {forecast.count(model.num_weights)} weights, {forecast.count(model.active_weights)} active, "]
+    found = [f"{name}: {count(model.num_weights)} weights, {count(model.active_weights)} active, "]
     found[0] += (
         f"{readable(2 * model.num_weights)} at 16 bits, {readable(unpacked_bytes(model, 'cpu'))} in float32; {asked.label}"
     )

@@ -23,7 +23,7 @@ from moepress.evaluation.perplexity import run_layers
 from moepress.models.streaming import ModelStream
 from moepress.models.streams import Streams
 from moepress.quantization.experts import Recipe
-from moepress.quantization.qesc import quantize_model
+from moepress.quantization.layers import quantize_model
 from moepress.statistics import layer_statistics
 
 WIDTHS = [1, 2, 3, 4]

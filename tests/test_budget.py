@@ -15,7 +15,7 @@ from moepress.models.streaming import ModelStream
 from moepress.quantization import writer
 from moepress.quantization.budget import Prediction, plan_budget, unpacked_bytes
 from moepress.quantization.experts import Recipe
-from moepress.quantization.qesc import quantize_model
+from moepress.quantization.layers import quantize_model
 from moepress.quantization.size import expert_bytes
 from moepress.schema.values import parse_bytes
 from zoo import COMMON, ZOO, write_zoo_model

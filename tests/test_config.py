@@ -207,6 +207,8 @@ def test_only_the_rules_that_read_something_wait_for_it():
     for method in ("pmq", "pmq_code", "frequency", "weight", "hessian", "bsp"):
         assert "statistics" in stages(f"allocation={method}") and "gradients" not in stages(f"allocation={method}")
     assert {"statistics", "gradients"} <= stages("allocation=global")
+    assert "statistics_block" not in stages("allocation=pmq"), "one job"
+    assert "statistics_block" in stages("allocation=pmq", "statistics.blocks=2")
     shared = {
         key("statistics", f"allocation={method}") for method in ("pmq", "frequency", "weight", "hessian", "bsp", "random")
     }

@@ -15,7 +15,7 @@ from moepress.models.streams import Streams
 from moepress.pruning.policy import attach, experts_of
 from moepress.quantization import distilling, size, writer
 from moepress.quantization.experts import Recipe
-from moepress.quantization.qesc import quantize_model
+from moepress.quantization.layers import quantize_model
 from moepress.statistics import layer_statistics
 from zoo import ZOO, plain_deepseek, write_zoo_model
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moepress.quantization import grid
-from moepress.quantization.gptq import Curvature, asymmetric, gptq, inverse_factor, shrunk
+from moepress.quantization.gptq import Curvature, asymmetric, gptq, inverse_factor, invert_lower, shrunk
 
 GRID = grid.Search(clip_min=0.25, clip_steps=8, fit_rounds=2)
 
@@ -81,6 +81,25 @@ def test_inverse_factor():
     assert torch.allclose(u.transpose(1, 2) @ u @ damped, torch.eye(32).expand(3, 32, 32), atol=1e-3)
 
 
+@pytest.mark.parametrize(("width", "leaf"), [(8, 8), (16, 4), (13, 3)])
+def test_inverse_by_halves(width, leaf):
+    """Also where the halves are not equal."""
+    lower = torch.randn(3, width, width, generator=torch.Generator().manual_seed(18)).tril(-1) + 2 * torch.eye(width)
+    inverse = lower.clone()
+    invert_lower(inverse, leaf)
+    assert torch.allclose(inverse @ lower, torch.eye(width).expand(3, width, width), atol=1e-4)
+    assert torch.equal(inverse, inverse.tril())
+
+
+def test_the_curvatures_scale_does_not_matter():
+    """Hidden states may be tiny or huge; the damping goes along. Powers of two, so that nothing is rounded otherwise."""
+    w, h = problem(17)
+    plain = gptq(w, h, [2, 3, 4], 16, 0.1, GRID, 8)
+    for scale in (2.0**-30, 2.0**30):
+        found = gptq(w, scale * h, [2, 3, 4], 16, 0.1, GRID, 8)
+        assert torch.equal(found.codes, plain.codes) and torch.equal(found.scales, plain.scales)
+
+
 def test_inputs_that_never_occur():
     """A singular curvature, even an all-zero one, still gives a sound quantization."""
     w, h = problem(5)
@@ -126,15 +145,17 @@ def test_gaussian_error_is_near_the_wide_search_figures(bits, relative):
 
 
 def test_minmax_against_the_formula():
-    """MC's own rounding, weight by weight; and its relative squared error on Gaussian weights, far above a searched grid's."""
+    """MC's own rounding, weight by weight, 0 on every grid; and its relative squared error on Gaussian weights, far above a
+    searched grid's."""
     w = torch.randn(4, 3, 64, generator=torch.Generator().manual_seed(10))
+    w[1:, 1], w[1:, 2] = 1 + w[1:, 1].abs(), -1 - w[1:, 2].abs()
     found = grid.minmax(w, [1, 2, 3, 4], 32).dequantize()
     for e, o, start in itertools.product(range(4), range(3), (0, 32)):
         group = w[e, o, start : start + 32]
         if e == 0:
             expected = group.sign() * group.abs().mean()
         else:
-            low, high, top = group.min(), group.max(), 2 ** (e + 1) - 1
+            low, high, top = group.min().clamp(max=0), group.max().clamp(min=0), 2 ** (e + 1) - 1
             scale = ((high - low) / top).half().float()
             zero = (-low / scale * 4).round() / 4
             expected = ((group / scale + zero).round().clamp(0, top) - zero) * scale
@@ -142,6 +163,16 @@ def test_minmax_against_the_formula():
     w = torch.randn(4, 256, 512, generator=torch.Generator().manual_seed(8))
     errors = (grid.minmax(w, [1, 2, 3, 4], 128).dequantize() - w).square().mean((1, 2))
     assert errors[:3].tolist() == pytest.approx([0.363, 0.25, 0.047], rel=0.1)
+
+
+@pytest.mark.parametrize("norm", [2.0, 2.4])
+def test_a_few_rows_at_a_time_give_the_same(norm, monkeypatch):
+    how = grid.Search(0.25, 8, 2, clip_norm=norm)
+    w = torch.randn(2, 6, 64, generator=torch.Generator().manual_seed(19))
+    whole = grid.rtn(w, [2, 3], 16, how)
+    monkeypatch.setattr(grid, "ELEMENTS_AT_ONCE", 5 * 16)
+    in_pieces = grid.rtn(w, [2, 3], 16, how)
+    assert all(torch.equal(getattr(whole, name), getattr(in_pieces, name)) for name in ("codes", "scales", "zeros"))
 
 
 def test_constant_and_zero_groups():

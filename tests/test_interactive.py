@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
-from moepress.report import interactive, reading
+from moepress.report import interactive, reading, style
 from test_report import Results
 
 HOSTILE = "</script><script>document.title='owned'</script>"
@@ -33,6 +33,27 @@ def test_points_and_cells(page):
     assert cells["map"].iloc[0] == "bits: QESC + PMQ, 2.5 bits"
     own = cells[cells["map"] == "selections (%): code"]
     assert own["value"].tolist() == pytest.approx((100 * np.array(runs[0].metrics["domains"]["code"]["expert_use"])).ravel())
+
+
+def test_looks_are_those_of_the_still_figures(page):
+    """A marker of its own for each of matplotlib's, dashes in pixels, the widths' colours, and numbers in the cells."""
+    shapes = [marker for marker, _ in [*style.ALLOCATION_STYLES.values(), *style.OTHER_STYLES]] + list(style.PRUNED_MARKERS)
+    assert set(shapes) == set(interactive.MARKERS) and len(set(interactive.MARKERS.values())) == len(interactive.MARKERS)
+    assert interactive.dashes("-") == "solid" and interactive.dashes((0, (4, 1.5, 1, 0.2))) == [8, 3, 2, 1]
+    assert interactive.on_both("#0072b2") == "#0072b2" and interactive.on_both("#000000") == "#666666"
+    _, runs, _ = page
+    text = interactive.draw(runs).data
+    assert all(f'"{interactive.MARKERS[marker]}"' in text for marker in ("D", "P")) and "HSpan" in text
+    cells = interactive.cells(runs)
+    bits = cells[cells["kind"] == "bits"]
+    assert bits["words"].tolist() == [str(width) for layer in runs[3].bits for width in layer]
+    assert set(bits.loc[bits["value"] > 2, "ink"]) == {"white"}
+    look = interactive.palette("bits", bits["value"])
+    assert look == {"palette": [interactive.BIT_COLOURS[2], interactive.BIT_COLOURS[3]], "low": 1.5, "high": 3.5}
+    level = interactive.levels(runs).iloc[0]
+    nll = [runs[0].metrics["domains"][name]["nll"] for name in ("prose", "code")]
+    assert level["ppl"] == pytest.approx(np.exp(np.mean(nll))) and level["accuracy"] == pytest.approx(80)
+    assert level["shift"] == 0
 
 
 def test_data_is_never_script(page):
@@ -79,8 +100,12 @@ def test_in_a_browser(page, size):
         assert browser.execute_script(score) == "ppl"
         browser.execute_script(choose, "score", "perplexity, out of domain")
         assert browser.execute_script(score) == "ppl_ood"
+        assert browser.execute_script(find + "return all.find(model => model.type == 'HSpan').y.field") == "ppl_ood"
+        interval = find + "return all.find(model => model.type == 'BasicTicker' && model.min_interval == 1) != undefined"
+        assert browser.execute_script(interval), "whole widths"
         browser.execute_script(choose, "map", "selections (%): code")
         assert browser.execute_script(find + "return all.find(m => m.type == 'GroupFilter').group") == "selections (%): code"
+        assert browser.execute_script(find + "return all.find(m => m.type == 'LinearColorMapper').palette.length") == 256
         drawn = "return [...document.querySelectorAll('.live')].map(e => e.firstElementChild.getBoundingClientRect().width)"
         widths = browser.execute_script(drawn)
         assert len(widths) == 2 and all(200 < each < width for each in widths)

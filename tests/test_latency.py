@@ -11,7 +11,7 @@ from moepress import cli, dag, studies
 from moepress.commands import latency as asking
 from moepress.config import resolve, values
 from moepress.latency import building, device, measuring, shapes, traffic
-from moepress.latency.static import StaticDecoding
+from moepress.latency.graphs import StaticDecoding
 from moepress.models import limits
 from moepress.models.experts import ON_CPU
 from moepress.pruning.policy import attach, experts_of, routers_of

@@ -68,6 +68,12 @@ def test_a_median_drops_half_of_what_can_be_dropped():
     assert torch.equal(odp(index, weights, torch.ones(4, 100), 8, 0.0, None, True)[0], index), "nothing below 0"
 
 
+def test_a_token_without_any_weight_keeps_one_expert():
+    """As sigmoid scores that underflow leave it."""
+    index, mask = torch.tensor([[[2, 0, 1]]]), torch.ones(1, 1)
+    assert odp(index, torch.zeros(1, 1, 3), mask, 4, 0.5, None, True)[0].tolist() == [[[2, 4, 4]]]
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 3), st.integers(1, 12), st.floats(0, 1), st.booleans(), st.integers(0, 10**6))
 def test_importance_against_the_equation(B, S, share, left, seed):

@@ -14,7 +14,8 @@ def test_pack_round_trip(width, count, seed):
     codes = torch.randint(0, 1 << width, (count,), generator=torch.Generator().manual_seed(seed))
     stream = pack(codes, width)
     assert stream.dtype == torch.uint8 and len(stream) == size.packed_bytes(count, width)
-    assert torch.equal(unpack(stream, count, width).long(), codes)
+    found = unpack(stream, count, width)
+    assert torch.equal(found.long(), codes) and found.dtype == (torch.uint8 if width <= 8 else torch.int16)
 
 
 def test_three_bits_are_three_bits():
@@ -41,4 +42,5 @@ def test_matrix_bytes_are_what_is_written():
 def test_dequantize_is_its_equation():
     codes = torch.tensor([[[0, 1, 2, 3]]], dtype=torch.uint8)
     quantized = Quantized(codes, torch.tensor([[[0.5, 2.0]]]).half(), torch.tensor([[[3, 4]]], dtype=torch.int16), [2])
-    assert quantized.dequantize().tolist() == [[[0.5 * (0 - 0.75), 0.5 * (1 - 0.75), 2.0 * (2 - 1), 2.0 * (3 - 1)]]]
+    expected = [[0.5 * (0 - 0.75), 0.5 * (1 - 0.75), 2.0 * (2 - 1), 2.0 * (3 - 1)]]
+    assert quantized.dequantize().tolist() == [expected] and quantized.matrix(0).tolist() == expected

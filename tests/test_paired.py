@@ -63,6 +63,8 @@ def test_what_is_not_known_is_not_called_a_difference():
     same = compared([[{"a": [1.0, 2.0]}]] * 2)
     assert same[:2] == (0, 0) and same.interval == (0, 0) and same.is_noise
     assert not compared([[{"a": [1.0, 2.0]}], [{"a": [0.5, 1.5]}]]).is_noise, "the same in every pair"
+    assert Difference(0.1, 0.2, 9).is_noise and Difference(-0.1, 0.2, 9).is_noise
+    assert not Difference(0.1, 0.02, 9).is_noise and not Difference(-0.1, 0.02, 9).is_noise
     empty = paired.difference([None], [None], lambda _: {})
     assert np.isnan(empty.value) and empty.is_noise
 
@@ -127,3 +129,16 @@ def test_only_what_differs_in_one_thing_is_compared():
     several = [run(method, UNIFORM, seed=seed) for method in (GPTQ, QESC) for seed in (0, 1)]
     (pair,) = [pair for pair in paired.pairs(several) if pair.step != paired.SIXTEEN]
     assert [one.seed for one in pair.runs] == [one.seed for one in pair.others] == [0, 1]
+
+
+def test_the_table_tells_each_step_and_the_way_from_16_bits():
+    reference = run({"method": "none"}, UNIFORM, target="16 bits")
+    reference.is_reference = True
+    runs = [reference, run(RTN, UNIFORM), run(GPTQ, UNIFORM)]
+    for one, nll in zip(runs, ([1.0, 2.0], [1.5, 2.7], [1.3, 2.4]), strict=True):
+        vars(one).update(domains=(["a"], []), nll={"a": np.asarray(nll)}, tasks={})
+    found = paired.tabulate(paired.pairs(runs))
+    assert found["step"].tolist() == ["quantization", paired.SIXTEEN, paired.SIXTEEN]
+    assert found["against"].tolist() == [runs[1].series, reference.series, reference.series]
+    assert found["difference"].tolist() == pytest.approx([-0.25, 0.6, 0.35])
+    assert found["metric"].tolist() == ["nll"] * 3, "what nobody measured is left out"

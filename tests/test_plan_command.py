@@ -11,7 +11,7 @@ import yaml
 
 import large
 from conftest import small_experiment
-from moepress import config, estimate, forecast, work
+from moepress import config, dag, estimate, forecast, studies, work
 from moepress import plan as planning
 from moepress.models import families, folders, limits, outline
 from moepress.models.files import Entry
@@ -164,6 +164,16 @@ def test_what_the_machine_lacks(model_folder, tmp_path, monkeypatch, capsys):
     assert said.startswith("moepress: does not fit: statistics needs ") and "this machine has 100.00MiB" in said
     assert "of disk, paths.results=results has 1.00MiB free" in said
     assert "it fits" not in capsys.readouterr().out
+
+
+def test_what_is_there_already_takes_no_time(model_folder, text_folder, tmp_path):
+    given = [*small_experiment(model_folder, text_folder), f"paths.results={tmp_path}"]
+    for item in dag.everything(list(studies.experiment(given).artefacts.values())).values():
+        if item.stage in ("model", "statistics", "evaluation"):
+            (tmp_path / item.folder).mkdir(parents=True)
+    text, _ = forecast.forecast(given)
+    there = {line.split("  ")[1].strip() for line in text.splitlines() if line.endswith("there already")}
+    assert there == {"model", "statistics"}, "the latency is not"
 
 
 def test_a_gpu_is_what_the_model_must_fit_in(model_folder, tmp_path, monkeypatch):

@@ -72,7 +72,7 @@ def imports(path):
 
 
 LAYERS = [
-    {"secrets", "progress", "schema"},
+    {"secrets", "progress", "schema", "wording"},
     {"data"},
     {"models"},
     {"quantization", "inference", "pruning", "allocation", "gradients", "statistics", "evaluation", "latency"},
@@ -99,6 +99,29 @@ def test_imports_point_one_way():
             assert found.startswith(("moepress.quantization", "moepress.pruning")), f"{name} imports {found}"
 
 
+def file_tree() -> str:
+    """Every module of the package with the first sentence of its docstring."""
+
+    def lines(folder, indent=""):
+        for path in sorted(folder.glob("*.py"), key=lambda path: path.name):
+            if not path.name.startswith("__"):
+                yield indent + path.name, path
+        for inner in sorted(path.parent for path in folder.glob("*/__init__.py")):
+            yield f"{indent}{inner.name}/", inner / "__init__.py"
+            yield from lines(inner, indent + "  ")
+
+    def sentence(path) -> str:
+        paragraph = " ".join((ast.get_docstring(ast.parse(path.read_text())) or "").split("\n\n")[0].split())
+        return re.split(r"(?<=[.:;]) ", paragraph)[0].rstrip(".:;") if len(paragraph) > 125 else paragraph.rstrip(".:")
+
+    return "\n".join(f"{name:23} {sentence(path)}" for name, path in lines(ROOT / "src" / "moepress"))
+
+
+def test_the_architecture_lists_every_file():
+    told = (ROOT / "docs" / "architecture.md").read_text()
+    assert file_tree() in told, "python tests/test_project.py writes the list anew"
+
+
 def test_no_two_modules_import_each_other():
     """At the top of files, directly or through others; what is imported where it is used may."""
     source = ROOT / "src"
@@ -115,3 +138,11 @@ def test_only_families_knows_architectures():
     for path in (ROOT / "src").rglob("*.py"):
         if path.name not in ("families.py", "tiny.py") and path.parent.name != "schema":
             assert not re.search(r"mixtral|block_sparse_moe|\bw1\b", path.read_text(), re.IGNORECASE), path
+
+
+if __name__ == "__main__":
+    document = ROOT / "docs" / "architecture.md"
+    before = document.read_text().partition("## Every file\n")[0]
+    document.write_text(
+        f"{before}## Every file\n\n`python tests/test_project.py` writes this list.\n\n```\n{file_tree()}\n```\n"
+    )

@@ -12,8 +12,8 @@ from moepress.models.streaming import ModelStream
 from moepress.models.streams import Streams
 from moepress.quantization import size, writer
 from moepress.quantization.experts import Recipe
+from moepress.quantization.layers import STREAMS, quantize_model
 from moepress.quantization.packing import unpack
-from moepress.quantization.qesc import STREAMS, quantize_model
 
 COMMON = {"group_size": 32, "clip_min": 0.25, "clip_steps": 8, "fit_rounds": 2, "attention_bits": 4}
 FEEDBACK = {"damping": 0.01, "block_size": 16}

@@ -68,18 +68,22 @@ def test_sweep_is_the_slow_one(bits, columns):
     assert torch.equal(fast.codes_OI, slow_sweep(slow))
 
 
-def test_zero_points_against_every_one():
-    """One group: the shift found is the best of all."""
-    rows = rows_of(2, bits=2, group_size=16)
-    rows.zeros_OG += 2  # away from where the search had it
-    before = rows.zeros_OG.clone()
-    trials = []
-    for zero in range(13):
-        rows.zeros_OG = torch.full_like(before, zero)
-        trials.append(rows.objective())
+@pytest.mark.parametrize("group_size", [16, 4])
+def test_zero_points_against_every_one(group_size):
+    """Group after group: the best of all zero points, with those before it moved and those after it not yet."""
+    rows = rows_of(2, bits=2, group_size=group_size)
+    rows.zeros_OG = (rows.zeros_OG + 2).clamp(max=12)  # away from where the search had it
+    before, expected = rows.zeros_OG, rows.zeros_OG.clone()
+    for g in range(before.shape[1]):
+        trials = []
+        for zero in range(13):
+            rows.zeros_OG = expected.clone()
+            rows.zeros_OG[:, g] = zero
+            trials.append(rows.objective())
+        expected[:, g] = torch.stack(trials).argmin(0).float()
     rows.zeros_OG = before
     rows.shift_zeros(4)
-    assert torch.allclose(rows.objective(), torch.stack(trials).amin(0), rtol=1e-4)
+    assert torch.equal(rows.zeros_OG, expected) and not torch.equal(expected, before)
 
 
 def test_reaches_brute_force_on_tiny_codes():
@@ -136,3 +140,20 @@ def test_improves_gptq_in_mixed_widths_and_round_trips():
     assert found.bits == bits and found.codes.dtype == torch.uint8 and found.scales.dtype == torch.float16
     assert all(found.codes[e].max() < 2**b for e, b in enumerate(bits))
     assert refine(w, h, start, 0.01, 0, 4) is start
+    for e, b in enumerate(bits):  # each matrix: the three steps in turn, under its damped curvature
+        damped = h[e] + 0.01 * h[e].diagonal().mean() * torch.eye(64)
+        rows = Rows(w[e], damped, start.codes[e], start.scales[e], start.zeros[e], 2**b - 1)
+        for step in (rows.fit_scales, lambda rows=rows: rows.shift_zeros(4), rows.sweep_codes) * 2:
+            step()
+        assert torch.equal(found.zeros[e].float(), rows.zeros_OG)
+        assert torch.equal(found.codes[e].float(), rows.codes_OI) and torch.equal(found.scales[e].float(), rows.scales_OG)
+
+
+def test_the_curvatures_scale_does_not_matter():
+    """Hidden states may be tiny or huge; the damping goes along."""
+    w, h = problem(4, O=16)
+    start = grid.rtn(w, [2], 8, GRID)
+    plain = refine(w, h, start, 0.3, 2, 4)
+    for scale in (2.0**-20, 2.0**20):
+        found = refine(w, scale * h, start, 0.3, 2, 4)
+        assert torch.equal(found.codes, plain.codes) and torch.allclose(found.scales, plain.scales, rtol=1e-3)

@@ -293,6 +293,8 @@ def test_columns_and_values(study):
         "peak_memory_bytes",
         "prefill_ms",
         "decode_ms",
+        "prefill_ms_16bit",
+        "decode_ms_16bit",
         "speedup_prefill",
         "speedup_decode",
         "share_prefill",
@@ -323,6 +325,7 @@ def test_columns_and_values(study):
     assert row["ppl_mean"] / sixteen["ppl_mean"] == pytest.approx(np.exp(row["delta_nll"]))
     assert row["ppl_ood"] == pytest.approx(row["ppl_elsewhere"])
     assert (row["quantize_seconds"], row["peak_memory_bytes"], row["prefill_ms"]) == (1.5, 2**30, 50)
+    assert (row["prefill_ms_16bit"], row["decode_ms_16bit"]) == (60, 3)
     assert (row["share_decode"], row["inference_bytes"]) == (0.25, 600)
     assert row["timed_with"] == "2 threads, float32, torch 2.13.0"
     pruned = found.set_index("run").loc["qesc-3-pesf-0.3"]
@@ -546,6 +549,85 @@ def test_best_is_best_only_outside_noise(results):
     text = " ".join(compare.summary(found))
     assert "GPTQ has the lowest perplexity" in text and "not to be told from QESC: within the noise" in text
     assert "RTN is behind by 10.5" in text
+
+
+def resize(made: Results, run: dict, factor: float) -> None:
+    path = made.root / run["artefacts"]["quantization"] / "size.json"
+    size = json.loads(path.read_text())
+    made.write(path, size | {"checkpoint_bytes": round(size["checkpoint_bytes"] * factor)})
+
+
+def test_only_what_takes_the_same_bytes_is_ranked(results):
+    runs = [results.run("16bit"), results.run("rtn-2", 0.2), results.run("gptq-2", 0.1), results.run("qesc-2", 0.15)]
+    resize(results, runs[3], 1.005)
+    found = reading.load(runs, results.root)
+    assert list(compare.places(found)) == ["2 bits"] and compare.marks(found)["gptq-2"] == "best", "within a percent"
+    resize(results, runs[2], 1.04)
+    found = reading.load(runs, results.root)
+    large, small = compare.places(found).items()
+    assert large[0] == "2 bits, 10.4 KiB" and [place.series for place in large[1]] == ["GPTQ"]
+    assert small[0] == "2 bits, 10 KiB" and [place.series for place in small[1]] == ["QESC", "RTN"]
+    assert compare.marks(found) == {"16bit": "", "rtn-2": "", "gptq-2": "", "qesc-2": "best"}
+    text = " ".join(compare.summary(found))
+    assert "At 2 bits (10.4 KiB, " in text and "GPTQ changes perplexity by" in text and "QESC is best" in text
+    assert "At 2 bits the checkpoints take 10.4 KiB and 10 KiB: methods are ranked within one" in text
+    resize(results, runs[3], 0.97)
+    found = reading.load(runs, results.root)
+    rows = table.tabulate(found)
+    assert not any(compare.marks(found).values())
+    assert "★" not in readable.markdown("a", "b", [], readable.groups(found, rows)), "nor is the mark explained"
+
+
+def test_speeds_name_both_times(results):
+    """Of one process, with what their scatter says; the 16-bit run's own time comes from another."""
+    runs = [results.run("16bit"), results.run("rtn-2"), results.run("gptq-2")]
+    found = reading.load(runs, results.root)
+    own = found[1].speedup("prefill")
+    assert (
+        own[:3] == pytest.approx((1.2, 0.95 * 60 / 55, 66 / 47.5)) and not own.is_noise and found[0].speedup("decode") is None
+    )
+    sentence = compare.summary(found)[-1]
+    assert sentence.startswith("Speed against 16 bits on Some CPU")
+    assert sentence.endswith("prefill 1.20× (1.04 to 1.39), decode 0.75× (0.65 to 0.87).")
+    groups = readable.groups(found, table.tabulate(found))
+    cells = {row.cells["method"][1]: row.cells for group in groups for row in group.rows}
+    assert cells["16bit"]["prefill"] == ("1", "50 ms")
+    assert (cells["rtn-2"]["prefill"], cells["rtn-2"]["decode"]) == (("1.20×", "50 for 60 ms"), ("0.75×", "4 for 3 ms"))
+
+    path = results.root / runs[1]["artefacts"]["latency"] / "latency.json"
+    latency = json.loads(path.read_text())
+    latency["prefill_ms"] = {"median": 40.0, "q1": 30.0, "q3": 70.0, "min": 20.0}
+    results.write(path, latency | {"speedup_prefill": 1.5})
+    found = reading.load(runs, results.root)
+    assert "prefill between 1.20× (1.04 to 1.39) and 1.50× (0.81 to 2.20), 1 of 2 within noise, decode 0.75×" in " ".join(
+        compare.summary(found)
+    )
+    assert "prefill 1.50× (0.81 to 2.20, within noise), decode" in compare.summary(found[:2])[-1]
+    figure, drawn = lines.speed(found)
+    style.plt.close(figure)
+    assert drawn.loc[0, ["speedup", "low", "high"]].tolist() == pytest.approx([1.5, 57 / 70, 2.2])
+
+    alone = dict.fromkeys(("prefill_ms_16bit", "decode_ms_16bit", "speedup_prefill", "speedup_decode"))  # 16 bit does not fit
+    results.write(path, latency | alone)
+    found = reading.load(runs[:2], results.root)
+    assert "Speed" not in " ".join(compare.summary(found)) and found[1].speedup("prefill") is None
+    groups = readable.groups(found, table.tabulate(found))
+    assert groups[-1].rows[0].cells["prefill"] == ("", "40 ms")
+
+
+def test_what_is_the_same_in_all_rows_is_said_once(study):
+    page, summary = (study[2] / "index.html").read_text(), (study[2] / "summary.md").read_text()
+    assert '<th scope="col">quantized in</th>' not in page and '<th scope="col">bits</th>' in page
+    assert "The same in all rows that have it: quantized in 1.5 s. " in page
+    assert "quantized in" in summary.split("| ---")[0], "a terminal has all columns"
+
+
+@pytest.mark.parametrize(
+    ("value", "places", "expected"), [(-0.04, 1, "0.0"), (0.04, 1, "0.0"), (-0.06, 1, "-0.1"), (2, 1, "+2.0"), (0.0, 2, "0.00")]
+)
+def test_zero_has_no_sign(value, places, expected):
+    assert compare.decimal(value, places) == expected
+    assert compare.decimal(value, places, sign=False) == expected.lstrip("+")
 
 
 def test_scatter_between_seeds_is_noise(results):

@@ -11,7 +11,7 @@ from moepress.models.limits import num_candidates
 from moepress.models.streaming import ModelStream
 from moepress.quantization import router
 from moepress.quantization.experts import Recipe
-from moepress.quantization.qesc import quantize_model
+from moepress.quantization.layers import quantize_model
 from moepress.quantization.router import Divergence, Fit, SquaredError, Tokens, candidates, shift
 from zoo import write_zoo_model
 
@@ -96,6 +96,21 @@ def test_descent_reaches_the_closed_form(count):
     change = router.descend(tokens, torch.zeros_like(w, dtype=torch.float64), SquaredError(), 0.05 * rms, 1500, 400)
     value = router.mean_values(tokens, [change], SquaredError())[0]
     assert value == pytest.approx(least, rel=1e-3)
+
+
+def test_descent_is_adam_at_a_falling_rate():
+    """All tokens at once, against torch's own."""
+    w, tokens = data(T=60, count=3)
+    loss, batch, start = SquaredError(), tokens.batch(slice(None)), torch.zeros_like(w, dtype=torch.float64)
+    slow = start.clone().requires_grad_()
+    adam = torch.optim.Adam([slow], 0.1, router.BETAS, router.EPSILON)
+    rate = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: 1 - step / 7)
+    for _ in range(7):
+        adam.zero_grad()
+        loss.value(batch.logits_BE + batch.x_hat_BH @ slow.T, batch).mean().backward()
+        adam.step()
+        rate.step()
+    assert torch.allclose(router.descend(tokens, start, loss, 0.1, 7, 60), slow.detach(), atol=1e-9)
 
 
 @pytest.mark.parametrize("scores", ["softmax", "sigmoid"])

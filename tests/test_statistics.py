@@ -8,7 +8,8 @@ from moepress import artefacts, plan
 from moepress.models.specialisation import mutual_information
 from moepress.models.streaming import ModelStream
 from moepress.models.streams import Streams
-from moepress.quantization.experts import ExpertInputs, Gradient, Recipe, quantize_batch
+from moepress.quantization.experts import ExpertInputs, Recipe, quantize_batch
+from moepress.quantization.sensitivity import Gradient
 from moepress.statistics import layer_statistics
 from zoo import write_zoo_model
 
@@ -59,7 +60,7 @@ def test_errors_against_the_whole_block(walk, method, coverage):
 @pytest.mark.parametrize("family", ["mixtral", "granitemoe", "gpt_oss"])
 def test_what_the_other_rules_read_against_loops(family, tmp_path, monkeypatch):
     """Squared errors of weights, curvatures' traces, the layer's error with all experts quantized, (g dz)^2 token by token."""
-    monkeypatch.setattr("moepress.quantization.experts.LAYER_SAMPLE", 100)
+    monkeypatch.setattr("moepress.quantization.sensitivity.LAYER_SAMPLE", 100)
     stream = ModelStream(write_zoo_model(tmp_path / "model", family))
     streams = Streams(tmp_path / "streams", ("x",), (*TOKENS.shape, 64))
     stream.embed(TOKENS, streams["x"])

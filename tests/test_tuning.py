@@ -21,7 +21,7 @@ from moepress.models.streaming import ModelStream
 from moepress.models.streams import Streams
 from moepress.quantization import distilling, grid, writer
 from moepress.quantization.experts import Recipe
-from moepress.quantization.qesc import quantize_model
+from moepress.quantization.layers import quantize_model
 from moepress.quantization.tuning import Tuned, token_weights
 from moepress.stages import quantization
 

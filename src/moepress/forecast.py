@@ -6,18 +6,18 @@ Imports no torch, and reads config.json, the index and headers only.
 """
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moepress import estimate
+from moepress import dag, estimate, studies
 from moepress.config import hardware, uses_gpu, values
 from moepress.models import families, hub, limits, outline
 from moepress.models.files import INDEX
 from moepress.models.outline import Outline
-from moepress.quantization.budget import Prediction, plan_budget, readable, unpacked_bytes
+from moepress.quantization.budget import Prediction, plan_budget, unpacked_bytes
 from moepress.quantization.size import mixed
 from moepress.schema.values import WIDTHS
+from moepress.wording import aligned, count, duration, readable
 
 USAGE = """moepress plan [KEY=VALUE ...]: what the experiment `moepress KEY=VALUE ...` will take
 
@@ -69,7 +69,7 @@ def forecast(overrides: list[str]) -> tuple[str, list[str]]:
         sizes = [*uniform_sizes(prediction), asked_size(prediction, config["allocation"])]
     asked = sizes[-1] if sizes else None
     lines = [*describe(model, config), "", *size_table(sizes)]
-    needed, problems = resources(model, config, asked)
+    needed, problems = resources(model, config, asked, missing_stages(overrides))
     return "\n".join([*lines, *needed, *([] if problems else ["", "it fits"])]), problems
 
 
@@ -122,7 +122,7 @@ def describe(model: Outline, config: dict) -> list[str]:
     if model.is_estimate:
         lines.append(("note", "no weights there: linears outside the experts are an estimate from the index's total size"))
     elif named["kind"] == "tiny":
-        lines.append(("note", "the tokenizer is not trained yet: its size is an estimate"))
+        lines.append(("note", "the tokenizer's size is an estimate"))
     return [f"{key:11} {text}" for key, text in lines]
 
 
@@ -134,7 +134,18 @@ def size_table(sizes: list[Size]) -> list[str]:
     return [*aligned(rows), ""]
 
 
-def resources(model: Outline, config: dict, asked: Size | None) -> tuple[list[str], list[str]]:
+def missing_stages(overrides: list[str]) -> set[str] | None:
+    """Stages of the experiment with something that is yet to be made; None where its files do not tell."""
+    try:
+        member = studies.experiment(overrides)
+    except (OSError, ValueError):
+        return None
+    results = Path(member.config["paths"]["results"]).expanduser()
+    needed = dag.everything(list(member.artefacts.values()))
+    return {item.stage for folder, item in needed.items() if not (results / folder).exists()}
+
+
+def resources(model: Outline, config: dict, asked: Size | None, missing: set[str] | None) -> tuple[list[str], list[str]]:
     """The lines on memory, disk and time, and what is missing."""
     gpu = estimate.gpu_memory() if uses_gpu(config["device"]) else None
     on_gpu = gpu is not None
@@ -154,11 +165,11 @@ def resources(model: Outline, config: dict, asked: Size | None) -> tuple[list[st
     rows += [(f"  {stage}", readable(n), "") for stage, n in memory.items()]
     rows += [("disk", readable(total), f"of {readable(free)} free")]
     rows += [(f"  {name}", readable(n), "") for name, n in disk.items()]
-    return aligned([*rows, *time_rows(model, config, on_gpu)], left_last=True), problems
+    return aligned([*rows, *time_rows(model, config, on_gpu, missing)], left_last=True), problems
 
 
-def time_rows(model: Outline, config: dict, on_gpu: bool) -> list[tuple[str, str, str]]:
-    """Of the whole and of each stage, from this machine's measured speed."""
+def time_rows(model: Outline, config: dict, on_gpu: bool, missing: set[str] | None) -> list[tuple[str, str, str]]:
+    """Of the whole and of each stage, from this machine's measured speed. missing: see `missing_stages`."""
     speed = estimate.measured_flops()
     correction = estimate.correction_from(Path(config["paths"]["results"]), speed, hardware(config["device"]))
     spent = estimate.seconds(model, config, speed, correction or 1.0)
@@ -167,26 +178,8 @@ def time_rows(model: Outline, config: dict, on_gpu: bool) -> list[tuple[str, str
         source += f", and finished quantizations here (x {correction:.2g})"
     elif on_gpu:
         source += "; the GPU is faster"
-    rows = [("time, roughly", duration(sum(spent.values())), source)]
-    return rows + [(f"  {stage}", duration(n), "") for stage, n in spent.items()]
-
-
-def aligned(rows: Sequence[tuple[str, ...]], left_last: bool = False) -> list[str]:
-    """Columns: the first flush left, the others flush right, perhaps but the last."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    flush_left = {0, len(widths) - 1} if left_last else {0}
-    lines = []
-    for row in rows:
-        cells = zip(row, widths, strict=True)
-        lines.append("  ".join(f"{c:{w}}" if i in flush_left else f"{c:>{w}}" for i, (c, w) in enumerate(cells)).rstrip())
-    return lines
-
-
-def count(number: float) -> str:
-    """`671.0B`, `3.6M`."""
-    unit, name = next((unit for unit in ((1e9, "B"), (1e6, "M")) if number >= unit[0]), (1e3, "K"))
-    return f"{number / unit:.1f}{name}"
-
-
-def duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    done = set() if missing is None else {row for row in spent if not missing & set(row.split(" and "))}
+    rows = [("time, roughly", duration(sum(n for row, n in spent.items() if row not in done)), source)]
+    return rows + [
+        (f"  {row}", "0 s" if row in done else duration(n), "there already" if row in done else "") for row, n in spent.items()
+    ]

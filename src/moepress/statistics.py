@@ -11,7 +11,8 @@ import torch
 
 from moepress.models.streaming import ModelStream
 from moepress.models.streams import Streams
-from moepress.quantization.experts import ExpertInputs, Gradient, Recipe, width_errors
+from moepress.quantization.experts import ExpertInputs, Recipe
+from moepress.quantization.sensitivity import Gradient, width_errors
 
 
 def layer_statistics(

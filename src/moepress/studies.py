@@ -103,7 +103,7 @@ def compared(experiments: list[Experiment]) -> list[Experiment]:
     return found
 
 
-REPORT_VERSION = 3
+REPORT_VERSION = 4
 
 
 def report_artefact(name: str, caption: str, experiments: list[Experiment]) -> Artefact:

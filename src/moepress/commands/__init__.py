@@ -1,1 +1,1 @@
-"""`moepress results`, `compare`, `show`, `clean`: what there is among the results. Computes nothing, imports no torch."""
+"""What the command does beside runs: plan is in forecast.py, the others each in a module here."""

@@ -11,8 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from moepress import dag, locks, lookup, plan, studies
 from moepress.config import ROOT, values
-from moepress.forecast import aligned
-from moepress.quantization.budget import readable
+from moepress.wording import aligned, readable
 
 
 def main(arguments: list[str]) -> None:

@@ -8,10 +8,10 @@ import numpy as np
 
 from moepress import lookup
 from moepress.commands import results
-from moepress.forecast import aligned
 from moepress.report import paired, reading
 from moepress.report.reading import Run
 from moepress.report.table import tabulate
+from moepress.wording import aligned
 
 
 def main(arguments: list[str]) -> None:

@@ -6,10 +6,9 @@ from pathlib import Path
 
 from moepress import artefacts, dag
 from moepress.config import ROOT, check_gpu, values
-from moepress.forecast import aligned
 from moepress.models import families
-from moepress.quantization.budget import readable
 from moepress.schema.values import nearest
+from moepress.wording import aligned, readable
 
 FOLDER = ROOT / "conf" / "latency" / "models"
 HEADINGS = ("phase", "batch x length", "model", "ms", "quartiles", "speed", "must move", "limit", "of the limit", "memory")

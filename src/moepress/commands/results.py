@@ -7,8 +7,7 @@ import sys
 from pathlib import Path
 
 from moepress import execution, lookup
-from moepress.forecast import aligned
-from moepress.quantization.budget import readable as readable_bytes
+from moepress.wording import aligned, readable
 
 COLUMNS = {
     "run": "run",
@@ -57,7 +56,7 @@ def main(arguments: list[str]) -> None:
         print(found.path)
 
 
-def readable(report: Path) -> str:
+def table_of(report: Path) -> str:
     """The table of a report's folder."""
     return table(execution.rows(report))
 
@@ -113,7 +112,7 @@ def cell(name: str, row: dict) -> str:
     if value is None:
         return ""
     if name == "checkpoint_bytes":
-        return readable_bytes(value)
+        return readable(value)
     if not isinstance(value, int | float):
         return str(value)
     if name.startswith("speedup"):

@@ -6,9 +6,8 @@ from collections.abc import Iterator
 import yaml
 
 from moepress import lookup
-from moepress.forecast import aligned, duration
 from moepress.lookup import Found
-from moepress.quantization.budget import readable
+from moepress.wording import aligned, duration, readable
 
 
 def main(arguments: list[str]) -> None:

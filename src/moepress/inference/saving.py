@@ -30,6 +30,7 @@ def write_shard(folder: Path, name: str, tensors: dict[str, torch.Tensor]) -> No
     path = folder / name
     beside = path.with_suffix(".new")
     save_file({tensor: t.detach().contiguous().cpu() for tensor, t in tensors.items()}, beside, {"format": "pt"})
+    beside.chmod(folder.stat().st_mode & 0o666)  # safetensors lets its owner alone read it
     sync(beside)
     manifest.add_shard(folder, name, beside)
     beside.replace(path)

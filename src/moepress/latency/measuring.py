@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from moepress.latency import traffic
 from moepress.latency.device import synchronize
-from moepress.latency.static import StaticDecoding
+from moepress.latency.graphs import StaticDecoding
 from moepress.latency.traffic import Parts, Traffic, cache_bytes, weight_bytes
 from moepress.models.experts import ON_CPU
 from moepress.pruning.policy import attach

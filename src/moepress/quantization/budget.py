@@ -12,6 +12,7 @@ from moepress.models.files import Entry
 from moepress.models.outline import Outline
 from moepress.quantization.size import expert_bytes, feasible_range, packed_bytes, zero_width
 from moepress.schema.values import WIDTHS, parse_bytes
+from moepress.wording import readable
 
 ORDER = ("F64", "F32", "BF16", "F16", "I8", "U8", "BOOL")
 """Of dtypes in a safetensors file."""
@@ -169,9 +170,3 @@ def plan_budget(allocation: dict, prediction: Prediction) -> tuple[dict[int, int
             f"{high / num_experts:g} can be met"
         )
     return sizes, total
-
-
-def readable(num_bytes: float, rounded=round) -> str:
-    """`1.25GiB`, `312.40MiB`, in a form that allocation.budget takes."""
-    unit, name = (2**30, "GiB") if num_bytes >= 2**30 else (2**20, "MiB")
-    return f"{rounded(100 * num_bytes / unit) / 100:.2f}{name}"

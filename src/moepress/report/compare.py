@@ -6,7 +6,7 @@ import numpy as np
 
 from moepress.report import paired
 from moepress.report.paired import Difference, increase
-from moepress.report.reading import Run, label, methods, reference_of
+from moepress.report.reading import Run, Speedup, label, methods, reference_of
 from moepress.report.table import mean_over_domains
 
 
@@ -31,12 +31,35 @@ class Place:
         return not self.is_best and self.gap.is_noise
 
 
+SAME_SIZE = 0.01
+"""Share by which the bytes of checkpoints may differ that are ranked together."""
+
+
 def places(runs: list[Run]) -> dict[str, list[Place]]:
-    """Size asked for -> its series, best first. Without pruned runs: pruning trades speed, not size."""
+    """Size -> its series, best first. A size is the one asked for, and where the checkpoints' bytes differ within it, each of
+    them: `'3 bits, 1.87 MiB'`. Without pruned runs: pruning trades speed, not size."""
     measured = [run for run in runs if run.is_quantized and not run.is_pruned]
     measured.sort(key=lambda run: -run.width)
-    targets = dict.fromkeys(run.target for run in measured)
-    return {target: ranked([run for run in measured if run.target == target], runs) for target in targets}
+    found = {}
+    for target in dict.fromkeys(run.target for run in measured):
+        sizes = by_size([run for run in measured if run.target == target])
+        for members in sizes:
+            title = target if len(sizes) == 1 else f"{target}, {mebibytes(max(run.checkpoint_bytes for run in members))}"
+            found[title] = ranked(members, runs)
+    return found
+
+
+def by_size(runs: list[Run]) -> list[list[Run]]:
+    """Methods whose checkpoints take the same bytes, but for SAME_SIZE of the largest, together; the largest first."""
+    found: list[list[Run]] = []
+    sizes = [(max(run.checkpoint_bytes for run in own), own) for own in methods(runs)]
+    largest = np.inf
+    for size, own in sorted(sizes, key=lambda pair: -pair[0]):
+        if not found or size < (1 - SAME_SIZE) * largest:
+            found.append([])
+            largest = size
+        found[-1] += own
+    return found
 
 
 def ranked(members: list[Run], runs: list[Run]) -> list[Place]:
@@ -72,8 +95,14 @@ def percent(delta: Difference, sign: bool = True) -> str:
     """A difference of nll (nats) and its error as the change of perplexity: `+1.2 % ± 0.3`."""
     ratio = np.exp(delta.value)
     error = 100 * ratio * delta.stderr
-    value = f"{100 * (ratio - 1):{'+' if sign else ''}.{digits(error)}f}\u00a0%"
+    value = f"{decimal(100 * (ratio - 1), digits(error), sign)}\u00a0%"
     return value if np.isnan(error) else f"{value} ±\u00a0{error:.{digits(error)}f}"
+
+
+def decimal(value: float, places: int, sign: bool = True) -> str:
+    """With so many digits behind the point; what rounds to zero has no sign."""
+    text = f"{value:{'+' if sign else ''}.{places}f}"
+    return text.lstrip("+-") if float(text) == 0 else text
 
 
 def digits(error: float) -> int:
@@ -84,8 +113,9 @@ def digits(error: float) -> int:
 def summary(runs: list[Run]) -> list[str]:
     """Sentences on what the runs show, computed from them."""
     sentences = [_sixteen_bit(run) for run in runs if run.is_reference]
-    for target, ranking in places(runs).items():
-        sentences.append(_size(target, ranking, runs))
+    rankings = list(places(runs).values())
+    sentences += [_size(ranking, runs) for ranking in rankings]
+    sentences += _unequal(rankings)
     sentences += _paired(runs)
     sentences += _shifts(runs)
     sentences += _pruned(runs)
@@ -104,7 +134,7 @@ def _sixteen_bit(run: Run) -> str:
     return text + "."
 
 
-def _size(target: str, ranking: list[Place], runs: list[Run]) -> str:
+def _size(ranking: list[Place], runs: list[Run]) -> str:
     best = ranking[0]
     smaller = ""
     if reference := reference_of(best.runs[0], runs):
@@ -112,7 +142,7 @@ def _size(target: str, ranking: list[Place], runs: list[Run]) -> str:
     cost = percent(best.delta)
     if best.runs[0].domains[1]:
         cost += f" ({percent(best.out_delta)} out of domain)"
-    text = f"At {target} ({mebibytes(best.runs[0].checkpoint_bytes)}{smaller}) "
+    text = f"At {best.runs[0].target} ({mebibytes(best.runs[0].checkpoint_bytes)}{smaller}) "
     tied, behind = ([place for place in ranking[1:] if place.is_tied == is_tied] for is_tied in (True, False))
     if len(ranking) == 1:
         return f"{text}{best.series} changes perplexity by {cost}."
@@ -131,6 +161,19 @@ def _size(target: str, ranking: list[Place], runs: list[Run]) -> str:
         gap = percent(ahead.out_gap._replace(value=-ahead.out_gap.value), sign=False)
         text += f"; out of domain {ahead.series} is ahead of it by {gap}"
     return text + "."
+
+
+def _unequal(rankings: list[list[Place]]) -> list[str]:
+    """What asked for one size and came out at several."""
+    sizes: dict[str, list[str]] = {}
+    for ranking in rankings:
+        run = ranking[0].runs[0]
+        sizes.setdefault(run.target, []).append(mebibytes(run.checkpoint_bytes))
+    return [
+        f"At {target} the checkpoints take {', '.join(own[:-1])} and {own[-1]}: methods are ranked within one of these sizes."
+        for target, own in sizes.items()
+        if len(own) > 1
+    ]
 
 
 def _shifts(runs: list[Run]) -> list[str]:
@@ -194,17 +237,24 @@ def _pruned(runs: list[Run]) -> list[str]:
 
 
 def _speed(runs: list[Run]) -> list[str]:
-    runs = [run for run in runs if run.latency["speedup_decode"]]  # null where the 16-bit model did not fit in memory
-    devices = dict.fromkeys(run.latency["device"] for run in runs if not run.is_reference)
+    """By device the slowest and the fastest, with the quotients of their times' quartiles."""
+    timed = [run for run in runs if run.speedup("decode")]  # none where the 16-bit model did not fit in memory
     found = []
-    for device in devices:
-        own = [r.latency for r in runs if not r.is_reference and r.latency["device"] == device]
-        parts = []
-        for phase in ("prefill", "decode"):
-            low, high = (f"{pick(one[f'speedup_{phase}'] for one in own):.2f}" for pick in (min, max))
-            parts.append(f"{phase} {low}×" if low == high else f"{phase} between {low}× and {high}×")
-        found.append(f"Speed against 16 bits on {device}: {', '.join(parts)}.")
+    for device in dict.fromkeys(run.latency["device"] for run in timed):
+        own = [run for run in timed if run.latency["device"] == device]
+        parts = [f"{phase} {_range([run.speedup(phase) for run in own])}" for phase in ("prefill", "decode")]
+        found.append(f"Speed against 16 bits on {device} (in brackets quartile against quartile): {', '.join(parts)}.")
     return found
+
+
+def _range(speedups: list[Speedup]) -> str:
+    """`1.36× (0.62 to 2.94, within noise)`, `between 1.10× (1.05 to 1.20) and 1.36× (0.62 to 2.94), 1 of 5 within noise`."""
+    ends = [f"{one.value:.2f}× ({one.low:.2f} to {one.high:.2f})" for one in (min(speedups), max(speedups))]
+    noisy = sum(one.is_noise for one in speedups)
+    if len(speedups) == 1 or ends[0] == ends[1]:
+        return f"{ends[0][:-1]}, within noise)" if noisy else ends[0]
+    count = "all" if noisy == len(speedups) else f"{noisy} of {len(speedups)}"
+    return f"between {ends[0]} and {ends[1]}" + (f", {count} within noise" if noisy else "")
 
 
 def mebibytes(count: float) -> str:

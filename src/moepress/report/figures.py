@@ -109,8 +109,9 @@ FIGURES = {
     "speed": Entry(
         lines.speed,
         "Speed",
-        "Medians against the 16-bit model, timed in turn with it in one process; the bars hold the middle half of the "
-        "repeats. Right of the dashed line is faster.",
+        "Medians against the 16-bit model, timed in turn with it in one process; the bars reach from its lower quartile over "
+        "the method's upper one to its upper over the lower. Right of the dashed line is faster; where a bar crosses the "
+        "line, the middle halves of both times overlap and the difference is within noise.",
     ),
     "latency": Entry(
         timing.latency,

@@ -13,6 +13,8 @@ from moepress.report.reading import Run, first_seeds, label
 from moepress.report.style import INK, plt, shorten
 
 BIT_COLOURS = {1: "#f0efe6", 2: "#a9d6c5", 3: "#4fa3b5", 4: "#1f5f99", 8: "#142a4f"}
+MOST_NUMBERS = 128
+"""Cells of a map that still have their number in them."""
 MOST_LAYERS = 8
 """Layers shown of expert use; the CSV has all."""
 
@@ -93,7 +95,7 @@ def _bits_panel(axis, title: str, bits_LE: np.ndarray, widths: list[int]) -> Non
     norm = BoundaryNorm([widths[0] - 0.5, *(width + 0.5 for width in widths)], len(widths))
     mesh(axis, bits_LE, cmap=colours, norm=norm)
     axis.set_title(title)
-    if bits_LE.size <= 128:
+    if bits_LE.size <= MOST_NUMBERS:
         for (layer, expert), width in np.ndenumerate(bits_LE):
             axis.text(expert, layer, str(width), ha="center", va="center", fontsize=9, color=INK if width < 3 else "white")
 

@@ -20,22 +20,37 @@ from bokeh.models import (
     FactorRange,
     GroupFilter,
     HoverTool,
+    InlineStyleSheet,
     LinearColorMapper,
     Select,
 )
 from bokeh.palettes import Oranges256
 from bokeh.plotting import figure
 from bokeh.resources import Resources
+from matplotlib.colors import to_hex, to_rgb
 
 from moepress.report import paired
+from moepress.report.compare import decimal
+from moepress.report.heatmaps import BIT_COLOURS, MOST_NUMBERS
 from moepress.report.reading import Run, methods, reference_of
+from moepress.report.style import INK as DARK
 from moepress.report.style import series_styles
 from moepress.report.table import mean_over_domains
 
 INK = "#808890"
 """Of axes and letters: readable on a light and on a dark page."""
-MARKERS = {"o": "circle", "D": "diamond", "s": "square", "^": "triangle", "v": "inverted_triangle"}
-OTHER_MARKER = "plus"
+MARKERS = {"o": "circle", "D": "diamond", "d": "diamond_dot", "s": "square", "^": "triangle", "v": "inverted_triangle"}
+MARKERS |= {"H": "hex", ">": "triangle_pin", "<": "square_pin", "8": "circle_dot"}
+MARKERS |= {"P": "square_cross", "X": "square_x", "*": "star", "p": "circle_cross", "h": "hex_dot"}
+"""Matplotlib's, as moepress.report.style gives them out -> Bokeh's."""
+LARGEST, SMALLEST = 15, 9
+"""Of markers, in pixels: earlier series have larger ones, so that those which lie on each other are seen."""
+LEGEND_COLUMNS = 2
+"""As many as a phone has room for."""
+SELECT = """
+:host { color: var(--soft); }
+.bk-input { color: var(--ink); background: var(--card); border-color: var(--line); appearance: auto; }
+"""
 TOOLS = "pan,wheel_zoom,box_zoom,reset,save"
 
 
@@ -115,7 +130,9 @@ def points(runs: list[Run]) -> pd.DataFrame:
             row[name] = np.exp(np.mean([mean_over_domains(member.blocks, domains)[0] for member in own]))
         change = paired.increase(own, [reference], inside) if reference else paired.NOTHING
         low, high = (100 * np.expm1(bound) for bound in change.interval)
-        row["change"] = "" if np.isnan(low) else f"{100 * np.expm1(change.value):+.2f} % [{low:+.2f}, {high:+.2f}]"
+        row["change"] = (
+            "" if np.isnan(low) else f"{decimal(100 * np.expm1(change.value), 2)} % [{decimal(low, 2)}, {decimal(high, 2)}]"
+        )
         tasks = paired.accurate(own)
         scores = [np.mean([member.tasks[task]["value"] for task in tasks]) for member in own] if tasks else [np.nan]
         row["accuracy"], row["shift"] = 100 * np.mean(scores), 100 * np.mean([m.metrics["selection_shift"] for m in own])
@@ -124,8 +141,30 @@ def points(runs: list[Run]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def levels(runs: list[Run]) -> pd.DataFrame:
+    """The scores of the 16-bit models."""
+    rows = []
+    for run in (run for run in runs if run.is_reference):
+        ppl, ppl_ood = (np.exp(mean_over_domains(run.blocks, domains)[0]) for domains in run.domains)
+        scores = [run.tasks[task]["value"] for task in paired.accurate([run])]
+        rows.append({"ppl": ppl, "ppl_ood": ppl_ood, "accuracy": 100 * np.mean(scores) if scores else np.nan, "shift": 0.0})
+    return pd.DataFrame(rows)
+
+
+def dashes(style) -> str | list[int]:
+    """Matplotlib's line style as Bokeh's: `'solid'`, `'dotted'`, or pixels on and off."""
+    return {"-": "solid", ":": "dotted"}[style] if isinstance(style, str) else [max(1, round(2 * part)) for part in style[1]]
+
+
+def on_both(colour: str) -> str:
+    """Black and the dark greys lighter, so that they are seen on a dark page too."""
+    rgb = np.array(to_rgb(colour))
+    return to_hex(0.6 * rgb + 0.4) if rgb.max() < 0.35 else colour
+
+
 def quality(runs: list[Run]):
-    """Every method's score against its size; the score is chosen, methods are hidden by a click on their name."""
+    """Every method's score against its size, with the 16-bit model's as a line; the score is chosen, methods are hidden by a
+    click on their name."""
     data = points(runs)
     if data.empty:
         return None
@@ -134,20 +173,31 @@ def quality(runs: list[Run]):
     tips = [("", "@title"), ("size", "@mebibytes{0.00} MiB, @bits{0.00} bits a weight"), ("against 16 bits", "@change")]
     tips += [(title, f"@{name}{{0.00}}") for title, name in shown.items()]
     tips += [("experts for each token", "@experts{0.00}"), ("seeds", "@seeds")]
-    plot = _figure("checkpoint size (MiB)", next(iter(shown)), height=460)
+    plot = _figure("checkpoint size (MiB)", next(iter(shown)), height=380 + 22 * -(-data["series"].nunique() // LEGEND_COLUMNS))
     glyphs = []
-    for series, rows in data.groupby("series", sort=False):
-        source = ColumnDataSource(rows.sort_values("mebibytes"))
-        colour, marker = styles[series]["color"], MARKERS.get(styles[series]["marker"], OTHER_MARKER)
-        line = plot.line("mebibytes", first, source=source, color=colour, line_width=1.8, legend_label=series)
-        dots = plot.scatter("mebibytes", first, source=source, color=colour, marker=marker, size=10, legend_label=series)
+    if len(base := levels(runs)):
+        middle = (data["mebibytes"].min() + data["mebibytes"].max()) / 2
+        source = ColumnDataSource(base.assign(middle=middle, name="16 bit"))
+        level = plot.hspan(first, source=source, color=INK, line_dash=[6, 4], line_width=1.4)
+        words = plot.text("middle", first, "name", source=source, color=INK, y_offset=-3, text_font_size="12px")
+        glyphs += [level.glyph, words.glyph]
+    sizes = np.linspace(LARGEST, SMALLEST, data["series"].nunique())
+    for (series, rows), size in zip(data.groupby("series", sort=False), sizes, strict=True):
+        source, style = ColumnDataSource(rows.sort_values("mebibytes")), styles[series]
+        look = {"source": source, "color": on_both(style["color"]), "legend_label": series}
+        dash, hollow = dashes(style["linestyle"]), style["markerfacecolor"] == "white"
+        line = plot.line("mebibytes", first, **look, line_width=1.8, line_dash=dash)
+        look |= {"marker": MARKERS[style["marker"]], "size": size, "line_width": 1.5, "fill_alpha": 0 if hollow else 0.35}
+        dots = plot.scatter("mebibytes", first, **look)
         plot.add_tools(HoverTool(renderers=[dots], tooltips=tips))
         glyphs += [line.glyph, dots.glyph]
     plot.legend.click_policy = "hide"
     plot.add_layout(plot.legend[0], "below")
-    plot.legend[0].update(orientation="horizontal", ncols=2, location="left", label_text_color=INK)
+    plot.legend[0].update(orientation="horizontal", ncols=LEGEND_COLUMNS, location="left", label_text_color=INK)
     plot.legend[0].update(background_fill_alpha=0, border_line_alpha=0)
-    choice = Select(title="score", value=next(iter(shown)), options=list(shown), name="score", styles={"color": INK})
+    choice = Select(
+        title="score", value=next(iter(shown)), options=list(shown), name="score", stylesheets=[InlineStyleSheet(css=SELECT)]
+    )
     choose = CustomJS(
         args={"glyphs": glyphs, "columns": shown, "axis": plot.yaxis[0]},
         code="for (const glyph of glyphs) glyph.y = {field: columns[cb_obj.value]}; axis.axis_label = cb_obj.value;",
@@ -167,39 +217,62 @@ def cells(runs: list[Run]) -> pd.DataFrame:
         if run.is_mixed and run.artefacts["allocation"] not in seen:
             seen.add(run.artefacts["allocation"])
             seed = f", seed {run.seed}" if len({other.seed for other in runs}) > 1 else ""
-            frames.append(_cells(f"bits: {run.title}{seed}", run, np.array(run.bits, dtype=float)))
+            frames.append(_cells(f"bits: {run.title}{seed}", "bits", run, np.array(run.bits, dtype=float)))
     base = next((run for run in runs if run.is_reference), runs[0])
     for domain in (name for names in base.domains for name in names):
-        frames.append(_cells(f"selections (%): {domain}", base, 100 * np.array(base.metrics["domains"][domain]["expert_use"])))
+        used_LE = 100 * np.array(base.metrics["domains"][domain]["expert_use"])
+        frames.append(_cells(f"selections (%): {domain}", "selections", base, used_LE))
     return pd.concat(frames, ignore_index=True)
 
 
-def _cells(title: str, run: Run, values_LE: np.ndarray) -> pd.DataFrame:
+def _cells(title: str, kind: str, run: Run, values_LE: np.ndarray) -> pd.DataFrame:
     layer, expert = np.indices(values_LE.shape)
     layers = np.take(run.shape.moe_layers, layer.ravel()).astype(str)
-    return pd.DataFrame({"map": title, "layer": layers, "expert": expert.ravel(), "value": values_LE.ravel()})
+    frame = pd.DataFrame({"map": title, "layer": layers, "expert": expert.ravel(), "value": values_LE.ravel()})
+    if values_LE.size > MOST_NUMBERS:
+        return frame.assign(kind=kind)
+    is_dark = frame["value"] > (2 if kind == "bits" else values_LE.min() + 0.6 * np.ptp(values_LE))
+    return frame.assign(kind=kind, words=frame["value"].map("{:.0f}".format), ink=np.where(is_dark, "white", DARK))
+
+
+def palette(kind: str, values: pd.Series) -> dict:
+    """`{palette, low, high}` of a colour mapper: for each width the colour of the report's other map, or a ramp."""
+    if kind != "bits":
+        return {"palette": list(Oranges256[::-1]), "low": float(values.min()), "high": float(values.max())}
+    widths = range(int(values.min()), int(values.max()) + 1)
+    return {"palette": [BIT_COLOURS.get(width, DARK) for width in widths], "low": widths[0] - 0.5, "high": widths[-1] + 0.5}
 
 
 def experts(runs: list[Run]):
-    """One map at a time, chosen by its name; a cell tells its layer, expert and value."""
+    """One map at a time, chosen by its name; a cell tells its layer, expert and value, and has it in it where there is room."""
     data = cells(runs)
     names = list(dict.fromkeys(data["map"]))
-    ranges = {name: [float(own.min()), float(own.max())] for name, own in data.groupby("map")["value"]}
+    looks = {}
+    for name in names:
+        kind = data.loc[data["map"] == name, "kind"].iloc[0]
+        values = data.loc[data["kind" if kind == "bits" else "map"] == (kind if kind == "bits" else name), "value"]
+        looks[name] = palette(kind, values) | {"interval": int(kind == "bits")}
     layers = list(dict.fromkeys(data["layer"]))[::-1]
-    source, shown = ColumnDataSource(data), GroupFilter(column_name="map", group=names[0])
+    source, shown = ColumnDataSource(data.drop(columns="kind").fillna("")), GroupFilter(column_name="map", group=names[0])
     plot = _figure("expert", "layer", height=int(np.clip(110 + 26 * len(layers), 220, 760)), y_range=FactorRange(*layers))
-    mapper = LinearColorMapper(palette=Oranges256[::-1], low=ranges[names[0]][0], high=ranges[names[0]][1])
+    first = looks[names[0]]
+    mapper, ticker = LinearColorMapper(), BasicTicker(min_interval=first["interval"])
+    mapper.update(palette=first["palette"], low=first["low"], high=first["high"])
     colour = {"field": "value", "transform": mapper}
     boxes = plot.rect("expert", "layer", 0.94, 0.94, source=source, view=CDSView(filter=shown), color=colour)
+    if "words" in data:
+        look = {"text_color": "ink", "text_align": "center", "text_baseline": "middle", "text_font_size": "12px"}
+        plot.text("expert", "layer", "words", source=source, view=boxes.view, **look)
     tips = [("layer", "@layer"), ("expert", "@expert"), ("", "@value{0.[00]}")]
     plot.add_tools(HoverTool(renderers=[boxes], tooltips=tips))
-    bar = ColorBar(color_mapper=mapper, ticker=BasicTicker(), background_fill_alpha=0, major_label_text_color=INK)
+    bar = ColorBar(color_mapper=mapper, ticker=ticker, background_fill_alpha=0, major_label_text_color=INK)
     plot.add_layout(bar, "right")
     plot.x_range.range_padding = plot.grid.grid_line_alpha = 0
-    choice = Select(title="map", value=names[0], options=names, name="map", styles={"color": INK})
+    choice = Select(title="map", value=names[0], options=names, name="map", stylesheets=[InlineStyleSheet(css=SELECT)])
     choose = CustomJS(
-        args={"shown": shown, "mapper": mapper, "ranges": ranges, "source": source},
-        code="shown.group = cb_obj.value; [mapper.low, mapper.high] = ranges[cb_obj.value]; source.change.emit();",
+        args={"shown": shown, "mapper": mapper, "ticker": ticker, "looks": looks, "source": source},
+        code="const {palette, low, high, interval} = looks[cb_obj.value]; mapper.setv({palette, low, high}); "
+        "ticker.min_interval = interval; shown.group = cb_obj.value; source.change.emit();",
     )
     choice.js_on_change("value", choose)
     return column(choice, plot, sizing_mode="stretch_width")

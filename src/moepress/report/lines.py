@@ -17,6 +17,8 @@ MOST_LABELS = 12
 """Lines that are named beside their ends; more get a legend."""
 MOST_NAMES = 5
 """Points of the figure of pruning that are named beside them; more get markers of their own."""
+BEHIND = {"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none"}
+"""Of letters that lines pass behind."""
 LEADER = {"arrowstyle": "-", "linewidth": 0.6, "alpha": 0.6, "shrinkA": 1, "shrinkB": 4, "relpos": (0, 0.5)}
 
 
@@ -33,7 +35,7 @@ def quality(runs: list[Run]) -> Drawn:
     scale, unit = next(found for found in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")) if largest >= found[0])
     panels = list(dict.fromkeys(data["text"]))
     figure, axes = plt.subplots(1, len(panels), figsize=(6.4 * len(panels), 4.8), squeeze=False)
-    styles, named = series_styles(runs), []
+    styles, named = {series: style for series, style in series_styles(runs).items() if series in set(shown["series"])}, []
     for axis, panel in zip(axes[0], panels, strict=True):
         here = shown[shown["text"] == panel]
         ends = []
@@ -52,10 +54,11 @@ def quality(runs: list[Run]) -> Drawn:
             axis.annotate(
                 "16 bit",
                 (0, level),
-                (6, 3),
+                (6, 4),
                 xycoords=("axes fraction", "data"),
                 textcoords="offset points",
                 color=MUTED,
+                bbox=BEHIND,
             )
         values = pd.concat([here["ppl"], levels["ppl"]])
         if values.max() > 3 * values.min():
@@ -211,14 +214,15 @@ def selection_shift(runs: list[Run]) -> Drawn:
 
 
 def speed(runs: list[Run]) -> Drawn:
-    """Prefill and decode against the 16-bit model in the same process: medians, and the middle half of the repeats."""
+    """Prefill and decode against the 16-bit model in the same process: medians, and quartile against quartile."""
     found = []
     for run in first_seeds(runs):
-        for phase in ("prefill", "decode") if not run.is_reference and run.latency["speedup_decode"] else ():
-            own, base = run.latency[f"{phase}_ms"], run.latency[f"{phase}_ms_16bit"]["median"]
-            row = {"run": run.name, "title": run.title, "series": run.series, "phase": phase}
-            row |= {"milliseconds": own["median"], "milliseconds_16bit": base, "speedup": base / own["median"]}
-            found.append(row | {"low": base / own["q3"], "high": base / own["q1"], "device": run.latency["device"]})
+        for phase in ("prefill", "decode"):
+            if speedup := run.speedup(phase):
+                row = {"run": run.name, "title": run.title, "series": run.series, "phase": phase}
+                row |= {"milliseconds": speedup.milliseconds, "milliseconds_16bit": speedup.milliseconds_16bit}
+                row |= {"speedup": speedup.value, "low": speedup.low, "high": speedup.high}
+                found.append(row | {"device": run.latency["device"]})
     if not found:
         return None
     data, styles = pd.DataFrame(found), series_styles(runs)

@@ -22,15 +22,17 @@ def write(name: str, caption: str, runs: list[Run], table: pd.DataFrame, out: Pa
     spent.to_csv(out / "costs.csv", index=False, lineterminator="\n")
     sentences = compare.summary(runs)
     groups = readable.groups(runs, table)
+    repeated = readable.repeated(groups)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     html = environment.from_string(PAGE).render(
         name=name,
         caption=caption,
         sentences=sentences,
         groups=groups,
-        headings=list(groups[0].rows[0].cells),
+        headings=[heading for heading in groups[0].rows[0].cells if heading not in repeated],
+        repeated=repeated,
         marks=readable.MARKS,
-        legend=readable.LEGEND,
+        legend=readable.legend(groups),
         domain_table=readable.domain_table(runs),
         task_table=readable.task_table(runs),
         paired_table=readable.paired_table(runs),

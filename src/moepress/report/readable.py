@@ -6,21 +6,29 @@ import numpy as np
 import pandas as pd
 
 from moepress.report import paired
-from moepress.report.compare import digits, marks, mebibytes, percent
+from moepress.report.compare import decimal, digits, marks, mebibytes, percent
 from moepress.report.paired import Difference, increase
 from moepress.report.reading import Run, methods, reference_of
 
 MARKS = {"best": "★", "tied": "≈", "": ""}
+BEST = "★ lowest perplexity at its size (of checkpoints whose bytes agree within 1 %)."
+TIED = "≈ not to be told from ★: the 95 % interval of the paired difference holds zero."
 LEGEND = (
-    "★ lowest perplexity at its size; ≈ not to be told from it, the 95 % interval of the paired difference holds "
-    "zero. Percentages below a perplexity are its change from 16 bits. ± is one standard error over blocks of test "
+    "Percentages below a perplexity are its change from 16 bits. ± is one standard error over blocks of test "
     "text; those of changes are paired with the same blocks at 16 bits; with several seeds they hold the scatter of "
     "calibration samples, with one they say nothing about another sample. Size counts everything in the checkpoint's "
-    "weight files; bits on disk are that size per weight. Prefill and decode: how many times as fast as at 16 bits, and "
-    "the time of one prefill and of one decoded token. Accuracy is the mean over the tasks, ± over their items; an asterisk "
-    "marks tasks of which only the first items were asked."
+    "weight files; bits on disk are that size per weight."
 )
-
+SPEED = (
+    "Prefill and decode: how many times as fast as at 16 bits, and the median time of one prefill and of one decoded token "
+    "for that of the 16-bit model, timed in turn in the same process; times of two rows may come from other hours of a machine "
+    "that others use."
+)
+ACCURACY = (
+    "Accuracy is the mean over the tasks, ± over their items; an asterisk marks tasks of which only the first items were asked."
+)
+DESCRIBING = ("bits", "size", "experts per token", "quantized in")
+"""Columns that say what a row is, not how good: a page need not repeat them."""
 
 PERCENT = "\u00a0%"
 
@@ -88,12 +96,32 @@ def _cells(own: list[Run], table: pd.DataFrame, runs: list[Run]) -> dict[str, Ce
 
 
 def _time(row: pd.Series, phase: str, compressed: bool) -> Cell:
-    """Speed against 16 bits where both fit in memory, and the time; nothing of a run that was not timed."""
-    taken, speedup = row.get(f"{phase}_ms", np.nan), row.get(f"speedup_{phase}", np.nan)
+    """Speed against 16 bits where both fit in memory, and both times; nothing of a run that was not timed."""
+    taken, base = row.get(f"{phase}_ms", np.nan), row.get(f"{phase}_ms_16bit", np.nan)
     if np.isnan(taken):
         return NOTHING
-    speed = "" if np.isnan(speedup) else f"{speedup:.2f}×"
-    return (speed if compressed else "1"), milliseconds(taken)
+    if not compressed or np.isnan(base):
+        return "" if compressed else "1", milliseconds(taken)
+    times = [milliseconds(taken), milliseconds(base)]
+    if times[0].split()[1] == times[1].split()[1]:
+        times[0] = times[0].split()[0]
+    return f"{base / taken:.2f}×", " for ".join(times)
+
+
+def legend(found: list[Group]) -> str:
+    """What the marks and columns of these groups mean."""
+    rows = [row for group in found for row in group.rows]
+    marked, headings = {row.mark for row in rows}, rows[0].cells
+    parts = [BEST] * ("best" in marked) + [TIED] * ("tied" in marked) + [LEGEND]
+    return " ".join(parts + [SPEED] * ("prefill" in headings) + [ACCURACY] * ("accuracy" in headings))
+
+
+def repeated(found: list[Group]) -> dict[str, str]:
+    """Describing columns with the same words in every row that has any, and the words."""
+    rows = [row for group in found for row in group.rows]
+    words = {heading: {row.cells[heading] for row in rows} - {NOTHING} for heading in DESCRIBING if heading in rows[0].cells}
+    said = {heading: _with_small(*own.pop()) for heading, own in words.items() if len(own) == 1}
+    return said if len(rows) > 2 else {}
 
 
 def domain_table(runs: list[Run]) -> tuple[list[str], list[list[str | Cell]]]:
@@ -137,11 +165,11 @@ def _difference(metric: str, one: Difference) -> Cell:
     is_ppl = metric.startswith("nll")
     low, value, high = (100 * (np.expm1(part) if is_ppl else part) for part in (one.interval[0], one.value, one.interval[1]))
     places = digits((high - low) / 4)
-    text = f"{value:+.{places}f}{PERCENT if is_ppl else ''}"
+    text = f"{decimal(value, places)}{PERCENT if is_ppl else ''}"
     if np.isnan(low):
         return text, "noise unknown"
     verdict = "within noise" if one.is_noise else "better" if (one.value < 0) == is_ppl else "worse"
-    return f"{text} [{low:+.{places}f}, {high:+.{places}f}]", verdict
+    return f"{text} [{decimal(low, places)}, {decimal(high, places)}]", verdict
 
 
 def markdown(name: str, caption: str, sentences: list[str], found: list[Group]) -> str:
@@ -151,10 +179,12 @@ def markdown(name: str, caption: str, sentences: list[str], found: list[Group]) 
     lines += [_pipes(["", *headings]), _pipes(["---"] * (len(headings) + 1))]
     for group in found:
         for row in group.rows:
-            lines.append(
-                _pipes([MARKS[row.mark], *(f"{cell} ({small})" if small else cell for cell, small in row.cells.values())])
-            )
-    return "\n".join([*lines, "", LEGEND, ""])
+            lines.append(_pipes([MARKS[row.mark], *(_with_small(*cell) for cell in row.cells.values())]))
+    return "\n".join([*lines, "", legend(found), ""])
+
+
+def _with_small(cell: str, small: str) -> str:
+    return f"{cell} ({small})" if small else cell
 
 
 def _pipes(cells: list[str]) -> str:

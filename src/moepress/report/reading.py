@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import nan
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -21,6 +22,7 @@ LABELS |= {"fast": "ours, fast", "best": "ours, best"}
 LABELS |= {name: name for name in ("uniform", "half", "random", "frequency", "weight", "global")}
 
 UNTIMED = dict.fromkeys(("device", "threads", "dtype", "prefill_ms", "decode_ms", "speedup_prefill", "speedup_decode"))
+UNTIMED |= {"prefill_ms_16bit": None, "decode_ms_16bit": None}
 UNTIMED |= {"share_prefill": None, "share_decode": None, "versions": {}, "rows": [], "measured": None}
 """What latency.json would say of a run with latency.repeats=0."""
 
@@ -28,6 +30,24 @@ UNTIMED |= {"share_prefill": None, "share_decode": None, "versions": {}, "rows":
 def label(method: str) -> str:
     """A method as people write it."""
     return LABELS.get(method, method.upper().replace("_", " "))
+
+
+class Speedup(NamedTuple):
+    """How many times as fast as the 16-bit model that was timed in turn with it, and both medians in milliseconds.
+
+    low, high: the 16-bit model's lower quartile over its own upper one, and the upper one over the lower.
+    """
+
+    value: float
+    low: float
+    high: float
+    milliseconds: float
+    milliseconds_16bit: float
+
+    @property
+    def is_noise(self) -> bool:
+        """Whether the middle halves of both times overlap."""
+        return self.low <= 1 <= self.high
 
 
 @dataclass(frozen=True)
@@ -179,6 +199,14 @@ class Run:
     def timed(self) -> list[dict]:
         """Of latency.json the rows of this run's own model under its policy: one a setting."""
         return [row for row in self.latency["rows"] if row["model"] == self.latency["measured"]]
+
+    def speedup(self, phase: str) -> Speedup | None:
+        """Of prefill or decode; None of the 16-bit model itself, and where it was not timed."""
+        own, base = self.latency[f"{phase}_ms"], self.latency[f"{phase}_ms_16bit"]
+        if self.is_reference or not (own and base):
+            return None
+        ratios = (base[of] / own[to] for of, to in (("median", "median"), ("q1", "q3"), ("q3", "q1")))
+        return Speedup(*ratios, own["median"], base["median"])
 
     @cached_property
     def allocated(self) -> dict:

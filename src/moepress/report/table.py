@@ -14,6 +14,8 @@ from moepress.integrity import PROVENANCE
 from moepress.report import decomposition, paired
 from moepress.report.reading import Run, compact_json, load, reference_of
 
+TIMES = ("prefill_ms", "decode_ms", "prefill_ms_16bit", "decode_ms_16bit")
+
 
 def rows(runs: list[dict], results: Path) -> pd.DataFrame:
     """The table of the runs that a report's configuration lists, in its order; see `tabulate`.
@@ -36,7 +38,8 @@ def tabulate(runs: list[Run]) -> pd.DataFrame:
     model with this one's selections, and of this one with the 16-bit model's. bpb_<domain>: bits per byte of text.
     acc_mean: mean accuracy over the run's tasks; delta_acc: what it is above the 16-bit model's, item by item; limit: only
     so many items of each task were asked. selection_shift: share of selected slots that changed.
-    prefill_ms, decode_ms (of a step): at the first setting of latency.*; share_*: what the device would need at the least for
+    prefill_ms, decode_ms (of a step): at the first setting of latency.*; *_ms_16bit: of the 16-bit model in the same process,
+    which speedup_* is against; share_*: what the device would need at the least for
     it, over the time that was taken. inference_bytes: the most memory of the timed prefills (on a CPU weights and key-value
     cache).
     """
@@ -83,7 +86,7 @@ def row(run: Run, reference: Run | None) -> dict:
         "selection_shift_stderr": run.metrics["selection_shift_stderr"],
         "quantize_seconds": run.json("quantization", "timing.json")["quantize_seconds"] if quantized else np.nan,
         "peak_memory_bytes": provenance.get("peak_memory_bytes", np.nan),
-        **{name: (run.latency[name] or {}).get("median", np.nan) for name in ("prefill_ms", "decode_ms")},
+        **{name: (run.latency[name] or {}).get("median", np.nan) for name in TIMES},
         **{
             name: run.latency[name] or np.nan for name in ("speedup_prefill", "speedup_decode", "share_prefill", "share_decode")
         },
@@ -122,12 +125,12 @@ def accuracies(run: Run) -> dict:
     return found | ({"limit": run.limit or np.nan} if run.tasks else {})
 
 
-def mean_over_domains(blocks: pd.DataFrame, domains: list[str], column: str = "nll") -> tuple[float, float]:
-    """Mean of a column over blocks, then over domains, and its standard error over blocks within domains.
+def mean_over_domains(blocks: pd.DataFrame, domains: list[str]) -> tuple[float, float]:
+    """Mean nll over blocks, then over domains, and its standard error over blocks within domains.
 
-    blocks: columns domain and `column`. (nan, nan) without domains; the error is nan where a domain has one block only.
+    blocks: columns domain and nll. (nan, nan) without domains; the error is nan where a domain has one block only.
     """
     if not domains:
         return np.nan, np.nan
-    groups = blocks[blocks["domain"].isin(domains)].groupby("domain")[column]
+    groups = blocks[blocks["domain"].isin(domains)].groupby("domain")["nll"]
     return float(groups.mean().mean()), float(np.sqrt(groups.sem(ddof=1).pow(2).sum(skipna=False)) / len(domains))

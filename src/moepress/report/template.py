@@ -22,15 +22,15 @@ PAGE = """{% macro table(headings, rows, kind="") %}
 <title>{{ name }} · moepress</title>
 <style>
 :root { --ground: #fbfaf8; --card: #ffffff; --ink: #1f2328; --soft: #5c6570; --line: #e1ded8; --accent: #b84e00;
-  --good: #0062a3; --best: #fdf1e4; --code: #f1efea; }
+  --good: #0062a3; --best: #f6a04d2e; --group: #7d6f4f1c; --code: #f1efea; --paper: #ffffff; --shade: #00000047; }
 @media (prefers-color-scheme: dark) {
   :root { --ground: #16181b; --card: #1e2125; --ink: #e6e4df; --soft: #a2a9b1; --line: #34383e; --accent: #ff9d5c;
-    --good: #7cc0ee; --best: #35281c; --code: #282c31; }
+    --good: #7cc0ee; --best: #ff9d5c1f; --group: #8e99a624; --code: #282c31; --paper: #eceae6; --shade: #000000b3; }
 }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--ground); color: var(--ink); font: 16px/1.6 system-ui, -apple-system, "Segoe UI",
   Roboto, "Helvetica Neue", Arial, sans-serif; -webkit-text-size-adjust: 100%; }
-main { max-width: 1120px; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
+main { max-width: 1200px; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
 h1 { font-size: 2rem; line-height: 1.2; margin: 0 0 .4rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.25rem; margin: 3rem 0 .6rem; }
 h3 { font-size: 1rem; margin: 1.6rem 0 .3rem; }
@@ -41,29 +41,37 @@ p { max-width: 75ch; margin: .5rem 0; overflow-wrap: anywhere; }
 .summary ul { margin: .5rem 0; padding-left: 1.1rem; }
 .summary li { margin: .25rem 0; max-width: 95ch; overflow-wrap: anywhere; }
 .note, figcaption { color: var(--soft); font-size: .9rem; }
-.scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: 8px; background: var(--card);
-  margin: .8rem 0; }
+/* What can be scrolled has a shadow on that side: the first two layers move with the content and cover the shadows, which
+   stand still, at its ends. Cells and figures above them let them through. */
+.scroll, .picture { --under: var(--card); overflow-x: auto; border: 1px solid var(--line); border-radius: 8px;
+  background: linear-gradient(to right, var(--under) 40%, transparent) left / 3.5rem 100% no-repeat local,
+    linear-gradient(to left, var(--under) 40%, transparent) right / 3.5rem 100% no-repeat local,
+    linear-gradient(to right, var(--shade), transparent) left / 1.3rem 100% no-repeat scroll,
+    linear-gradient(to left, var(--shade), transparent) right / 1.3rem 100% no-repeat scroll, var(--under); }
+.scroll { margin: .8rem 0; }
 table { border-collapse: collapse; width: 100%; font-size: .875rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .42rem .7rem; text-align: right; vertical-align: top; white-space: nowrap;
-  border-top: 1px solid var(--line); background: var(--card); line-height: 1.4; }
+th, td { padding: .42rem .6rem; text-align: right; vertical-align: top; white-space: nowrap;
+  border-top: 1px solid var(--line); line-height: 1.4; }
 thead th { border-top: 0; color: var(--soft); font-weight: 600; white-space: normal; vertical-align: bottom;
   line-height: 1.3; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; z-index: 1; min-width: 9.5rem;
-  max-width: 46vw; white-space: normal; overflow-wrap: break-word; }
+  max-width: 46vw; white-space: normal; overflow-wrap: break-word; background: var(--card); }
 table.plain td, table.plain th { text-align: left; }
 table.plain td { white-space: normal; overflow-wrap: break-word; }
 table.costs tbody tr:last-child td { font-weight: 650; border-top-width: 2px; }
-tr.size th { background: var(--code); text-align: left; font-weight: 600; padding: .3rem .7rem; max-width: none; }
+tr.size th { background: var(--group); text-align: left; font-weight: 600; padding: .3rem .6rem; max-width: none; }
 tr.best td { background: var(--best); }
-tr.best td:first-child { font-weight: 650; }
+tr.best td:first-child { font-weight: 650; background: linear-gradient(var(--best), var(--best)), var(--card); }
 .mark { color: var(--accent); }
 small.better { color: var(--good); }
 small.worse { color: var(--accent); }
 small { display: block; color: var(--soft); font-weight: 400; font-size: .78rem; line-height: 1.35; }
 figure { margin: .8rem 0 0; }
-.picture { overflow-x: auto; background: #fff; border: 1px solid var(--line); border-radius: 8px; padding: .8rem; }
-.picture.live { background: var(--card); margin: .8rem 0; color-scheme: light; }
-.picture img { display: block; width: 100%; min-width: min(620px, 100%); height: auto; margin: 0 auto; }
+.picture { --under: var(--paper); padding: .8rem; }
+.picture.live { --under: var(--card); margin: .8rem 0; }
+.picture img { display: block; width: 100%; min-width: min(620px, 100%); height: auto; margin: 0 auto;
+  mix-blend-mode: multiply; }
+@media (prefers-color-scheme: dark) { .picture:not(.live) { border-radius: 12px; border: 0; } }
 @media (max-width: 640px) { .picture img { min-width: 620px; } }
 figcaption { max-width: 85ch; margin-top: .5rem; }
 dl { display: grid; grid-template-columns: minmax(9rem, 15rem) 1fr; gap: .25rem 1.2rem; margin: .4rem 0;
@@ -98,7 +106,7 @@ summary { cursor: pointer; font-weight: 600; margin-top: 1rem; }
 <tr class="size"><th colspan="{{ headings | length }}" scope="rowgroup">{{ group.title }}</th></tr>
 {% for row in group.rows %}
 <tr class="{{ row.mark }}">
-{% for cell, small in row.cells.values() %}
+{% for heading in headings %}{% set cell, small = row.cells[heading] %}
 <td>{{ cell }}{% if loop.first and row.mark %} <span class="mark">{{ marks[row.mark] }}</span>{% endif %}
 {% if small %}<small>{{ small }}</small>{% endif %}</td>
 {% endfor %}
@@ -107,7 +115,9 @@ summary { cursor: pointer; font-weight: 600; margin-top: 1rem; }
 {% endfor %}
 </tbody>
 </table></div>
-<p class="note">{{ legend }} All columns at full precision: <code>runs.csv</code>.</p>
+<p class="note">{% if repeated %}The same in all rows that have it: {% for heading, words in repeated.items() %}
+{{ heading }} {{ words }}{{ ". " if loop.last else ", " }}{% endfor %}
+{% endif %}{{ legend }} All columns at full precision: <code>runs.csv</code>.</p>
 <h2>Look closer</h2>
 <p class="note">Point at a dot or a cell for its numbers; a click on a name hides its method.</p>
 {% for id, title in pictures.titles.items() %}

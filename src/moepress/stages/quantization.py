@@ -14,10 +14,11 @@ from moepress.models import streams as hidden_states
 from moepress.models.folders import locate, num_weights
 from moepress.models.streaming import ModelStream
 from moepress.quantization import distilling, writer
-from moepress.quantization.budget import Prediction, readable
+from moepress.quantization.budget import Prediction
 from moepress.quantization.experts import Recipe
-from moepress.quantization.qesc import quantize_model
+from moepress.quantization.layers import quantize_model
 from moepress.report import card, made
+from moepress.wording import readable
 
 WORK = ("streams", "layers.json")
 

@@ -19,7 +19,8 @@ from moepress.models import streams as hidden_states
 from moepress.models.folders import locate
 from moepress.models.specialisation import mutual_information
 from moepress.models.streaming import ModelStream
-from moepress.quantization.experts import Gradient, Recipe
+from moepress.quantization.experts import Recipe
+from moepress.quantization.sensitivity import Gradient
 from moepress.statistics import layer_statistics
 
 WORK = ("streams", "layers.json")
