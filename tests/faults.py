@@ -36,7 +36,7 @@ def plans(place: Path) -> dict:
     small += ["device=cpu", "calibration.num_sequences=4", "evaluation.num_blocks=2", f"paths.results={place / 'whole'}"]
     members = [
         ["quantization=qesc", "allocation.bits=2.5", "evaluation.decomposition=true"],
-        ["experiment=best", "allocation=uniform", "allocation.bits=2", *QUICK_BEST],
+        ["quantization=best", "allocation=uniform", "allocation.bits=2", *QUICK_BEST],
         ["quantization=rtn", "allocation=global", "allocation.bits=3", "pruning=odp"],
     ]
     found = plan.for_experiments([studies.experiment([*small, *member]) for member in members]).artefacts

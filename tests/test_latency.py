@@ -274,7 +274,7 @@ def test_widths_have_the_mean_that_is_asked_for():
 def asked(tmp_path, monkeypatch) -> list[str]:
     """The command's arguments for the small shape."""
     monkeypatch.setattr(asking, "FOLDER", tmp_path)
-    (tmp_path / "small.yaml").write_text(json.dumps(SHAPE))
+    (tmp_path / "small.json").write_text(json.dumps(SHAPE))
     quick = ["latency.repeats=2", "latency.threads=1", "latency.buffer=1MiB", "quantization.group_size=16", "device=cpu"]
     settings = ["latency.prefill_batch=2", "latency.prefill_len=[16,8]", "latency.decode_batch=1", "latency.decode_len=8"]
     return ["latency", "latency.model=small", f"paths.results={tmp_path}/results", *quick, *settings]
@@ -306,7 +306,7 @@ def test_the_command_measures_once(asked, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["latency.model=big"], r"latency\.model=big: one of small"),
+        (["latency.model=big"], r"latency\.model=big: no such shape; it is one of small"),
         (["pruning=odp"], "pruning=odp: is fitted to real weights"),
         (["latency.num_layers=0"], r"latency\.num_layers=0: between 1"),
         (["latency.skew=-1"], r"latency\.skew=-1\.0: a Zipf exponent"),

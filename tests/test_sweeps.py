@@ -95,11 +95,11 @@ def test_what_hydra_refuses_is_refused_alike(overrides):
 
 
 def test_a_changed_file_of_a_corpus_is_seen(small, text_folder, tmp_path):
-    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "a.txt").write_text("one " * 300)
     own = [*small, f"corpus.path={tmp_path}"]
     before = config.resolve(own)["corpus"]["fingerprint"]
     assert config.resolve(own)["corpus"]["fingerprint"] == before
-    (tmp_path / "a.txt").write_text("another")
+    (tmp_path / "a.txt").write_text("another " * 300)
     assert config.resolve(own)["corpus"]["fingerprint"] != before
 
 

@@ -132,7 +132,7 @@ def test_distilling_brings_the_packed_model_nearer_and_can_be_repeated(model_fol
 
 def test_killed_while_the_shards_are_rewritten(tmp_path, model_folder, text_folder, monkeypatch):
     """The stage goes on from what was tuned and ends with the bytes of a run that nobody stopped."""
-    overrides = [*small_experiment(model_folder, text_folder), "device=cpu", "experiment=best", "allocation=uniform"]
+    overrides = [*small_experiment(model_folder, text_folder), "device=cpu", "quantization=best", "allocation=uniform"]
     overrides += ["allocation.bits=2", "quantization.tune_steps=2", "quantization.distill_steps=3"]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     for place in (whole, stopped):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moepress import execution, plan
+from moepress.config import check_gpu
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ def compress(model: str | Path, out: str | Path | None = None, budget: str | int
     given |= {"allocation.budget": budget} if budget is not None else {}
     given |= {"out": str(out)} if out is not None else {}
     lines = [f"{key}={override_value(value)}" for key, value in given.items()]
+    check_gpu(str(given.get("device", "auto")))
     planned = plan.for_overrides(lines)
     began = time.time()
     if execution.run(planned, [lines]):

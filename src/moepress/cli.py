@@ -15,11 +15,12 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf.errors import OmegaConfBaseException
 
-from moepress import execution, integrity
+from moepress import execution, integrity, studies
 from moepress import plan as planning
 from moepress.artefacts import of_the_machine
 from moepress.commands import results
-from moepress.config import ROOT, readable_error, resolve
+from moepress.config import ALONE, ROOT, check_gpu, groups, readable_error, resolve, without_value
+from moepress.schema.values import nearest
 from moepress.sweeps import MemberFailed
 
 COMMANDS = {
@@ -43,8 +44,11 @@ def app(config) -> None:
     try:
         if config.out is not None and settings.mode == RunMode.MULTIRUN:
             raise ValueError(f"out={config.out}: a sweep has many checkpoints; give out= to a single experiment")
+        launcher = execution.settings_of(settings.launcher)
+        if launcher.is_local:
+            check_gpu(str(config.device))
         plan, began = planning.for_overrides(overrides), time.time()
-        if execution.run(plan, [overrides], execution.settings_of(settings.launcher)):
+        if execution.run(plan, [overrides], launcher):
             print(execution.failures(plan, began), file=sys.stderr)
             sys.exit(1)
         if config.out is not None:
@@ -93,10 +97,48 @@ def main() -> None:
         os.environ["HYDRA_FULL_ERROR"] = asked_for_traces or "0"
 
 
+TAKE_A_WORD = ("--cfg", "-c", "--info", "-i", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn")
+TAKE_A_WORD += ("--config-dir", "-cd", "--experimental-rerun")
+"""Hydra's options that do."""
+
+
+def refuse_words(arguments: list[str]) -> None:
+    """ValueError for what is neither an option, nor KEY=VALUE, nor a command in its place."""
+    for before, word in zip(["", *arguments], arguments, strict=False):
+        if "=" in word or word.startswith(("-", "~")) or before in TAKE_A_WORD:
+            continue
+        if word in COMMANDS:
+            rest = " ".join(other for other in arguments if other != word)
+            raise ValueError(f"{word!r} is a command, which comes first: moepress {word} {rest}")
+        if "." in word or word in (*ALONE, *groups()):
+            raise ValueError(without_value(word))
+        raise ValueError(
+            f"{word!r}: no such command{nearest(word, COMMANDS)}; there is {', '.join(COMMANDS)}; without one, "
+            "`moepress KEY=VALUE ...` runs an experiment, and a key needs its `=`"
+        )
+
+
+def check_study(arguments: list[str]) -> None:
+    """ValueError for a study that there is not, or beside an experiment, which each line of it is by itself."""
+    given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
+    name, chosen = given.get("study", "null"), given.get("experiment", "null")
+    if name == "null" or "--multirun" in arguments or "-m" in arguments:
+        return
+    study = studies.load_study(name)
+    if chosen != "null" and any(
+        "quantization=" in line or "allocation=" in line for line in (*study["base"], *study["experiments"])
+    ):
+        raise ValueError(
+            f"experiment={chosen} beside study={name}: its experiments choose for themselves; leave one of the two out"
+        )
+
+
 def run(arguments: list[str]) -> None:
     if arguments and arguments[0] in COMMANDS:
         import_module(COMMANDS[arguments[0]]).main(arguments[1:])
         return
+    refuse_words(arguments)
+    check_study(arguments)
     if not any(argument.startswith("-") for argument in arguments):
         resolve([a for a in arguments if not a.startswith("study=")])  # before Hydra composes, whose own message says less
     app()

@@ -5,6 +5,7 @@ its first half, which looks at no file: what `moepress plan` needs, where the mo
 """
 
 import dataclasses
+import importlib.util
 import os
 import platform
 import re
@@ -27,14 +28,14 @@ from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers.oc import env as plain_environment
 
 from moepress import pruning
-from moepress.data import settings
+from moepress.data import settings, textfiles
 from moepress.evaluation import suites
 from moepress.models import dense, families, folders, outline
 from moepress.quantization.budget import Prediction, plan_budget
 from moepress.schema import SCHEMA
 from moepress.schema.allocation import reads_statistics
 from moepress.schema.quantization import quantizer_of_statistics
-from moepress.schema.values import check, check_leaf, check_seed
+from moepress.schema.values import check, check_leaf, check_seed, nearest
 
 ROOT = next(p for p in (Path(__file__).parents[2], Path(__file__).parent) if (p / "conf").is_dir())
 """The folder with conf/, workflow/ and the Snakefile: the checkout, or the installed package."""
@@ -56,6 +57,9 @@ def values(overrides: list[str] | tuple[str, ...] = ()) -> dict:
             raise ValueError(f"{override[:60]!r}: at most {LONGEST_OVERRIDE} characters of text, NUL not among them")
         if len(override.partition("=")[0]) > LONGEST_KEY:
             raise ValueError(f"{override[:60]!r}: no key is longer than {LONGEST_KEY} characters")
+        if "=" not in override and not override.startswith("~"):
+            raise ValueError(without_value(override))
+    check_experiment(overrides)
     try:
         with guarded_environment():
             config = OmegaConf.to_container(composed(overrides), resolve=True, throw_on_missing=False)
@@ -88,10 +92,135 @@ def guarded_environment() -> Iterator[None]:
         OmegaConf.register_new_resolver("oc.env", plain_environment, replace=True)
 
 
+def check_experiment(overrides: list[str] | tuple[str, ...]) -> None:
+    """ValueError for `experiment=NAME` beside another choice of a group that it chooses: Hydra would let that one win."""
+    given = _given(overrides)
+    for group, option in _choices_of(given.get("experiment")).items():
+        if (other := given.get(group, option)) != option:
+            chosen = _choices_of(given["experiment"])
+            stands_for = " ".join(f"{g}={o}" for g, o in chosen.items())
+            instead = " ".join(f"{g}={given.get(g, o)}" for g, o in chosen.items())
+            raise ValueError(
+                f"experiment={given['experiment']} stands for {stands_for}, which {group}={other} contradicts; leave one of "
+                f"the two out, or write {instead} in their place"
+            )
+
+
+def _given(overrides: list[str] | tuple[str, ...]) -> dict[str, str]:
+    """Key -> value of overrides that set one; the last counts."""
+    return {name: value.strip("'\"") for name, _, value in (override.partition("=") for override in overrides)}
+
+
+@lru_cache(maxsize=16)
+def _defaults(file: str) -> dict[str, str]:
+    """Group -> option, of the defaults list of a file of conf/."""
+    found = OmegaConf.load(ROOT / "conf" / f"{file}.yaml").get("defaults", [])
+    pairs = [pair for item in found if isinstance(item, DictConfig) for pair in item.items()]
+    return {str(group).removeprefix("override ").lstrip("/"): option for group, option in pairs}
+
+
+def _choices_of(experiment: str | None) -> dict[str, str]:
+    """What conf/experiment/NAME.yaml chooses; nothing where there is none."""
+    return _defaults(f"experiment/{experiment}") if experiment in options("experiment") else {}
+
+
+def choices(overrides: list[str] | tuple[str, ...]) -> dict[str, str]:
+    """Group -> the option that overrides make of it."""
+    given = _given(overrides)
+    found = _defaults("config") | _choices_of(given.get("experiment"))
+    return {group: given.get(group, option) for group, option in found.items()}
+
+
+def options(group: str) -> list[str]:
+    """Names that a group may be given."""
+    return sorted(path.stem for path in (ROOT / "conf" / group).glob("*.yaml"))
+
+
+def groups() -> list[str]:
+    return sorted(path.name for path in (ROOT / "conf").iterdir() if path.is_dir() and path.name != "hydra")
+
+
+ALONE = ("seed", "device", "cores", "out", "objective")
+"""Keys outside any group."""
+
+
+def without_value(word: str) -> str:
+    """What is wrong with a word that is no KEY=VALUE."""
+    if word in groups():
+        return f"{word!r}: a group needs a value, {word}={'|'.join(options(word))}"
+    if "." in word or word in ALONE:
+        return f"{word!r}: a key needs a value, {word}=VALUE"
+    return f"{word[:100]!r} is no KEY=VALUE{nearest(word, [*ALONE, *groups()])}"
+
+
 def readable_error(error: Exception, overrides: list[str] | tuple[str, ...]) -> str:
-    """Hydra's or OmegaConf's error in a line, with the keys that exist."""
+    """Hydra's or OmegaConf's error in a line, with what there is in the place of what there is not."""
+    if told := _unknown_choice(overrides) or _unknown_key(overrides):
+        return told
     key = getattr(error, "full_key", None)
-    return f"{f'{key}: ' if key else ''}{_first_lines(error)}{_known_keys(overrides)}"
+    of_hydra = "; conf/hydra/ has the keys of sweeps and jobs" if any(o.startswith("hydra.") for o in overrides) else ""
+    said = _first_lines(error).rstrip(".")
+    return f"{f'{key}: ' if key else ''}{said}{of_hydra}"
+
+
+def _unknown_choice(overrides: list[str] | tuple[str, ...]) -> str | None:
+    """What is wrong with the first choice of a group that there is not."""
+    for override in overrides:
+        group, is_set, option = override.partition("=")
+        known, option = options(group), option.strip("'\"")
+        is_null = option == "null" and group in ("experiment", "study")
+        if is_set and "." not in group and known and option not in known and not is_null and not group.startswith("hydra"):
+            return f"{group}={option[:100]}: no such choice{nearest(option, known)}; {group} is one of {', '.join(known)}"
+    return None
+
+
+def _unknown_key(overrides: list[str] | tuple[str, ...]) -> str | None:
+    """What is wrong with the first key that the chosen groups do not have."""
+    chosen = [f"{group}={option}" for group, option in choices(overrides).items() if option in options(group)]
+    config = OmegaConf.to_container(_composed(tuple(chosen), _newest_change()), resolve=False)
+    for override in overrides:
+        name = override.partition("=")[0].lstrip("~")
+        if name.startswith(("+", "hydra.", "hydra/")) or "@" in name or name in groups():
+            continue
+        node, path, said = config, name.split("."), override[:100]
+        for depth, part in enumerate(path):
+            where = ".".join(path[:depth])
+            if isinstance(node, dict) and part not in node:
+                return f"{said}: {no_such_key(path, depth, list(node), choices(overrides))}"
+            if isinstance(node, list):
+                break
+            if node is None:
+                return f"{said}: {where} is null; give it whole, {where}={{{part}: ...}}"
+            if not isinstance(node, dict):
+                return f"{said}: {where} is one value and has no keys"
+            node = node[part]
+    return None
+
+
+def no_such_key(path: list[str], depth: int, known: list, chosen: dict[str, str]) -> str:
+    """What to say of a key that is not among those known at a depth of its path. chosen: group -> option."""
+    group, key = path[0], path[depth]
+    if depth == 0:
+        alone = ", ".join([*ALONE, "paths.results", "paths.cache"])
+        return f"{key!r}{nearest(key, [*ALONE, *groups()])} is none of {alone} or {', '.join(groups())}"
+    where = ".".join(path[:depth])
+    if group not in chosen:
+        return f"no such key{nearest(key, known)}; keys of {where}: {', '.join(map(str, known))}"
+    has = f"{group}={chosen[group]} has no key {key!r}"
+    if owners := [option for option in options(group) if _has(_option(group, option), path[1:])]:
+        return f"{has}, which belongs to {'one of ' if len(owners) > 1 else ''}{group}={', '.join(owners)}"
+    return f"{has}{nearest(key, known)}; keys of {where}: {', '.join(map(str, known))}"
+
+
+def _option(group: str, name: str) -> dict:
+    """The keys of a group's option with the options that it is based on, unresolved."""
+    own = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / group / f"{name}.yaml"), resolve=False)
+    bases = [base for base in own.pop("defaults", []) if isinstance(base, str) and base != "_self_"]
+    return {key: value for base in bases for key, value in _option(group, base).items()} | own
+
+
+def _has(keys, path: list[str]) -> bool:
+    return not path or (isinstance(keys, dict) and path[0] in keys and _has(keys[path[0]], path[1:]))
 
 
 def composed(overrides: list[str] | tuple[str, ...]) -> DictConfig:
@@ -113,7 +242,8 @@ def composed(overrides: list[str] | tuple[str, ...]) -> DictConfig:
         is_name = is_name or (value is None and may_be_none)
         is_ours = _is_choice(one) and not one.is_hydra_override()
         if is_ours and one.type == OverrideType.CHANGE and not one.is_sweep_override() and not is_name:
-            raise ValueError(f"{one.key_or_group}={value!r}: give one name{_known_keys([one.input_line])}")
+            group = one.key_or_group
+            raise ValueError(f"{group}={value!r}: give one name; {group} is one of {', '.join(options(group))}")
     if any(one.type != OverrideType.CHANGE or one.is_sweep_override() for one in parsed):  # `+a=1`, `~a`: rare
         return deepcopy(_composed(tuple(overrides), _newest_change()))
     choices = tuple(override for override, one in zip(overrides, parsed, strict=True) if _is_choice(one))
@@ -190,6 +320,10 @@ def validate(config: dict) -> dict:
     check(ok, "objective", objective, "a column of runs.csv, a list of them, or null")
     suites.chosen(config["evaluation"])
     settings.check(config["corpus"])
+    if config["corpus"]["kind"] == "packages":
+        settings.check_domains(config, config["corpus"]["domains"], config["corpus"]["test_domains"])
+    elif config["corpus"]["kind"] == "hub":
+        settings.check_domains(config, [Path(config["corpus"]["id"]).name.lower()])
     check_splits(config)
     return config
 
@@ -198,11 +332,9 @@ def check_splits(config: dict) -> None:
     """ValueError for a hub corpus without a split that some stage of this experiment reads."""
     if config["corpus"]["kind"] != "hub":
         return
-    method, pruned = config["quantization"]["method"], config["pruning"]["method"]
-    is_calibrated = method in ("gptq", "qesc") or (method != "none" and reads_statistics(config["allocation"]))
     readers = {"test": "the evaluation", "calibration": None, "train": None}
-    if is_calibrated or pruned not in ("none", "pesf"):
-        readers["calibration"] = f"quantization={method} with pruning={pruned}"
+    if reads_calibration(config):
+        readers["calibration"] = f"quantization={config['quantization']['method']} with pruning={config['pruning']['method']}"
     if config["model"]["kind"] in ("tiny", "carved"):
         readers["train"] = f"model={config['model']['kind']}"
     for split, reader in readers.items():
@@ -210,11 +342,69 @@ def check_splits(config: dict) -> None:
             raise ValueError(f"corpus.splits.{split} is not set, but {reader} reads that text; name one of the hub's splits")
 
 
+def reads_calibration(config: dict) -> bool:
+    """Whether some stage of the experiment reads the calibration text."""
+    method, pruned = config["quantization"]["method"], config["pruning"]["method"]
+    is_calibrated = method in ("gptq", "qesc") or (method != "none" and reads_statistics(config["allocation"]))
+    return is_calibrated or pruned not in ("none", "pesf")
+
+
+def check_local_text(config: dict) -> None:
+    """ValueError for domains that a local text has not, and for more calibration windows than it can have."""
+    corpus = config["corpus"]
+    files = textfiles.find(corpus["path"])
+    domains = textfiles.domains_of(files, Path(corpus["path"]), corpus["min_documents"])
+    settings.check_domains(config, list(dict.fromkeys(domains)))
+    if not reads_calibration(config) or sum(file.stat().st_size for file in files) > SMALL_TEXT:
+        return
+    most = _most_tokens(corpus["path"], corpus["field"], *(corpus[name] for name in _CUTS), corpus["fractions"]["calibration"])
+    asked = config["calibration"]
+    wanted = [domain for domain in asked["domains"] or most if domain in most]
+    needed = asked["num_sequences"] // max(1, len(wanted))
+    for domain in wanted:
+        can = most[domain] // asked["seq_len"]
+        if can < needed:
+            raise ValueError(
+                f"calibration.num_sequences={asked['num_sequences']} with calibration.seq_len={asked['seq_len']} needs "
+                f"{needed} windows of {domain!r}, whose calibration split is at most {most[domain]} characters, "
+                f"{can} windows; ask for fewer or shorter sequences, choose calibration.domains, "
+                "raise corpus.fractions.calibration or give more text"
+            )
+
+
+SMALL_TEXT = 1 << 24
+"""Bytes up to which a local text is read to see whether it suffices: a larger one takes long, and suffices."""
+_CUTS = ("min_documents", "block_characters", "line_characters")
+
+
+def _most_tokens(path: str, field: str, *rest) -> dict[str, int]:
+    """Domain -> tokens that its calibration text cannot exceed."""
+    return _bounds(path, field, rest, _stamp(path))
+
+
+@lru_cache(maxsize=16)
+def _bounds(path: str, field: str, rest: tuple, _: tuple) -> dict[str, int]:
+    """A document is given to the calibration split while it fits into its share of the characters, and one at least; a token
+    is a byte of UTF-8 or more, but for two around each document."""
+    *cuts, share = rest
+    documents: dict[str, list[str]] = {}
+    for domain, _name, text in textfiles.read({"path": path, "field": field, **dict(zip(_CUTS, cuts, strict=True))}):
+        documents.setdefault(domain, []).append(text)
+    found = {}
+    for domain, texts in documents.items():
+        characters = max(share * sum(map(len, texts)), *map(len, texts), 0)
+        widest = max((len(text.encode()) / len(text) for text in texts if text), default=1)
+        found[domain] = int(characters * widest) + 2 * len(texts)
+    return found
+
+
 def with_files(config: dict) -> dict:
     """The configuration with what the files say that it names: their fingerprints, and whether the model takes the values."""
     if config["corpus"]["kind"] != "packages":
         source = config["corpus"]["path"] if config["corpus"]["kind"] == "local" else config["corpus"]["id"]
         config["corpus"]["fingerprint"] = _text(config["corpus"]["kind"], source, _stamp(source))
+    if config["corpus"]["kind"] == "local":
+        check_local_text(config)
     model = None
     if config["model"]["kind"] == "local":
         model, config["model"]["fingerprint"] = _model(config["model"]["path"], _stamp(config["model"]["path"]))
@@ -268,6 +458,14 @@ def _typed(group: str, classes, values: dict) -> dict:
         known = ", ".join(classes)
         check(str(values.get(variant)) in classes, f"{group}.{variant}", values.get(variant), f"one of {known}")
         classes = classes[values[variant]]
+    known = [field.name for field in dataclasses.fields(classes)]
+    chosen = next((f"{group}.{name}={values[name]} " for name in ("kind", "method") if name in values), "")
+    for name in values:
+        if name not in known:
+            raise ValueError(f"{group}.{name}: {chosen}has no such key{nearest(str(name), known)}; keys: {', '.join(known)}")
+    for name in known:
+        if name not in values:
+            raise ValueError(f"{group}.{name} is missing, which {chosen}needs; choose {group}=NAME, which brings all its keys")
     try:
         found = (group, classes, repr(values))
         if found not in _TYPED:
@@ -297,32 +495,11 @@ def _leaves(value, path=""):
 
 
 def _first_lines(error: Exception) -> str:
-    noise = ("full_key", "object_type", "reference_type")
-    lines = [line for line in str(error).splitlines() if not line.strip().startswith(noise)]
-    return " ".join(line.strip() for line in lines[:4])
-
-
-def _known_keys(overrides) -> str:
-    """The keys that exist beside the first override that does not."""
-    for override in overrides:
-        name = re.split(r"[=@]", override.lstrip("+~"))[0]
-        group, _, key = name.partition(".")
-        options = sorted(path.stem for path in (ROOT / "conf" / group).glob("*.yaml"))
-        if not key and group in ("seed", "device", "cores", "out", "objective"):
-            continue
-        if not key and not options:
-            groups = sorted(path.name for path in (ROOT / "conf").iterdir() if path.is_dir() and path.name != "hydra")
-            return (
-                f"; {group!r} is none of seed, device, cores, out, objective, paths.results, paths.cache or {', '.join(groups)}"
-            )
-        if not key and override.partition("=")[2] not in options:
-            return f"; {group} is one of {', '.join(options)}"
-        if key:
-            lines = "\n".join(path.read_text() for path in (ROOT / "conf" / group).glob("*.yaml"))
-            keys = sorted(set(re.findall(r"^([a-z_]+):", lines, re.MULTILINE)) - {"defaults"})
-            if key.split(".")[0] not in keys:
-                return f"; keys of {group}: {', '.join(keys)} (some belong to one of {', '.join(options)} only)"
-    return ""
+    """Without OmegaConf's notes, and without Hydra's advice to append keys, which no schema takes."""
+    noise = ("full_key", "object_type", "reference_type", "To append to your", "Config search path", "provider=")
+    text = re.sub(r":\s*\n\t", ": ", str(error)).replace("\n\t", ", ")  # a list of options
+    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.strip().startswith(noise)]
+    return " ".join(lines[:4])
 
 
 def uses_gpu(device: str) -> bool:
@@ -341,3 +518,22 @@ def hardware(device: str = "auto") -> str:
     cpuinfo = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
     return found.group(1).strip() if found else platform.processor() or platform.machine()
+
+
+def check_gpu(device: str) -> None:
+    """ValueError for a GPU where this machine has none, or a torch that knows of none; where stages run here. No import of
+    torch."""
+    if not device.startswith("cuda"):
+        return
+    driver = ("/dev/nvidiactl", "/dev/dxg", "/dev/nvhost-gpu", "/dev/kfd")  # NVIDIA, under Windows, on a Jetson; AMD
+    check(bool(shutil.which("nvidia-smi") or any(map(os.path.exists, driver))), "device", device, NO_GPU)
+    found = importlib.util.find_spec("torch")
+    version = Path(found.origin).with_name("version.py") if found and found.origin else None
+    text = version.read_text(encoding="utf-8") if version and version.is_file() else ""
+    is_without = all(re.search(rf"^{name}\b.*= None", text, re.MULTILINE) for name in ("cuda", "hip"))
+    check(
+        not is_without, "device", device, "the torch that is installed is for CPUs only; install one with CUDA, or device=cpu"
+    )
+
+
+NO_GPU = "this machine has no GPU (no nvidia-smi); take device=cpu or auto, or jobs elsewhere: hydra.launcher.executor=slurm"

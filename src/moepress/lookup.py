@@ -1,4 +1,5 @@
-"""Artefacts and reports by the names that people give them: a folder, its id `<label>-<key>`, or the beginning of its key."""
+"""Artefacts and reports by the names that people give them: a folder, its id `<label>-<key>`, the beginning of its key, or the
+name of a run in a report."""
 
 import argparse
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import yaml
 from moepress.artefacts import read_json
 from moepress.dag import STAGES
 from moepress.integrity import ID, PROVENANCE, is_whole
+from moepress.schema.values import nearest
 
 FOLDERS = (*STAGES, "report")
 
@@ -89,7 +91,9 @@ def folders(results: Path) -> list[Path]:
 
 
 def artefact(name: str, results: Path) -> Found:
-    """The artefact of that folder, id or beginning of a key. Raises ValueError where there is none, or several."""
+    """The artefact of that folder, id or beginning of a key; of a run's name its evaluation, which comes of all the others.
+
+    Raises ValueError where there is none, or several."""
     path = Path(name)
     if path.is_dir() and ID.fullmatch(path.resolve().name):
         path = path.resolve()
@@ -99,7 +103,7 @@ def artefact(name: str, results: Path) -> Found:
         return found
     matching = [f for f in artefacts(results) if name in (f.folder, f.path.name) or (len(name) > 3 and f.key.startswith(name))]
     if not matching:
-        raise ValueError(f"{name}: no artefact of {results} has this folder, id or key; `ls {results}/*` shows them")
+        return _evaluation(name, results)
     if len(matching) > 1:
         raise ValueError(f"{name}: several artefacts begin so: {', '.join(found.folder for found in matching)}")
     return matching[0]
@@ -111,13 +115,44 @@ def reports(results: Path) -> list[Found]:
     return sorted(found, key=lambda item: (item.provenance["start"], item.path.stat().st_mtime), reverse=True)
 
 
+def named(name: str, place: Found) -> list[dict]:
+    """The runs of a report, as its configuration lists them, that have a name; without its seed, all seeds of it."""
+    runs = place.described["config"]["runs"]
+    exact = [run for run in runs if run["run"] == name]
+    return exact or [run for run in runs if " ".join(p for p in run["run"].split(" ") if not p.startswith("seed=")) == name]
+
+
+def _evaluation(name: str, results: Path) -> Found:
+    """Of the run of that name, in whichever report."""
+    places = reports(results)
+    runs = [(run, place) for place in places for run in named(name, place)]
+    folders = {run["artefacts"]["evaluation"]: (run["run"], place) for run, place in reversed(runs)}
+    if not folders:
+        known = sorted({run["run"] for place in places for run in place.described["config"]["runs"]})
+        guess = nearest(name, known)
+        raise ValueError(
+            f"{name}: no artefact of {results} has this folder, id or key, and no run of a report this name{guess}; "
+            f"`moepress results` shows the runs, `ls {results}/*` the folders"
+        )
+    if len(folders) > 1:
+        listed = "; ".join(f"{folder} ({run} of {place.path})" for folder, (run, place) in folders.items())
+        raise ValueError(f"{name}: several runs are called so, give one's folder: {listed}")
+    return Found(results, next(iter(folders)))
+
+
 def report(name: str | None, results: Path) -> Found:
-    """The report of that folder, id, key or label; the newest of the label, or of all where no name is given."""
+    """The report of that folder, id, key or label; the newest of the label, or of all where no name is given. Of a run's name
+    or an artefact, the newest report that has it."""
     if name is not None and not any(item.path.name.rpartition("-")[0] == name for item in reports(results)):
+        if having := [place for place in reports(results) if named(name, place)]:
+            return having[0]
         found = artefact(name, results)
-        if found.stage != "report":
-            raise ValueError(f"{name}: an artefact of {found.stage}, no report")
-        return found
+        if found.stage == "report":
+            return found
+        for place in reports(results):
+            if any(found.folder in run["artefacts"].values() for run in place.described["config"]["runs"]):
+                return place
+        raise ValueError(f"{name}: an artefact of {found.stage}, no report, and in none")
     matching = [item for item in reports(results) if name in (None, item.path.name.rpartition("-")[0])]
     if not matching:
         raise ValueError(f"{results}: no report there; run an experiment first, or give --results=DIR")

@@ -97,7 +97,7 @@ def compared(experiments: list[Experiment]) -> list[Experiment]:
     for member in list(found):
         key = artefact("evaluation", reference(member.config)).key
         if key not in known:
-            own = [o for o in member.overrides if not o.startswith(("quantization", "allocation", "pruning"))]
+            own = [o for o in member.overrides if not o.startswith(("quantization", "allocation", "pruning", "experiment"))]
             found.insert(0, experiment([*own, "quantization=none", "pruning=none"]))
             known.add(key)
     return found

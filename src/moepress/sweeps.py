@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 
 from moepress import dag, execution, plan, studies
 from moepress.commands import results as results_table
+from moepress.config import check_gpu
 from moepress.execution import Settings
 from moepress.plan import Plan
 
@@ -40,7 +41,10 @@ class Sweep:
         for number, overrides in enumerate(jobs):
             refuse_whole(overrides)
             try:
-                asked[number] = studies.experiment(overrides)
+                member = studies.experiment(overrides)
+                if self.settings.is_local:
+                    check_gpu(member.config["device"])
+                asked[number] = member
             except ValueError as error:
                 failures[number] = str(error)
                 print(f"moepress: refused: {names[number]}: {error}", file=sys.stderr)

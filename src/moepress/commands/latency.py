@@ -4,11 +4,10 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
 from moepress import artefacts, dag
-from moepress.config import ROOT, values
+from moepress.config import ROOT, check_gpu, values
 from moepress.models import families
+from moepress.schema.values import nearest
 from moepress.wording import aligned, readable
 
 FOLDER = ROOT / "conf" / "latency" / "models"
@@ -16,14 +15,16 @@ HEADINGS = ("phase", "batch x length", "model", "ms", "quartiles", "speed", "mus
 
 
 def names() -> list[str]:
-    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+    return sorted(path.stem for path in FOLDER.glob("*.json"))
 
 
 def read(name: str | None) -> dict:
     """The shape of that name, in config.json's words. Raises ValueError naming those that there are."""
     if name not in names():
-        raise ValueError(f"latency.model={name}: one of {', '.join(names())} (conf/latency/models/)")
-    return OmegaConf.to_container(OmegaConf.load(FOLDER / f"{name}.yaml"))
+        of = f"{nearest(name or '', names())}; it is one of {', '.join(names())} (conf/latency/models/)"
+        raise ValueError(f"latency.model={name}: no such shape{of}")
+    found = artefacts.read_json(FOLDER / f"{name}.json")
+    return {key: value for key, value in found.items() if key != "_comment"}
 
 
 def main(arguments: list[str]) -> None:
@@ -37,6 +38,7 @@ def main(arguments: list[str]) -> None:
     )
     parser.add_argument("overrides", nargs="+", metavar="KEY=VALUE", help="as of an experiment")
     config = values(parser.parse_args(arguments).overrides)
+    check_gpu(config["device"])
     results = Path(config["paths"]["results"]).expanduser()
     item = planned(config)
     artefacts.write_tasks([item], {item.folder: config}, results)

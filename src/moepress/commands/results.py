@@ -30,7 +30,9 @@ def main(arguments: list[str]) -> None:
         description="Print the table of a report.",
         epilog="The table shows the columns that matter most; --csv prints all of runs.csv. speed: times the 16-bit model's.",
     )
-    parser.add_argument("report", nargs="?", help="its folder, id, key or label (default: the newest)")
+    parser.add_argument(
+        "report", nargs="?", help="its folder, id, key or label, or a run's name: the newest that has it (default: the newest)"
+    )
     parser.add_argument(
         "--filter",
         action="append",

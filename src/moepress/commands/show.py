@@ -14,7 +14,11 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
         "moepress show", description="Where an artefact came from, its configuration, and what it cost with all that it needs."
     )
-    parser.add_argument("key", metavar="KEY", help="its key or the beginning of it, its id, or its folder")
+    parser.add_argument(
+        "key",
+        metavar="KEY",
+        help="its key or the beginning of it, its id, its folder, or a run's name in a report: that run's evaluation",
+    )
     lookup.add_results(parser)
     given = parser.parse_args(arguments)
     print("\n".join(lines(lookup.artefact(given.key, given.results))))

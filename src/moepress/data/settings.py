@@ -6,7 +6,7 @@ import re
 from collections import Counter
 
 from moepress.data import packages
-from moepress.schema.values import check_seed
+from moepress.schema.values import check_seed, nearest
 
 SPLITS = ("train", "calibration", "test")
 
@@ -60,3 +60,19 @@ def check(config: dict) -> None:
             f"corpus.verbatim=True with corpus.splits={config['splits']} and corpus.overlap.max_share={share}: text that stays "
             "as it is is neither divided nor dropped; give each split one of the hub's own or null, and max_share=null."
         )
+
+
+def check_domains(config: dict, domains: list[str], test_domains: list[str] | tuple[str, ...] = ()) -> None:
+    """ValueError for a group of a configuration that names a domain that the corpus has not. test_domains: with test text
+    only."""
+    groups = {"calibration": domains, "evaluation": [*domains, *test_domains]}
+    asked = {group: config[group]["domains"] for group in groups}
+    if config["model"]["kind"] == "carved":
+        groups["model.calibration"], asked["model.calibration"] = domains, config["model"]["calibration"]["domains"]
+    for group, known in groups.items():
+        for name in asked[group] or ():
+            if name not in known:
+                why = f"{name!r} has test text only" if name in test_domains else f"the corpus has no {name!r}"
+                raise ValueError(
+                    f"{group}.domains={asked[group]}: {why}{nearest(name, known)}; it has {', '.join(known)}, or null for all"
+                )

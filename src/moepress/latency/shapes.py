@@ -1,4 +1,4 @@
-"""Real models' shapes, for want of their weights: conf/latency/models/NAME.yaml holds what of config.json the shapes follow
+"""Real models' shapes, for want of their weights: conf/latency/models/NAME.json holds what of config.json the shapes follow
 from. Imports no torch."""
 
 from moepress.models import families

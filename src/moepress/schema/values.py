@@ -3,6 +3,8 @@
 import math
 import re
 import unicodedata
+from collections.abc import Iterable
+from difflib import get_close_matches
 
 from moepress import secrets
 
@@ -39,6 +41,12 @@ def check_leaf(key: str, value) -> None:
         allowed = "\n\t\r" if key in FREE_TEXT else ""
         odd = next((c for c in value if unicodedata.category(c) in ("Cc", "Cs") and c not in allowed), None)
         check(odd is None, key, value, f"text without the character {odd!r}")
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """` (did you mean NAME?)` for what a message says is not there, or nothing."""
+    found = get_close_matches(word[:100], [str(name) for name in known], n=1)
+    return f" (did you mean {found[0]}?)" if found and found[0] != word else ""
 
 
 def check_seed(key: str, value) -> None:
