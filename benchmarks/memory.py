@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
-from moepress.config import ROOT
+from moepress.composing import ROOT
 from moepress.studies import experiment
 
 H, I, E, VOCAB, HEADS, KV_HEADS = 4096, 14336, 8, 32000, 32, 8

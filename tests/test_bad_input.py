@@ -26,9 +26,9 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 from conftest import small_experiment, write_model
-from moepress import artefacts, config, dag, plan, studies
+from moepress import artefacts, composing, config, dag, plan, studies
 from moepress.api import override_value
-from moepress.config import ROOT
+from moepress.composing import ROOT
 from moepress.data import corpus
 from moepress.models import folders
 from moepress.models.streaming import ModelStream
@@ -71,7 +71,7 @@ def overrides(draw):
     """Up to three choices of groups, and up to three values of the keys that there are then, set, removed or added to."""
     groups = draw(st.lists(st.sampled_from(GROUPS), max_size=3, unique=True))
     lines = [f"{group}={draw(st.sampled_from(OPTIONS[group]))}" for group in groups]
-    keys = [key for key, _ in leaves(OmegaConf.to_container(config.composed(lines))) if not key.startswith("hydra")]
+    keys = [key for key, _ in leaves(OmegaConf.to_container(composing.composed(lines))) if not key.startswith("hydra")]
     for key in draw(st.lists(st.sampled_from(keys), max_size=3, unique=True)):
         how = draw(st.sampled_from(["{}={}"] * 12 + ["~{}", "+{}.x={}", "{}x={}", "++{}={}"]))
         lines.append(how.format(key, override_value(draw(values))))

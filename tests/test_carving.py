@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from conftest import WORDS, write_model
 from moepress import config, dag, load
-from moepress.config import ROOT
+from moepress.composing import ROOT
 from moepress.models import carved, carving, dense, distilling, folders, outline
 from moepress.stages import model as model_stage
 

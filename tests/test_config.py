@@ -11,8 +11,8 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moepress import config, dag, studies
-from moepress.config import ROOT
+from moepress import config, dag, machine, studies
+from moepress.composing import ROOT
 from moepress.data import corpus
 from moepress.schema.values import parse_bytes
 
@@ -145,11 +145,11 @@ def test_no_calibration_text_exceeds_its_bound(tmp_path_factory, texts, share):
 
 
 def test_a_gpu_that_is_not_there(monkeypatch):
-    monkeypatch.setattr(config.shutil, "which", lambda name: None)
-    monkeypatch.setattr(config.os.path, "exists", lambda path: False)
+    monkeypatch.setattr(machine.shutil, "which", lambda name: None)
+    monkeypatch.setattr(machine.os.path, "exists", lambda path: False)
     with pytest.raises(ValueError, match=r"device='cuda:1': this machine has no GPU .*device=cpu or auto.*executor=slurm"):
-        config.check_gpu("cuda:1")
-    config.check_gpu("auto")
+        machine.check_gpu("cuda:1")
+    machine.check_gpu("auto")
     assert config.values(["device=cuda"])["device"] == "cuda", "a cluster's machines may have one"
 
 

@@ -12,7 +12,7 @@ import zipfile
 import yaml
 from hatchling.builders.wheel import WheelBuilder
 
-from moepress.config import ROOT
+from moepress.composing import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
@@ -76,7 +76,7 @@ LAYERS = [
     {"data"},
     {"models"},
     {"quantization", "inference", "pruning", "allocation", "gradients", "statistics", "evaluation", "latency"},
-    {"config", "dag", "work"},
+    {"composing", "config", "machine", "dag", "work"},
     {"artefacts", "integrity", "lookup", "locks", "report", "tracking"}
     | {"plan", "studies", "execution", "patches", "buckets", "export", "estimate", "forecast"},
     {"stages", "commands", "sweeps", "api", "cli", "__main__", "__init__"},

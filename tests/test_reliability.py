@@ -17,7 +17,7 @@ import yaml
 
 from moepress import artefacts, integrity, locks, plan
 from moepress.commands import verify
-from moepress.config import ROOT
+from moepress.composing import ROOT
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 MOEPRESS = [sys.executable, "-m", "moepress"]

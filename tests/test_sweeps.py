@@ -13,7 +13,7 @@ from hydra.core.utils import JobStatus
 
 import hydra_plugins
 from conftest import small_experiment
-from moepress import artefacts, cli, config, dag, execution, plan, studies, sweeps
+from moepress import artefacts, cli, composing, config, dag, execution, plan, studies, sweeps
 
 SHARED = {"model", "corpus", "calibration", "statistics"}
 
@@ -79,7 +79,7 @@ def command(monkeypatch, *arguments):
 )
 def test_composing_from_cached_groups_is_what_hydra_composes(overrides):
     for _ in range(2):  # the second from the cache
-        assert config.composed(overrides) == config._composed.__wrapped__(tuple(overrides), ())
+        assert composing.composed(overrides) == composing._composed.__wrapped__(tuple(overrides), ())
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_composing_from_cached_groups_is_what_hydra_composes(overrides):
 )
 def test_what_hydra_refuses_is_refused_alike(overrides):
     found = []
-    for compose in (config.composed, lambda o: config._composed.__wrapped__(tuple(o), ())):
+    for compose in (composing.composed, lambda o: composing._composed.__wrapped__(tuple(o), ())):
         with pytest.raises(Exception) as error:
             compose(overrides)
         found.append((error.type, str(error.value)))

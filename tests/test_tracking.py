@@ -18,7 +18,7 @@ from PIL import Image
 from moepress import cli, integrity, plan, tracking
 from moepress.artefacts import read_json
 from moepress.commands import dashboard, sync
-from moepress.config import ROOT
+from moepress.composing import ROOT
 from moepress.dag import STAGES
 from moepress.lookup import Found
 from moepress.models.files import record

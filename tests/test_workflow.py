@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from conftest import small_experiment
-from moepress.config import ROOT
+from moepress.composing import ROOT
 
 SECRETS = {"WANDB_API_KEY": "0f1e2d3c4b5a69788796a5b4c3d2e1f00f1e2d3c", "HF_TOKEN": "hf_aZbYcXdWeVfUgThSiRjQkPlOm"}
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", **SECRETS}

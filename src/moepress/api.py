@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moepress import execution, plan
-from moepress.config import check_gpu
+from moepress.machine import check_gpu
 
 
 @dataclass(frozen=True)

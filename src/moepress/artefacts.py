@@ -29,8 +29,9 @@ from pathlib import Path
 import yaml
 
 from moepress import integrity, locks, progress
-from moepress.config import ROOT, hardware
+from moepress.composing import ROOT
 from moepress.dag import Artefact, everything
+from moepress.machine import hardware
 from moepress.models.files import record, sync
 
 PACKAGES = (

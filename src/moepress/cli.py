@@ -19,7 +19,9 @@ from moepress import execution, integrity, studies
 from moepress import plan as planning
 from moepress.artefacts import of_the_machine
 from moepress.commands import results
-from moepress.config import ALONE, ROOT, check_gpu, groups, readable_error, resolve, without_value
+from moepress.composing import ALONE, ROOT, groups, readable_error, without_value
+from moepress.config import resolve
+from moepress.machine import check_gpu
 from moepress.schema.values import nearest
 from moepress.sweeps import MemberFailed
 

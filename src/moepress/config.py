@@ -5,40 +5,36 @@ its first half, which looks at no file: what `moepress plan` needs, where the mo
 """
 
 import dataclasses
-import importlib.util
 import os
-import platform
 import re
-import shutil
-import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from copy import deepcopy
-from functools import cache, lru_cache
+from functools import lru_cache
 from pathlib import Path
 
-from hydra import compose, initialize_config_dir
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, OverrideType, QuotedString
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from omegaconf.resolvers.oc import env as plain_environment
 
 from moepress import pruning
+from moepress.composing import (
+    LONGEST_KEY,
+    LONGEST_OVERRIDE,
+    check_experiment,
+    composed,
+    first_lines,
+    guarded_environment,
+    readable_error,
+    without_value,
+)
 from moepress.data import settings, textfiles
 from moepress.evaluation import suites
+from moepress.machine import hardware
 from moepress.models import dense, families, folders, outline
 from moepress.quantization.budget import Prediction, plan_budget
 from moepress.schema import SCHEMA
 from moepress.schema.allocation import reads_statistics
 from moepress.schema.quantization import quantizer_of_statistics
 from moepress.schema.values import check, check_leaf, check_seed, nearest
-
-ROOT = next(p for p in (Path(__file__).parents[2], Path(__file__).parent) if (p / "conf").is_dir())
-"""The folder with conf/, workflow/ and the Snakefile: the checkout, or the installed package."""
 
 
 def resolve(overrides: list[str] | tuple[str, ...] = ()) -> dict:
@@ -68,217 +64,6 @@ def values(overrides: list[str] | tuple[str, ...] = ()) -> dict:
     except RecursionError as error:
         raise ValueError(f"{max(overrides, key=len)[:60]!r}: nested too deeply") from error
     return validate(config)
-
-
-LONGEST_OVERRIDE, LONGEST_KEY = 20_000, 100
-OPEN_VARIABLES = ("MOEPRESS_CACHE", "HOME")
-"""What configurations may take from the environment: conf/config.yaml does."""
-
-
-@contextmanager
-def guarded_environment() -> Iterator[None]:
-    """No other variable is told to a configuration, nor to a study that somebody else wrote: what it holds ends in files that
-    people publish. On a command line the shell puts in a variable's value."""
-
-    def environment(key: str, default: str | None = None) -> str | None:
-        if key not in OPEN_VARIABLES:
-            raise ValueError(f"oc.env:{key}: only {' and '.join(OPEN_VARIABLES)} are read; write the value itself")
-        return os.environ.get(key, default)
-
-    OmegaConf.register_new_resolver("oc.env", environment, replace=True)
-    try:
-        yield
-    finally:
-        OmegaConf.register_new_resolver("oc.env", plain_environment, replace=True)
-
-
-def check_experiment(overrides: list[str] | tuple[str, ...]) -> None:
-    """ValueError for `experiment=NAME` beside another choice of a group that it chooses: Hydra would let that one win."""
-    given = _given(overrides)
-    for group, option in _choices_of(given.get("experiment")).items():
-        if (other := given.get(group, option)) != option:
-            chosen = _choices_of(given["experiment"])
-            stands_for = " ".join(f"{g}={o}" for g, o in chosen.items())
-            instead = " ".join(f"{g}={given.get(g, o)}" for g, o in chosen.items())
-            raise ValueError(
-                f"experiment={given['experiment']} stands for {stands_for}, which {group}={other} contradicts; leave one of "
-                f"the two out, or write {instead} in their place"
-            )
-
-
-def _given(overrides: list[str] | tuple[str, ...]) -> dict[str, str]:
-    """Key -> value of overrides that set one; the last counts."""
-    return {name: value.strip("'\"") for name, _, value in (override.partition("=") for override in overrides)}
-
-
-@lru_cache(maxsize=16)
-def _defaults(file: str) -> dict[str, str]:
-    """Group -> option, of the defaults list of a file of conf/."""
-    found = OmegaConf.load(ROOT / "conf" / f"{file}.yaml").get("defaults", [])
-    pairs = [pair for item in found if isinstance(item, DictConfig) for pair in item.items()]
-    return {str(group).removeprefix("override ").lstrip("/"): option for group, option in pairs}
-
-
-def _choices_of(experiment: str | None) -> dict[str, str]:
-    """What conf/experiment/NAME.yaml chooses; nothing where there is none."""
-    return _defaults(f"experiment/{experiment}") if experiment in options("experiment") else {}
-
-
-def choices(overrides: list[str] | tuple[str, ...]) -> dict[str, str]:
-    """Group -> the option that overrides make of it."""
-    given = _given(overrides)
-    found = _defaults("config") | _choices_of(given.get("experiment"))
-    return {group: given.get(group, option) for group, option in found.items()}
-
-
-def options(group: str) -> list[str]:
-    """Names that a group may be given."""
-    return sorted(path.stem for path in (ROOT / "conf" / group).glob("*.yaml"))
-
-
-def groups() -> list[str]:
-    return sorted(path.name for path in (ROOT / "conf").iterdir() if path.is_dir() and path.name != "hydra")
-
-
-ALONE = ("seed", "device", "cores", "out", "objective")
-"""Keys outside any group."""
-
-
-def without_value(word: str) -> str:
-    """What is wrong with a word that is no KEY=VALUE."""
-    if word in groups():
-        return f"{word!r}: a group needs a value, {word}={'|'.join(options(word))}"
-    if "." in word or word in ALONE:
-        return f"{word!r}: a key needs a value, {word}=VALUE"
-    return f"{word[:100]!r} is no KEY=VALUE{nearest(word, [*ALONE, *groups()])}"
-
-
-def readable_error(error: Exception, overrides: list[str] | tuple[str, ...]) -> str:
-    """Hydra's or OmegaConf's error in a line, with what there is in the place of what there is not."""
-    if told := _unknown_choice(overrides) or _unknown_key(overrides):
-        return told
-    key = getattr(error, "full_key", None)
-    of_hydra = "; conf/hydra/ has the keys of sweeps and jobs" if any(o.startswith("hydra.") for o in overrides) else ""
-    said = _first_lines(error).rstrip(".")
-    return f"{f'{key}: ' if key else ''}{said}{of_hydra}"
-
-
-def _unknown_choice(overrides: list[str] | tuple[str, ...]) -> str | None:
-    """What is wrong with the first choice of a group that there is not."""
-    for override in overrides:
-        group, is_set, option = override.partition("=")
-        known, option = options(group), option.strip("'\"")
-        is_null = option == "null" and group in ("experiment", "study")
-        if is_set and "." not in group and known and option not in known and not is_null and not group.startswith("hydra"):
-            return f"{group}={option[:100]}: no such choice{nearest(option, known)}; {group} is one of {', '.join(known)}"
-    return None
-
-
-def _unknown_key(overrides: list[str] | tuple[str, ...]) -> str | None:
-    """What is wrong with the first key that the chosen groups do not have."""
-    chosen = [f"{group}={option}" for group, option in choices(overrides).items() if option in options(group)]
-    config = OmegaConf.to_container(_composed(tuple(chosen), _newest_change()), resolve=False)
-    for override in overrides:
-        name = override.partition("=")[0].lstrip("~")
-        if name.startswith(("+", "hydra.", "hydra/")) or "@" in name or name in groups():
-            continue
-        node, path, said = config, name.split("."), override[:100]
-        for depth, part in enumerate(path):
-            where = ".".join(path[:depth])
-            if isinstance(node, dict) and part not in node:
-                return f"{said}: {no_such_key(path, depth, list(node), choices(overrides))}"
-            if isinstance(node, list):
-                break
-            if node is None:
-                return f"{said}: {where} is null; give it whole, {where}={{{part}: ...}}"
-            if not isinstance(node, dict):
-                return f"{said}: {where} is one value and has no keys"
-            node = node[part]
-    return None
-
-
-def no_such_key(path: list[str], depth: int, known: list, chosen: dict[str, str]) -> str:
-    """What to say of a key that is not among those known at a depth of its path. chosen: group -> option."""
-    group, key = path[0], path[depth]
-    if depth == 0:
-        alone = ", ".join([*ALONE, "paths.results", "paths.cache"])
-        return f"{key!r}{nearest(key, [*ALONE, *groups()])} is none of {alone} or {', '.join(groups())}"
-    where = ".".join(path[:depth])
-    if group not in chosen:
-        return f"no such key{nearest(key, known)}; keys of {where}: {', '.join(map(str, known))}"
-    has = f"{group}={chosen[group]} has no key {key!r}"
-    if owners := [option for option in options(group) if _has(_option(group, option), path[1:])]:
-        return f"{has}, which belongs to {'one of ' if len(owners) > 1 else ''}{group}={', '.join(owners)}"
-    return f"{has}{nearest(key, known)}; keys of {where}: {', '.join(map(str, known))}"
-
-
-def _option(group: str, name: str) -> dict:
-    """The keys of a group's option with the options that it is based on, unresolved."""
-    own = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / group / f"{name}.yaml"), resolve=False)
-    bases = [base for base in own.pop("defaults", []) if isinstance(base, str) and base != "_self_"]
-    return {key: value for base in bases for key, value in _option(group, base).items()} | own
-
-
-def _has(keys, path: list[str]) -> bool:
-    return not path or (isinstance(keys, dict) and path[0] in keys and _has(keys[path[0]], path[1:]))
-
-
-def composed(overrides: list[str] | tuple[str, ...]) -> DictConfig:
-    """What Hydra composes of these overrides, unresolved.
-
-    The members of a sweep differ in values more than in groups, and choosing groups is what takes Hydra long (.1 s). So a
-    choice of groups is composed once, and values are set in a copy by Hydra's own function.
-    """
-    parsed = []
-    for override in overrides:
-        try:
-            parsed.append(_parsed(override))
-        except HydraException as error:
-            raise ValueError(f"{override[:200]!r}: {readable_error(error, overrides)}") from error
-    for one in parsed:
-        value = one.value()
-        may_be_none = one.key_or_group in ("experiment", "study")
-        is_name = re.fullmatch(r"[\w./-]{1,100}", str(getattr(value, "text", value))) and isinstance(value, str | QuotedString)
-        is_name = is_name or (value is None and may_be_none)
-        is_ours = _is_choice(one) and not one.is_hydra_override()
-        if is_ours and one.type == OverrideType.CHANGE and not one.is_sweep_override() and not is_name:
-            group = one.key_or_group
-            raise ValueError(f"{group}={value!r}: give one name; {group} is one of {', '.join(options(group))}")
-    if any(one.type != OverrideType.CHANGE or one.is_sweep_override() for one in parsed):  # `+a=1`, `~a`: rare
-        return deepcopy(_composed(tuple(overrides), _newest_change()))
-    choices = tuple(override for override, one in zip(overrides, parsed, strict=True) if _is_choice(one))
-    config = deepcopy(_composed(choices, _newest_change()))
-    ConfigLoaderImpl._apply_overrides_to_config([one for one in parsed if not _is_choice(one)], config)
-    return config
-
-
-def _is_choice(override: Override) -> bool:
-    """Whether it is one of a group's files, or Hydra's own."""
-    key = override.key_or_group
-    is_group = "/" in key or key in ("experiment", "study") or (ROOT / "conf" / key).is_dir()
-    return is_group or override.package is not None or override.is_hydra_override()
-
-
-@lru_cache(maxsize=512)
-def _composed(overrides: tuple[str, ...], _: tuple[int, int]) -> DictConfig:
-    """Composed by Hydra from scratch. The second argument only tells the cache that files have changed."""
-    outer, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None  # set where a Hydra app is running
-    try:
-        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            return compose("config", overrides=list(overrides))
-    finally:
-        GlobalHydra.instance().hydra = outer
-
-
-@lru_cache(maxsize=4096)
-def _parsed(override: str) -> Override:
-    return OverridesParser.create().parse_override(override)
-
-
-def _newest_change() -> tuple[int, int]:
-    """Changes with every file of conf/: a notebook may go on while someone edits them."""
-    times = [entry.stat().st_mtime_ns for folder, _, _ in os.walk(ROOT / "conf") for entry in os.scandir(folder)]
-    return max(times), len(times)
 
 
 def validate(config: dict) -> dict:
@@ -475,7 +260,7 @@ def _typed(group: str, classes, values: dict) -> dict:
     except OmegaConfBaseException as error:
         name = error.full_key or next((name for name, value in values.items() if not _fits(classes, name, value)), None)
         key = f"{group}.{name}" if name else group
-        raise ValueError(f"{key}: {_first_lines(error)}") from error
+        raise ValueError(f"{key}: {first_lines(error)}") from error
 
 
 def _fits(schema_class, name: str, value) -> bool:
@@ -492,48 +277,3 @@ def _leaves(value, path=""):
             yield from _leaves(inner, f"{path}.{key}" if path else str(key))
     else:
         yield path, value
-
-
-def _first_lines(error: Exception) -> str:
-    """Without OmegaConf's notes, and without Hydra's advice to append keys, which no schema takes."""
-    noise = ("full_key", "object_type", "reference_type", "To append to your", "Config search path", "provider=")
-    text = re.sub(r":\s*\n\t", ": ", str(error)).replace("\n\t", ", ")  # a list of options
-    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.strip().startswith(noise)]
-    return " ".join(lines[:4])
-
-
-def uses_gpu(device: str) -> bool:
-    """Whether stages will run on a GPU, found without importing torch."""
-    return device.startswith("cuda") or (device == "auto" and shutil.which("nvidia-smi") is not None)
-
-
-@cache
-def hardware(device: str = "auto") -> str:
-    """Name of the machine part that latency is measured on, found without importing torch."""
-    if uses_gpu(device) and shutil.which("nvidia-smi"):
-        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-        names = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split("\n")
-        if names[0].strip():
-            return names[0].strip()
-    cpuinfo = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    return found.group(1).strip() if found else platform.processor() or platform.machine()
-
-
-def check_gpu(device: str) -> None:
-    """ValueError for a GPU where this machine has none, or a torch that knows of none; where stages run here. No import of
-    torch."""
-    if not device.startswith("cuda"):
-        return
-    driver = ("/dev/nvidiactl", "/dev/dxg", "/dev/nvhost-gpu", "/dev/kfd")  # NVIDIA, under Windows, on a Jetson; AMD
-    check(bool(shutil.which("nvidia-smi") or any(map(os.path.exists, driver))), "device", device, NO_GPU)
-    found = importlib.util.find_spec("torch")
-    version = Path(found.origin).with_name("version.py") if found and found.origin else None
-    text = version.read_text(encoding="utf-8") if version and version.is_file() else ""
-    is_without = all(re.search(rf"^{name}\b.*= None", text, re.MULTILINE) for name in ("cuda", "hip"))
-    check(
-        not is_without, "device", device, "the torch that is installed is for CPUs only; install one with CUDA, or device=cpu"
-    )
-
-
-NO_GPU = "this machine has no GPU (no nvidia-smi); take device=cpu or auto, or jobs elsewhere: hydra.launcher.executor=slurm"

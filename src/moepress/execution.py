@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from moepress import integrity, locks
 from moepress.artefacts import read_json, write_if_changed
-from moepress.config import ROOT
+from moepress.composing import ROOT
 from moepress.dag import Artefact
 from moepress.plan import Plan
 

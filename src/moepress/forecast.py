@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moepress import dag, estimate, studies
-from moepress.config import hardware, uses_gpu, values
+from moepress.config import values
+from moepress.machine import hardware, uses_gpu
 from moepress.models import families, hub, limits, outline
 from moepress.models.files import INDEX
 from moepress.models.outline import Outline

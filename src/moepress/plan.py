@@ -10,8 +10,8 @@ from pathlib import Path
 
 from moepress import estimate, forecast, tracking
 from moepress.artefacts import write_tasks
-from moepress.config import uses_gpu
 from moepress.dag import Artefact, everything, is_reference, run_label
+from moepress.machine import uses_gpu
 from moepress.models import dense, limits
 from moepress.models.folders import read_config
 from moepress.quantization.budget import Prediction

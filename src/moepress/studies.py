@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from omegaconf import OmegaConf
 
-from moepress.config import ROOT, resolve
+from moepress.composing import ROOT
+from moepress.config import resolve
 from moepress.dag import Artefact, artefact, is_decomposed, is_reference, make_artefact, reference, run_label
 from moepress.schema.allocation import reads_statistics
 

@@ -13,8 +13,8 @@ from omegaconf import OmegaConf
 
 from moepress import dag, execution, plan, studies
 from moepress.commands import results as results_table
-from moepress.config import check_gpu
 from moepress.execution import Settings
+from moepress.machine import check_gpu
 from moepress.plan import Plan
 
 

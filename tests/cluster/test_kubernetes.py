@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from conftest import small_experiment
-from moepress.config import ROOT
+from moepress.composing import ROOT
 
 sys.path.insert(0, str(Path(__file__).parent))
 import pods

@@ -10,7 +10,8 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from moepress import dag, locks, lookup, plan, studies
-from moepress.config import ROOT, values
+from moepress.composing import ROOT
+from moepress.config import values
 from moepress.wording import aligned, readable
 
 

@@ -5,7 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from moepress import artefacts, dag
-from moepress.config import ROOT, check_gpu, values
+from moepress.composing import ROOT
+from moepress.config import values
+from moepress.machine import check_gpu
 from moepress.models import families
 from moepress.schema.values import nearest
 from moepress.wording import aligned, readable

@@ -242,7 +242,8 @@ def _speed(runs: list[Run]) -> list[str]:
     found = []
     for device in dict.fromkeys(run.latency["device"] for run in timed):
         own = [run for run in timed if run.latency["device"] == device]
-        parts = [f"{phase} {_range([run.speedup(phase) for run in own])}" for phase in ("prefill", "decode")]
+        speeds = {phase: [speed for run in own if (speed := run.speedup(phase))] for phase in ("prefill", "decode")}
+        parts = [f"{phase} {_range(ratios)}" for phase, ratios in speeds.items()]
         found.append(f"Speed against 16 bits on {device} (in brackets quartile against quartile): {', '.join(parts)}.")
     return found
 

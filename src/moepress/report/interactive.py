@@ -158,8 +158,8 @@ def dashes(style) -> str | list[int]:
 
 def on_both(colour: str) -> str:
     """Black and the dark greys lighter, so that they are seen on a dark page too."""
-    rgb = np.array(to_rgb(colour))
-    return to_hex(0.6 * rgb + 0.4) if rgb.max() < 0.35 else colour
+    r, g, b = (0.6 * part + 0.4 for part in to_rgb(colour))
+    return to_hex((r, g, b)) if max(r, g, b) < 0.61 else colour
 
 
 def quality(runs: list[Run]):

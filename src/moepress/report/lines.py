@@ -217,7 +217,7 @@ def speed(runs: list[Run]) -> Drawn:
     for run in first_seeds(runs):
         for phase in ("prefill", "decode"):
             if speedup := run.speedup(phase):
-                row = {"run": run.name, "title": run.title, "series": run.series, "phase": phase}
+                row: dict = {"run": run.name, "title": run.title, "series": run.series, "phase": phase}
                 row |= {"milliseconds": speedup.milliseconds, "milliseconds_16bit": speedup.milliseconds_16bit}
                 row |= {"speedup": speedup.value, "low": speedup.low, "high": speedup.high}
                 found.append(row | {"device": run.latency["device"]})

@@ -9,7 +9,7 @@ import numpy as np
 import yaml
 
 from moepress.artefacts import Task, git_commit, read_json, versions
-from moepress.config import ROOT
+from moepress.composing import ROOT
 from moepress.models import folders
 from moepress.models.families import Shape
 from moepress.models.folders import locate

@@ -205,8 +205,8 @@ class Run:
         own, base = self.latency[f"{phase}_ms"], self.latency[f"{phase}_ms_16bit"]
         if self.is_reference or not (own and base):
             return None
-        ratios = (base[of] / own[to] for of, to in (("median", "median"), ("q1", "q3"), ("q3", "q1")))
-        return Speedup(*ratios, own["median"], base["median"])
+        value, low, high = (base[of] / own[to] for of, to in (("median", "median"), ("q1", "q3"), ("q3", "q1")))
+        return Speedup(value, low, high, own["median"], base["median"])
 
     @cached_property
     def allocated(self) -> dict:

@@ -6,12 +6,12 @@ import torch
 from tqdm import tqdm
 
 from moepress.artefacts import Task, read_json, write_json
-from moepress.config import hardware
 from moepress.data import sampling
 from moepress.inference.checkpoint import fits, load, pick_device
 from moepress.latency import device as devices
 from moepress.latency import measuring, shapes
 from moepress.latency.traffic import weight_bytes
+from moepress.machine import hardware
 from moepress.models.folders import locate
 from moepress.schema.values import parse_bytes
 

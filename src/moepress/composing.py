@@ -1,0 +1,247 @@
+"""What Hydra makes of overrides and conf/, and what is wrong with overrides, in a line with the way out."""
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from functools import lru_cache
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, OverrideType, QuotedString
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.resolvers.oc import env as plain_environment
+
+from moepress.schema.values import nearest
+
+ROOT = next(p for p in (Path(__file__).parents[2], Path(__file__).parent) if (p / "conf").is_dir())
+"""The folder with conf/, workflow/ and the Snakefile: the checkout, or the installed package."""
+
+
+LONGEST_OVERRIDE = 20_000
+
+
+LONGEST_KEY = 100
+
+
+OPEN_VARIABLES = ("MOEPRESS_CACHE", "HOME")
+"""What configurations may take from the environment: conf/config.yaml does."""
+
+
+@contextmanager
+def guarded_environment() -> Iterator[None]:
+    """No other variable is told to a configuration, nor to a study that somebody else wrote: what it holds ends in files that
+    people publish. On a command line the shell puts in a variable's value."""
+
+    def environment(key: str, default: str | None = None) -> str | None:
+        if key not in OPEN_VARIABLES:
+            raise ValueError(f"oc.env:{key}: only {' and '.join(OPEN_VARIABLES)} are read; write the value itself")
+        return os.environ.get(key, default)
+
+    OmegaConf.register_new_resolver("oc.env", environment, replace=True)
+    try:
+        yield
+    finally:
+        OmegaConf.register_new_resolver("oc.env", plain_environment, replace=True)
+
+
+def check_experiment(overrides: list[str] | tuple[str, ...]) -> None:
+    """ValueError for `experiment=NAME` beside another choice of a group that it chooses: Hydra would let that one win."""
+    given = _given(overrides)
+    for group, option in _choices_of(given.get("experiment")).items():
+        if (other := given.get(group, option)) != option:
+            chosen = _choices_of(given["experiment"])
+            stands_for = " ".join(f"{g}={o}" for g, o in chosen.items())
+            instead = " ".join(f"{g}={given.get(g, o)}" for g, o in chosen.items())
+            raise ValueError(
+                f"experiment={given['experiment']} stands for {stands_for}, which {group}={other} contradicts; leave one of "
+                f"the two out, or write {instead} in their place"
+            )
+
+
+def _given(overrides: list[str] | tuple[str, ...]) -> dict[str, str]:
+    """Key -> value of overrides that set one; the last counts."""
+    return {name: value.strip("'\"") for name, _, value in (override.partition("=") for override in overrides)}
+
+
+@lru_cache(maxsize=16)
+def _defaults(file: str) -> dict[str, str]:
+    """Group -> option, of the defaults list of a file of conf/."""
+    found = OmegaConf.load(ROOT / "conf" / f"{file}.yaml").get("defaults", [])
+    pairs = [pair for item in found if isinstance(item, DictConfig) for pair in item.items()]
+    return {str(group).removeprefix("override ").lstrip("/"): option for group, option in pairs}
+
+
+def _choices_of(experiment: str | None) -> dict[str, str]:
+    """What conf/experiment/NAME.yaml chooses; nothing where there is none."""
+    return _defaults(f"experiment/{experiment}") if experiment in options("experiment") else {}
+
+
+def choices(overrides: list[str] | tuple[str, ...]) -> dict[str, str]:
+    """Group -> the option that overrides make of it."""
+    given = _given(overrides)
+    found = _defaults("config") | _choices_of(given.get("experiment"))
+    return {group: given.get(group, option) for group, option in found.items()}
+
+
+def options(group: str) -> list[str]:
+    """Names that a group may be given."""
+    return sorted(path.stem for path in (ROOT / "conf" / group).glob("*.yaml"))
+
+
+def groups() -> list[str]:
+    return sorted(path.name for path in (ROOT / "conf").iterdir() if path.is_dir() and path.name != "hydra")
+
+
+ALONE = ("seed", "device", "cores", "out", "objective")
+"""Keys outside any group."""
+
+
+def without_value(word: str) -> str:
+    """What is wrong with a word that is no KEY=VALUE."""
+    if word in groups():
+        return f"{word!r}: a group needs a value, {word}={'|'.join(options(word))}"
+    if "." in word or word in ALONE:
+        return f"{word!r}: a key needs a value, {word}=VALUE"
+    return f"{word[:100]!r} is no KEY=VALUE{nearest(word, [*ALONE, *groups()])}"
+
+
+def readable_error(error: Exception, overrides: list[str] | tuple[str, ...]) -> str:
+    """Hydra's or OmegaConf's error in a line, with what there is in the place of what there is not."""
+    if told := _unknown_choice(overrides) or _unknown_key(overrides):
+        return told
+    key = getattr(error, "full_key", None)
+    of_hydra = "; conf/hydra/ has the keys of sweeps and jobs" if any(o.startswith("hydra.") for o in overrides) else ""
+    said = first_lines(error).rstrip(".")
+    return f"{f'{key}: ' if key else ''}{said}{of_hydra}"
+
+
+def _unknown_choice(overrides: list[str] | tuple[str, ...]) -> str | None:
+    """What is wrong with the first choice of a group that there is not."""
+    for override in overrides:
+        group, is_set, option = override.partition("=")
+        known, option = options(group), option.strip("'\"")
+        is_null = option == "null" and group in ("experiment", "study")
+        if is_set and "." not in group and known and option not in known and not is_null and not group.startswith("hydra"):
+            return f"{group}={option[:100]}: no such choice{nearest(option, known)}; {group} is one of {', '.join(known)}"
+    return None
+
+
+def _unknown_key(overrides: list[str] | tuple[str, ...]) -> str | None:
+    """What is wrong with the first key that the chosen groups do not have."""
+    chosen = [f"{group}={option}" for group, option in choices(overrides).items() if option in options(group)]
+    config = OmegaConf.to_container(_composed(tuple(chosen), _newest_change()), resolve=False)
+    for override in overrides:
+        name = override.partition("=")[0].lstrip("~")
+        if name.startswith(("+", "hydra.", "hydra/")) or "@" in name or name in groups():
+            continue
+        node, path, said = config, name.split("."), override[:100]
+        for depth, part in enumerate(path):
+            where = ".".join(path[:depth])
+            if isinstance(node, dict) and part not in node:
+                return f"{said}: {no_such_key(path, depth, list(node), choices(overrides))}"
+            if isinstance(node, list):
+                break
+            if node is None:
+                return f"{said}: {where} is null; give it whole, {where}={{{part}: ...}}"
+            if not isinstance(node, dict):
+                return f"{said}: {where} is one value and has no keys"
+            node = node[part]
+    return None
+
+
+def no_such_key(path: list[str], depth: int, known: list, chosen: dict[str, str]) -> str:
+    """What to say of a key that is not among those known at a depth of its path. chosen: group -> option."""
+    group, key = path[0], path[depth]
+    if depth == 0:
+        alone = ", ".join([*ALONE, "paths.results", "paths.cache"])
+        return f"{key!r}{nearest(key, [*ALONE, *groups()])} is none of {alone} or {', '.join(groups())}"
+    where = ".".join(path[:depth])
+    if group not in chosen:
+        return f"no such key{nearest(key, known)}; keys of {where}: {', '.join(map(str, known))}"
+    has = f"{group}={chosen[group]} has no key {key!r}"
+    if owners := [option for option in options(group) if _has(_option(group, option), path[1:])]:
+        return f"{has}, which belongs to {'one of ' if len(owners) > 1 else ''}{group}={', '.join(owners)}"
+    return f"{has}{nearest(key, known)}; keys of {where}: {', '.join(map(str, known))}"
+
+
+def _option(group: str, name: str) -> dict:
+    """The keys of a group's option with the options that it is based on, unresolved."""
+    own = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / group / f"{name}.yaml"), resolve=False)
+    bases = [base for base in own.pop("defaults", []) if isinstance(base, str) and base != "_self_"]
+    return {key: value for base in bases for key, value in _option(group, base).items()} | own
+
+
+def _has(keys, path: list[str]) -> bool:
+    return not path or (isinstance(keys, dict) and path[0] in keys and _has(keys[path[0]], path[1:]))
+
+
+def composed(overrides: list[str] | tuple[str, ...]) -> DictConfig:
+    """What Hydra composes of these overrides, unresolved.
+
+    The members of a sweep differ in values more than in groups, and choosing groups is what takes Hydra long (.1 s). So a
+    choice of groups is composed once, and values are set in a copy by Hydra's own function.
+    """
+    parsed = []
+    for override in overrides:
+        try:
+            parsed.append(_parsed(override))
+        except HydraException as error:
+            raise ValueError(f"{override[:200]!r}: {readable_error(error, overrides)}") from error
+    for one in parsed:
+        value = one.value()
+        may_be_none = one.key_or_group in ("experiment", "study")
+        is_name = re.fullmatch(r"[\w./-]{1,100}", str(getattr(value, "text", value))) and isinstance(value, str | QuotedString)
+        is_name = is_name or (value is None and may_be_none)
+        is_ours = _is_choice(one) and not one.is_hydra_override()
+        if is_ours and one.type == OverrideType.CHANGE and not one.is_sweep_override() and not is_name:
+            group = one.key_or_group
+            raise ValueError(f"{group}={value!r}: give one name; {group} is one of {', '.join(options(group))}")
+    if any(one.type != OverrideType.CHANGE or one.is_sweep_override() for one in parsed):  # `+a=1`, `~a`: rare
+        return deepcopy(_composed(tuple(overrides), _newest_change()))
+    choices = tuple(override for override, one in zip(overrides, parsed, strict=True) if _is_choice(one))
+    config = deepcopy(_composed(choices, _newest_change()))
+    ConfigLoaderImpl._apply_overrides_to_config([one for one in parsed if not _is_choice(one)], config)
+    return config
+
+
+def _is_choice(override: Override) -> bool:
+    """Whether it is one of a group's files, or Hydra's own."""
+    key = override.key_or_group
+    is_group = "/" in key or key in ("experiment", "study") or (ROOT / "conf" / key).is_dir()
+    return is_group or override.package is not None or override.is_hydra_override()
+
+
+@lru_cache(maxsize=512)
+def _composed(overrides: tuple[str, ...], _: tuple[int, int]) -> DictConfig:
+    """Composed by Hydra from scratch. The second argument only tells the cache that files have changed."""
+    outer, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None  # set where a Hydra app is running
+    try:
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            return compose("config", overrides=list(overrides))
+    finally:
+        GlobalHydra.instance().hydra = outer
+
+
+@lru_cache(maxsize=4096)
+def _parsed(override: str) -> Override:
+    return OverridesParser.create().parse_override(override)
+
+
+def _newest_change() -> tuple[int, int]:
+    """Changes with every file of conf/: a notebook may go on while someone edits them."""
+    times = [entry.stat().st_mtime_ns for folder, _, _ in os.walk(ROOT / "conf") for entry in os.scandir(folder)]
+    return max(times), len(times)
+
+
+def first_lines(error: Exception) -> str:
+    """Without OmegaConf's notes, and without Hydra's advice to append keys, which no schema takes."""
+    noise = ("full_key", "object_type", "reference_type", "To append to your", "Config search path", "provider=")
+    text = re.sub(r":\s*\n\t", ": ", str(error)).replace("\n\t", ", ")  # a list of options
+    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.strip().startswith(noise)]
+    return " ".join(lines[:4])

@@ -1,0 +1,49 @@
+"""What this machine computes with, told without torch."""
+
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+
+from moepress.schema.values import check
+
+
+def uses_gpu(device: str) -> bool:
+    """Whether stages will run on a GPU, found without importing torch."""
+    return device.startswith("cuda") or (device == "auto" and shutil.which("nvidia-smi") is not None)
+
+
+@cache
+def hardware(device: str = "auto") -> str:
+    """Name of the machine part that latency is measured on, found without importing torch."""
+    if uses_gpu(device) and shutil.which("nvidia-smi"):
+        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        names = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split("\n")
+        if names[0].strip():
+            return names[0].strip()
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return found.group(1).strip() if found else platform.processor() or platform.machine()
+
+
+def check_gpu(device: str) -> None:
+    """ValueError for a GPU where this machine has none, or a torch that knows of none; where stages run here. No import of
+    torch."""
+    if not device.startswith("cuda"):
+        return
+    driver = ("/dev/nvidiactl", "/dev/dxg", "/dev/nvhost-gpu", "/dev/kfd")  # NVIDIA, under Windows, on a Jetson; AMD
+    check(bool(shutil.which("nvidia-smi") or any(map(os.path.exists, driver))), "device", device, NO_GPU)
+    found = importlib.util.find_spec("torch")
+    version = Path(found.origin).with_name("version.py") if found and found.origin else None
+    text = version.read_text(encoding="utf-8") if version and version.is_file() else ""
+    is_without = all(re.search(rf"^{name}\b.*= None", text, re.MULTILINE) for name in ("cuda", "hip"))
+    check(
+        not is_without, "device", device, "the torch that is installed is for CPUs only; install one with CUDA, or device=cpu"
+    )
+
+
+NO_GPU = "this machine has no GPU (no nvidia-smi); take device=cpu or auto, or jobs elsewhere: hydra.launcher.executor=slurm"
