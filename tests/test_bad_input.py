@@ -305,7 +305,7 @@ def test_file_names_of_any_bytes(tmp_path):
     table = built(folder, tmp_path / "out")
     assert len(set(table["domain"])) == 6 and "caf\N{REPLACEMENT CHARACTER}" in set(table["domain"])
     assert not any("\n" in name for name in table["domain"])
-    lines = ["corpus=local", f"corpus.path={folder}"]
+    lines = ["corpus=local", f"corpus.path={folder}", "calibration.num_sequences=6", "calibration.seq_len=64"]
     assert config.resolve(lines)["corpus"]["fingerprint"]
 
 

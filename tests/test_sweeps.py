@@ -139,15 +139,15 @@ def test_an_experiment_that_is_asked_for_twice_is_one_row(small):
 
 
 def test_a_sweep_its_failures_and_one_that_overlaps(small, place, ran, monkeypatch, capsys):
-    sweep = ["quantization=gptq", "allocation=uniform", "allocation.bits=2,3", "calibration.num_sequences=8,10000"]
+    sweep = ["quantization=gptq", "allocation=uniform", "allocation.bits=2,3", "calibration.num_sequences=8,400"]
     with pytest.raises(SystemExit) as ended:
         command(monkeypatch, "--multirun", *small, *sweep)
     said = capsys.readouterr()
     assert ended.value.code == 1 and "Traceback" not in said.err
     assert "2 of 4 members failed" in said.err
-    failed = [line for line in said.err.splitlines() if "needs 5000 windows" in line and "the log: " in line]
+    failed = [line for line in said.err.splitlines() if "needs 200 windows" in line and "the log: " in line]
     assert [line.split(": ")[1] for line in failed] == [
-        f"calibration.num_sequences=10000 allocation.bits={bits}" for bits in (2, 3)
+        f"calibration.num_sequences=400 allocation.bits={bits}" for bits in (2, 3)
     ], "a line for each: what it has of its own, the reason and the log"
     report = Path(said.out.splitlines()[-1])
     assert [row["run"] for row in execution.rows(report)] == [

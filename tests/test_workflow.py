@@ -95,9 +95,9 @@ def test_refused_before_anything_is_written(place, tmp_path):
 
 def test_errors_in_a_stage_are_one_line(place):
     folder, small = place
-    done = moepress(folder, *small, "calibration.num_sequences=600", check=False)
+    done = moepress(folder, *small, "calibration.num_sequences=400", check=False)
     assert done.returncode != 0 and "Traceback" not in done.stdout + done.stderr
-    assert "moepress: calibration.num_sequences=600" in done.stdout + done.stderr
+    assert "moepress: calibration.num_sequences=400" in done.stdout + done.stderr
     assert "MissingOutput" not in done.stdout + done.stderr, "the stage's own exit code ends the job"
 
 

@@ -53,7 +53,11 @@ def values(overrides: list[str] | tuple[str, ...] = ()) -> dict:
             raise ValueError(f"{override[:60]!r}: at most {LONGEST_OVERRIDE} characters of text, NUL not among them")
         if len(override.partition("=")[0]) > LONGEST_KEY:
             raise ValueError(f"{override[:60]!r}: no key is longer than {LONGEST_KEY} characters")
-        if "=" not in override and not override.startswith("~"):
+        if override.startswith("~"):
+            raise ValueError(
+                f"{override!r}: no key can be left out; give it another value, or null where conf/ says that it may be"
+            )
+        if "=" not in override:
             raise ValueError(without_value(override))
     check_experiment(overrides)
     try:
