@@ -118,6 +118,8 @@ def test_distilling_brings_the_packed_model_nearer_and_can_be_repeated(model_fol
     tuned, losses = distilling.distill(out, stream, x, TOKENS, 12, 96, 0.01)
     assert any(name.endswith("gate.weight") for name in tuned) and "model.norm.weight" in tuned
     assert abs(losses[0] / before - 1) < 0.5, "the streamed 16-bit model says what the loaded one says"
+    worse, _ = distilling.distill(out, ModelStream(model_folder), x, TOKENS, 3, 96, 3.0)
+    assert worse == {}, "what makes it worse is left out"
     distilling.keep(tmp_path / "tuned.safetensors", tuned, losses)
     kept = load_file(tmp_path / "tuned.safetensors")
     kept.pop("losses")
