@@ -61,29 +61,16 @@ def both(a: str, b: str, places: list[lookup.Found]) -> tuple[Side, Side]:
 
 def matching(name: str, report: lookup.Found) -> list[Run]:
     """The runs of a report that a name, a key or a folder means."""
-    runs = [
-        Run(
-            run["run"],
-            run["seed"],
-            run["is_reference"],
-            **{g: run[g] for g in paired.BASELINES},
-            artefacts=run["artefacts"],
-            results=report.results,
-        )
-        for run in report.described["config"]["runs"]
-    ]
-    if exact := [run for run in runs if run.name == name]:
-        return exact
-    if seeds := [run for run in runs if " ".join(p for p in run.name.split(" ") if not p.startswith("seed=")) == name]:
-        return seeds
-    identity = Path(name).name
+    if runs := lookup.named(name, report):
+        return [reading.listed(run, report.results) for run in runs]
+    everything, identity = report.described["config"]["runs"], Path(name).name
     if identity in (report.path.name, report.key):
-        return runs[-1:]
+        return [reading.listed(everything[-1], report.results)]
     stages = ("quantization", "evaluation", "latency")  # which tell runs apart; a model or a corpus is shared
-    own = [[run.artefacts[stage] for stage in stages if stage in run.artefacts] for run in runs]
+    own = [[run["artefacts"][stage] for stage in stages if stage in run["artefacts"]] for run in everything]
     return [
-        run
-        for run, folders in zip(runs, own, strict=True)
+        reading.listed(run, report.results)
+        for run, folders in zip(everything, own, strict=True)
         if any(identity in (Path(folder).name, folder[-12:]) for folder in folders)
     ][:1]
 

@@ -294,10 +294,15 @@ def shift_by_layer(metrics: dict) -> list[float]:
     return np.average([domain["selection_shift_by_layer"] for domain in domains], axis=0, weights=weights).tolist()
 
 
+def listed(run: dict, results: Path) -> Run:
+    """A run as a report's configuration lists it."""
+    fields = ("seed", "is_reference", "quantization", "allocation", "pruning", "artefacts")
+    return Run(name=run["run"], **{field: run[field] for field in fields}, results=results)
+
+
 def load(runs: list[dict], results: Path) -> list[Run]:
     """The runs that a report's configuration lists. Raises ValueError if they were not measured on the same text."""
-    fields = ("seed", "is_reference", "quantization", "allocation", "pruning", "artefacts")
-    found = [Run(name=run["run"], **{field: run[field] for field in fields}, results=results) for run in runs]
+    found = [listed(run, results) for run in runs]
     if not found:
         raise ValueError("a report needs at least one run")
     check_same_text(found)
