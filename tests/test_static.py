@@ -30,8 +30,7 @@ def test_a_removed_expert_is_never_used_and_tokens_choose_among_the_rest(family,
     names = FAMILIES[model.config.model_type]
     for layer in moe_layers(model):  # a correction so strong that it would choose the removed ones with a score of 0
         if names.correction:
-            correction = layer.get_submodule(names.router_path).state_dict()[names.correction]
-            correction.view(-1)[[0, 3]] = 5.0
+            names.correction_of(layer).view(-1)[[0, 3]] = 5.0
     plain = model(input_ids=TOKENS).logits
     E, num_layers = experts_of(model)[0].num_experts, len(experts_of(model))
     logits = []

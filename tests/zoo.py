@@ -27,6 +27,7 @@ GROUPED = {"n_group": 4, "topk_group": 2}
 CONFIGS = {
     "mixtral": {"intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2},
     "phimoe": {"intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2, "attention_bias": True},
+    "minimax_m2": {"intermediate_size": 32, "num_local_experts": 8, "num_experts_per_tok": 3, "head_dim": 16},
     "qwen2_moe": {
         "intermediate_size": 96,
         "moe_intermediate_size": 32,
@@ -56,6 +57,8 @@ CONFIGS = {
     },
     "deepseek_v3": {**MLA, **DENSE_FIRST, **SIGMOID, **GROUPED},
     "glm4_moe": {**DENSE_FIRST, **SIGMOID, "head_dim": 16, "use_qk_norm": True},
+    "glm4_moe_lite": {**MLA, **DENSE_FIRST, **SIGMOID},
+    "solar_open": {**SIGMOID, "moe_intermediate_size": 32, "head_dim": 16},
     "dots1": {**DENSE_FIRST, **SIGMOID, "head_dim": 16},
     "ernie4_5_moe": {
         "intermediate_size": 96,

@@ -18,7 +18,7 @@ class Family:
 
     num_experts, intermediate_size, top_k: their keys in config.json.
     block: the MoE block's path inside a decoder layer (a dense layer has its MLP there). router: within the block.
-    router_weight: within the router. correction: a bias within the router that only the selection sees.
+    router_weight: within the router. correction: a bias within the block that only the selection sees.
     scores: what the correction is added to, softmax or sigmoid of the logits. unquantized: linears of the block that stay
     at 16 bits. residual_scale: the layer's attribute that scales what the block adds. returns_tuple: the block's output is one.
     gate, up, down: an expert's matrices on disk; with `fused` they are `(gate and up, down)` of all experts in 3-D tensors.
@@ -55,6 +55,11 @@ class Family:
     def router_path(self) -> str:
         return f"{self.block}.{self.router}"
 
+    def correction_of(self, layer):
+        """The tensor in a decoder layer; None where the family has none."""
+        owner, _, name = f"{self.block}.{self.correction}".rpartition(".")
+        return getattr(layer.get_submodule(owner), name) if self.correction else None
+
 
 ATTENTION = "self_attn"
 _W123: dict = {
@@ -65,22 +70,27 @@ _W123: dict = {
     "down": "w2",
     "disk_block": "block_sparse_moe",
 }
-_SIGMOID: dict = {"num_experts": "n_routed_experts", "correction": "e_score_correction_bias", "scores": "sigmoid"}
+_SIGMOID: dict = {"num_experts": "n_routed_experts", "correction": "gate.e_score_correction_bias", "scores": "sigmoid"}
 
 FAMILIES = {
     "mixtral": Family(**_W123, renames=((r"^block_sparse_moe\.", "mlp."),)),
     "phimoe": Family(**_W123, router="router", renames=((r"^block_sparse_moe\.", "mlp."), (r"^mlp\.gate\.", "mlp.router."))),
+    "minimax_m2": Family(
+        **_W123, correction="e_score_correction_bias", scores="sigmoid", renames=((r"^block_sparse_moe\.", "mlp."),)
+    ),
     "qwen2_moe": Family(unquantized=("shared_expert_gate",)),
     "qwen3_moe": Family(),
     "olmoe": Family(intermediate_size="intermediate_size"),
     "deepseek_v2": Family(num_experts="n_routed_experts"),
     "deepseek_v3": Family(**_SIGMOID),
     "glm4_moe": Family(**_SIGMOID),
+    "glm4_moe_lite": Family(**_SIGMOID),
+    "solar_open": Family(**_SIGMOID),
     "dots1": Family(**_SIGMOID),
     "ernie4_5_moe": Family(
         num_experts="moe_num_experts",
         top_k="moe_k",
-        correction="moe_statics.e_score_correction_bias",
+        correction="gate.moe_statics.e_score_correction_bias",
         renames=((r"^mlp\.moe_statics\.", "mlp.gate.moe_statics."),),
     ),
     "hunyuan_v1_moe": Family(intermediate_size="intermediate_size", top_k="moe_topk", router_weight="wg.weight"),

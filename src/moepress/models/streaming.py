@@ -340,9 +340,9 @@ class ModelStream:
 
     def selection_scores(self, layer: nn.Module, logits_TE: torch.Tensor) -> torch.Tensor:
         """What the router's choice goes by, `[T, E]`: the logits, or their scores with the selection's correction."""
-        if self.family.correction is None:
+        correction = self.family.correction_of(layer)
+        if correction is None:
             return logits_TE
-        correction = layer.get_submodule(self.family.router_path).state_dict()[self.family.correction]
         return self.scores(logits_TE) + correction.flatten().to(logits_TE)
 
     def linears(self, layer: nn.Module, kind: str, group_size: int) -> dict[str, nn.Linear]:

@@ -14,6 +14,7 @@ Legend: T tokens, H hidden size, K selected experts, E experts.
 import torch
 from torch.overrides import TorchFunctionMode
 
+from moepress.models.families import Family
 from moepress.pruning import num_removed
 
 
@@ -62,18 +63,17 @@ class Without(TorchFunctionMode):
 
 
 class Removal:
-    """Lets a router choose among the remaining experts only, until `remove()`. correction: see `families.Family`."""
+    """Lets a decoder layer's router choose among the remaining experts only, until `remove()`."""
 
-    def __init__(self, router: torch.nn.Module, removed_E: torch.Tensor, correction: str | None):
-        self.router, forward = router, router.forward
-        owner, _, name = (correction or "").rpartition(".")
+    def __init__(self, layer: torch.nn.Module, removed_E: torch.Tensor, family: Family):
+        self.router = layer.get_submodule(family.router_path)
+        forward = self.router.forward
 
         def among_the_rest(*args, **keywords):
-            tensor = getattr(router.get_submodule(owner), name) if correction else None
-            with Without(removed_E, tensor):
+            with Without(removed_E, family.correction_of(layer)):
                 return forward(*args, **keywords)
 
-        router.forward = among_the_rest
+        self.router.forward = among_the_rest
 
     def remove(self) -> None:
         del self.router.forward
