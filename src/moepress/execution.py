@@ -4,11 +4,15 @@ import csv
 import json
 import os
 import shlex
+import signal
+import subprocess
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 from omegaconf import OmegaConf
 
 from moepress import integrity, locks
@@ -83,15 +87,33 @@ def _run(plan: Plan, experiments: list[list[str]], settings: Settings, lock: int
     with locks.snakemake(command, lock) as snakemake:
         while True:
             try:
-                code = snakemake.wait()
+                code = snakemake.wait(GRACE if is_stopped else None)
                 break
             except KeyboardInterrupt:  # Snakemake got it too: it ends its jobs and unlocks the folder before it goes
                 is_stopped = True
                 print("moepress: stopping", file=sys.stderr)
+            except subprocess.TimeoutExpired:
+                _stop(snakemake)
     if is_stopped:
         print("moepress: stopped; the same command goes on from what is whole", file=sys.stderr)
         raise KeyboardInterrupt
     return code
+
+
+GRACE = 5.0
+"""Seconds that Snakemake has to stop by itself."""
+
+
+def _stop(snakemake: subprocess.Popen) -> None:
+    """What a Ctrl-C does, for a Snakemake that did not hear it (it was meant for this process alone, or lost in what Snakemake
+    was just at): its stages are interrupted, and it starts no more."""
+    with suppress(psutil.NoSuchProcess):
+        below = psutil.Process(snakemake.pid).children(recursive=True)
+        snakemake.send_signal(signal.SIGTERM)  # it ends when its jobs have; a second SIGINT would leave the folder locked
+        for process in below:
+            with suppress(psutil.NoSuchProcess):
+                if "moepress.stages" in process.cmdline():
+                    process.send_signal(signal.SIGINT)
 
 
 def missing(plan: Plan) -> list[str]:
