@@ -28,7 +28,7 @@ def test_a_sweep_on_two_nodes_one_of_which_dies(tmp_path, model_folder, text_fol
     sweep = ["--multirun", *small_experiment(model_folder, text_folder), "latency.repeats=0", "device=cpu"]
     sweep += ["allocation=uniform", "allocation.bits=3", "quantization=gptq,qesc"]
     arguments = "[--slurm-init-seconds-before-status-checks,2,--slurm-status-command,squeue,--slurm-keep-successful-logs,"
-    arguments += "--set-resources,'statistics:gpu=1']"
+    arguments += "--set-resources,'calibration:gpu=1']"
     on_cluster = ["hydra.launcher.profile=slurm", "hydra.launcher.cores=1", f"hydra.launcher.arguments={arguments}"]
     here, there = tmp_path / "here", tmp_path / "there"
     here.mkdir()
@@ -64,7 +64,7 @@ def test_a_sweep_on_two_nodes_one_of_which_dies(tmp_path, model_folder, text_fol
     ]
     assert set(members) == set(slurm.NODES), "members side by side"
     with_gpu = [job["Comment"] for job in jobs if "gpu:1" in job.get("TresPerJob", "") + job.get("TresPerNode", "")]
-    assert len(with_gpu) == 1 and "rule_statistics" in with_gpu[0], "it asked for one"
+    assert len(with_gpu) == 1 and "rule_calibration" in with_gpu[0], "it asked for one"
     assert all(job["MinMemoryNode"] == "2000M" for job in jobs), "as plan.LEAST_MEMORY_MB has it"
 
 
