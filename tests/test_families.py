@@ -238,7 +238,7 @@ def test_tuning_knows_every_family(zoo, family, tmp_path):
         assert result.diagnostics["output_error"] < 1
     writer.finish(out, stream, QUANTIZATION["group_size"], modules)
     x = Streams(tmp_path / "hidden", ("x",), (*TOKENS.shape, stream.shape.hidden_size))["x"]
-    tuned, losses = distilling.distill(out, stream, x, TOKENS, 2, 48, 0.005)
+    tuned, losses, _ = distilling.distill(out, stream, x, TOKENS, 2, 48, 0.005)
     routers = [name for name in tuned if name.endswith(f".{stream.family.router_path}.{stream.family.router_weight}")]
     assert len(routers) == len(stream.shape.moe_layers) and all(0 <= loss < 5 for loss in losses)
     before = load_model(out, "cpu", torch.float32)(TOKENS).logits

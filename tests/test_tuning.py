@@ -115,14 +115,12 @@ def test_distilling_brings_the_packed_model_nearer_and_can_be_repeated(model_fol
             return (log_p.exp() * (log_p - load(out, "cpu")[0](TOKENS).logits.log_softmax(-1))).sum(-1).mean().item()
 
     before, codes = divergence(), load_file(out / "model-00001-of-00003.safetensors")
-    tuned, losses = distilling.distill(out, stream, x, TOKENS, 12, 96, 0.01)
-    assert any(name.endswith("gate.weight") for name in tuned) and "model.norm.weight" in tuned
-    assert abs(losses[0] / before - 1) < 0.5, "the streamed 16-bit model says what the loaded one says"
-    worse, _ = distilling.distill(out, ModelStream(model_folder), x, TOKENS, 3, 96, 3.0)
-    assert worse == {}, "what makes it worse is left out"
-    distilling.keep(tmp_path / "tuned.safetensors", tuned, losses)
-    kept = load_file(tmp_path / "tuned.safetensors")
-    kept.pop("losses")
+    found = distilling.distill(out, stream, x, TOKENS, 12, 96, 0.01)
+    assert any(name.endswith("gate.weight") for name in found.tensors) and "model.norm.weight" in found.tensors
+    assert abs(found.losses[0] / before - 1) < 0.5, "the streamed 16-bit model says what the loaded one says"
+    distilling.keep(tmp_path / "tuned.safetensors", found)
+    kept, losses, rate = distilling.kept(tmp_path / "tuned.safetensors")
+    assert len(losses) == 12 and rate == pytest.approx(0.01)
     distilling.replace(out, kept)
     assert divergence() < 0.9 * before  # load checks every hash, too
     after = load_file(out / "model-00001-of-00003.safetensors")
@@ -130,6 +128,28 @@ def test_distilling_brings_the_packed_model_nearer_and_can_be_repeated(model_fol
     assert {n: (t.dtype, t.shape) for n, t in codes.items()} == {n: (t.dtype, t.shape) for n, t in after.items()}
     distilling.replace(out, kept)
     assert all(torch.equal(t, after[n]) for n, t in load_file(out / "model-00001-of-00003.safetensors").items())
+
+
+def test_a_rate_that_harms_is_quartered_and_nothing_is_left_of_it(model_folder, tmp_path, capsys):
+    """From too high a rate the descent starts anew, to the bytes of one at the lower rate; where all harm, nothing is tuned."""
+    stream, out = ModelStream(model_folder), tmp_path / "packed"
+    out.mkdir()
+    modules: dict = {}
+    for result in quantize_model(stream, TOKENS, BITS, Recipe("gptq", **COMMON), out / "streams"):
+        writer.write_shard(out, result.index, stream.shape.num_layers, result.tensors)
+        modules |= result.modules
+    writer.finish(out, stream, 32, modules)
+    x = Streams(out / "streams", ("x",), (*TOKENS.shape, stream.shape.hidden_size))["x"]
+
+    def distilled(steps, rate):
+        return distilling.distill(out, ModelStream(model_folder), x, TOKENS, steps, 96, rate)
+
+    lower, higher = distilled(10, 0.02), distilled(10, 0.32)
+    assert (lower.rate, higher.rate) == (0.02, 0.02) and lower.losses == higher.losses
+    assert all(torch.equal(tensor, higher.tensors[name]) for name, tensor in lower.tensors.items())
+    assert capsys.readouterr().out.count("4 steps at") == 1 + 3, "a few steps tell"
+    assert distilled(3, 48.0) == ({}, [], 0.0)
+    assert "is left out" in capsys.readouterr().out
 
 
 def test_killed_while_the_shards_are_rewritten(tmp_path, model_folder, text_folder, monkeypatch):

@@ -6,11 +6,15 @@ over the calibration tokens, p from what left the 16-bit model's last layer. Wha
 output only; here it is weighed by what the model says. The packed model must fit in memory, with one decoder layer unpacked
 (each layer's forward is run again on the way back) and the logits of one step; the 16-bit model need not.
 
+What rate a model bears falls with its depth, for each of Adam's first steps moves all scales of all layers by the whole rate.
+Where a few steps raise the divergence by half, or all of them at all, the descent starts anew at a quarter of the rate.
+
 Legend: N sequences, S positions, H hidden size.
 """
 
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -22,13 +26,23 @@ from moepress.models.streaming import ModelStream
 from moepress.quantization.tuning import Tuned, descend
 
 
+class Distilled(NamedTuple):
+    """The tuned tensors of the packed folder by name (none where no rate lowered the divergence), each step's divergence in
+    nats a token, and the first rate."""
+
+    tensors: dict[str, torch.Tensor]
+    losses: list[float]
+    rate: float
+
+
 @torch.no_grad()
 def distill(
     folder: Path, stream: ModelStream, x_NSH: torch.Tensor, tokens_NS: torch.Tensor, steps: int, tokens: int, rate: float
-) -> tuple[dict[str, torch.Tensor], list[float]]:
-    """The tuned tensors of the packed folder by name, and each step's divergence in nats a token.
+) -> Distilled:
+    """Tune the packed folder's model.
 
-    x: what left the last layer of the 16-bit model, `stream`, for the tokens `[N, S]`. tokens: about so many a step.
+    x: what left the last layer of the 16-bit model, `stream`, for the tokens `[N, S]`. tokens: about so many a step. rate: the
+    first of the highest descent that is tried.
     """
     model = load_model(folder, stream.device, torch.float32, verify=False).requires_grad_(False)
     router = f"{stream.family.router_path}.{stream.family.router_weight}"
@@ -52,17 +66,27 @@ def distill(
         return sum(loss(chosen).item() * len(chosen) for chosen in some) / sum(map(len, some))
 
     before = divergence()
-    losses = descend(tuned, N, batch, steps, rate, stream.shape.num_layers, loss)
-    tensors = {name: tensor.cpu() for name, tensor in tuned.finish(dtypes).items()}
-    if (after := divergence()) > before:
-        print(f"tuning the whole model made it worse ({before:.4f} to {after:.4f} nats a token) and is left out: {TOO_FAST}")
-        return {}, losses
-    return tensors, losses
+
+    def descent(num: int, rate: float, most: float) -> Distilled | None:
+        """None where the divergence is higher in the end than `most` times what it was."""
+        tuned.restart()
+        losses = descend(tuned, N, batch, num, rate, stream.shape.num_layers, loss, f"tuning the whole model at {rate:g}")
+        tensors = {name: tensor.cpu() for name, tensor in tuned.finish(dtypes).items()}
+        after = divergence()
+        print(f"tuning the whole model, {num} steps at {rate:g}: {before:.4f} to {after:.4f} nats a token")
+        return Distilled(tensors, losses, rate) if after < most * before else None
+
+    for lower in (rate, rate / 4, rate / 16):
+        if descent(min(TRIAL, steps), lower, most=1.5) and (found := descent(steps, lower, most=1)):
+            return found
+    print("tuning the whole model made it worse at every rate and is left out: take a smaller quantization.distill_rate")
+    return Distilled({}, [], 0.0)
 
 
 CHECKED = 16
 """Sequences that tell whether the tuning was for the better."""
-TOO_FAST = "take a smaller quantization.distill_rate, or more quantization.distill_steps"
+TRIAL = 4
+"""Steps that tell whether a rate is far too high; after so few, one that is not may be a tenth above the start."""
 
 
 def replace(folder: Path, tuned: dict[str, torch.Tensor]) -> None:
@@ -73,8 +97,13 @@ def replace(folder: Path, tuned: dict[str, torch.Tensor]) -> None:
             write_shard(folder, path.name, tensors | {name: tuned[name] for name in tensors.keys() & tuned.keys()})
 
 
-def keep(path: Path, tuned: dict[str, torch.Tensor], losses: list[float]) -> None:
+def keep(path: Path, found: Distilled) -> None:
     """Write the result whole or not at all: a run that was killed later goes on from it."""
     beside = path.with_suffix(".new")
-    save_file(tuned | {"losses": torch.tensor(losses)}, beside)
+    save_file(found.tensors | {"losses": torch.tensor(found.losses), "rate": torch.tensor(found.rate)}, beside)
     beside.replace(path)
+
+
+def kept(path: Path) -> Distilled:
+    tensors = load_file(path)
+    return Distilled(losses=tensors.pop("losses").tolist(), rate=tensors.pop("rate").item(), tensors=tensors)

@@ -20,6 +20,7 @@ from functools import partial
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
 from moepress.inference.packed import PackedExperts, PackedMatrices
 from moepress.models.streaming import ModelStream
@@ -37,8 +38,14 @@ class Tuned:
     def __init__(self, layer: nn.Module, rest: dict[str, nn.Parameter]):
         self.packed = {name: module for name, module in layer.named_modules() if isinstance(module, PackedMatrices)}
         self.scales = {name: module.scales.float() for name, module in self.packed.items()}
+        self.rest, self.before = rest, {name: tensor.detach().clone() for name, tensor in rest.items()}
+        self.restart()
+
+    def restart(self) -> None:
+        """Everything as it was before any tuning."""
         self.factors = {name: torch.ones_like(scales) for name, scales in self.scales.items()}
-        self.rest = rest
+        for name, tensor in self.rest.items():
+            tensor.requires_grad_(False).copy_(self.before[name])
 
     def groups(self, rate: float) -> list[dict]:
         """Adam's: the rate is relative to a scale, and to the mean size of each tensor of the rest."""
@@ -64,17 +71,19 @@ class Tuned:
         return tensors
 
 
-def descend(tuned: Tuned, num: int, batch: int, steps: int, rate: float, seed: int, loss: Callable) -> list[float]:
+def descend(
+    tuned: Tuned, num: int, batch: int, steps: int, rate: float, seed: int, loss: Callable, told: str | None = None
+) -> list[float]:
     """Adam over `num` sequences, `batch` a step, on `loss(chosen)`; leaves the result in `tuned`, returns each step's loss.
 
-    rate: the first, see `Tuned.groups`; it falls to 0 as a cosine. The order follows from the seed alone, so a run that was
-    killed ends with the same bytes.
+    rate: the first, see `Tuned.groups`; it falls to 0 as a cosine. told: what progress, where it is shown, is called. The order
+    follows from the seed alone, so a run that was killed ends with the same bytes.
     """
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(tuned.groups(rate), betas=(0.9, 0.95))
     rates = [group["lr"] for group in optimizer.param_groups]
     left, losses = torch.empty(0, dtype=torch.long), []
-    for step in range(steps):
+    for step in tqdm(range(steps), desc=told, unit="step", disable=told is None):
         if len(left) < batch:
             left = torch.cat([left, torch.randperm(num, generator=generator)])
         chosen, left = left[:batch], left[batch:]

@@ -84,8 +84,9 @@ def check_memory(task: Task, stream: ModelStream, bits: list[list[int]]) -> None
 
 
 def distilled(task: Task, stream: ModelStream, recipe: Recipe, tokens, folder) -> dict:
-    """Tune the whole packed model; the divergence before and after. What is found is kept beside the hidden states until the
-    folder is whole, so that a run that is killed while the shards are rewritten ends with the same bytes."""
+    """Tune the whole packed model; its divergence in the first and the last tenth of the steps, and their rate. What is found
+    is kept beside the hidden states until the folder is whole, so that a run that is killed while the shards are rewritten ends
+    with the same bytes."""
     path = folder / "tuned.safetensors"
     if not path.is_file():
         if "distillation" in task.inputs:
@@ -96,9 +97,11 @@ def distilled(task: Task, stream: ModelStream, recipe: Recipe, tokens, folder) -
         else:
             x = hidden_states.Streams(folder, ("x",), (*tokens.shape, stream.shape.hidden_size))["x"]
         settings = (recipe.distill_steps, recipe.tune_tokens, recipe.distill_rate)
-        distilling.keep(path, *distilling.distill(task.out, stream, x, tokens, *settings))
-    tuned = load_file(path)
-    losses = tuned.pop("losses")
-    distilling.replace(task.out, tuned)
-    tenth = -(-len(losses) // 10)
-    return {"divergence": [losses[:tenth].mean().item(), losses[-tenth:].mean().item()]}
+        distilling.keep(path, distilling.distill(task.out, stream, x, tokens, *settings))
+    tuned = distilling.kept(path)
+    distilling.replace(task.out, tuned.tensors)
+    if not tuned.tensors:
+        return {"divergence": None, "distill_rate": None}
+    tenth = -(-len(tuned.losses) // 10)
+    ends = [sum(part) / tenth for part in (tuned.losses[:tenth], tuned.losses[-tenth:])]
+    return {"divergence": ends, "distill_rate": tuned.rate}
