@@ -51,12 +51,14 @@ def test_a_sweep_on_two_nodes_one_of_which_dies(tmp_path, model_folder, text_fol
         jobs, endings = cluster.jobs(), cluster.endings()
 
     assert same_files(here, there) > 20
-    assert [job["JobState"] for job in jobs] == ["COMPLETED"] * len(jobs)
-    assert len(jobs) == len(list(there.glob("results/*/*/provenance.json"))), "every artefact was one job"
+    # Slurm may cancel the step of a job that it queued again, for the one that died has the same number: Snakemake submits anew.
+    failed = {job["JobId"] for job in jobs if job["JobState"] != "COMPLETED"}
+    assert failed <= {victim[0]}
+    assert len(jobs) - len(failed) == len(list(there.glob("results/*/*/provenance.json"))), "every artefact was one job"
     again = {job["JobId"]: int(job["Restarts"]) for job in jobs if job["Restarts"] != "0"}
     assert again == {victim[0]: 1}, "the death cost one job, which Slurm queued again"
     lost = [(job["JobId"], job["NodeList"], job["JobState"]) for job in endings if job["JobState"] != "COMPLETED"]
-    assert lost == [(*victim[:2], "NODE_FAIL")]
+    assert lost[0] == (*victim[:2], "NODE_FAIL") and {job for job, _, _ in lost[1:]} == failed
     members = [
         job["NodeList"]
         for job in endings
