@@ -51,7 +51,7 @@ def test_a_sweep_on_two_nodes_one_of_which_dies(tmp_path, model_folder, text_fol
         jobs, endings = cluster.jobs(), cluster.endings()
 
     assert same_files(here, there) > 20
-    # Slurm may cancel the step of a job that it queued again, for the one that died has the same number: Snakemake submits anew.
+    # Slurm may cancel the step of a job that it queued again, for the dead one has the same number: Snakemake submits anew.
     failed = {job["JobId"] for job in jobs if job["JobState"] != "COMPLETED"}
     assert failed <= {victim[0]}
     assert len(jobs) - len(failed) == len(list(there.glob("results/*/*/provenance.json"))), "every artefact was one job"
