@@ -22,6 +22,7 @@ from moepress.report import (
     awareness,
     compare,
     costs,
+    facts,
     figures,
     heatmaps,
     interactive,
@@ -707,6 +708,18 @@ def test_overrides_in_a_name_make_a_series(results):
     assert [run.series for run in found] == ["16 bit", "GPTQ group_size=64", "GPTQ", "GPTQ"]
     styles = style.series_styles(found)
     assert styles["GPTQ"]["color"] == style.METHOD_COLOURS["gptq"] != styles["GPTQ group_size=64"]["color"]
+
+
+@pytest.mark.parametrize(
+    ("found", "told"), [(0.02, None), (0.005, r"gptq-2 had a first rate of 0\.005, for 0\.02"), (None, "gptq-2 goes without")]
+)
+def test_a_last_tuning_that_went_otherwise_than_asked_for_is_told(results, found, told):
+    runs = [results.run("16bit"), results.run("gptq-2"), results.run("gptq-3")]
+    runs[1]["quantization"]["distill_rate"] = 0.02
+    path = results.root / "quantization/gptq-uniform-2/diagnostics.json"
+    results.write(path, json.loads(path.read_text()) | {"distill_rate": found})
+    said = facts.methods(reading.load(runs, results.root)).get("last tuning")
+    assert re.match(told, said) if told else said is None
 
 
 def test_report_imports_no_torch():

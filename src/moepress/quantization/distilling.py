@@ -100,7 +100,8 @@ def replace(folder: Path, tuned: dict[str, torch.Tensor]) -> None:
 def keep(path: Path, found: Distilled) -> None:
     """Write the result whole or not at all: a run that was killed later goes on from it."""
     beside = path.with_suffix(".new")
-    save_file(found.tensors | {"losses": torch.tensor(found.losses), "rate": torch.tensor(found.rate)}, beside)
+    told = {name: torch.tensor(getattr(found, name), dtype=torch.float64) for name in ("losses", "rate")}
+    save_file(found.tensors | told, beside)
     beside.replace(path)
 
 

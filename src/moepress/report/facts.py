@@ -123,7 +123,20 @@ def methods(runs: list[Run]) -> dict[str, str]:
                 f"at most {starved[worst]} of {of} ({worst}) saw fewer calibration tokens than they have inputs; their "
                 "curvature is shrunk towards their layer's"
             )
+        if changed := [found for run in quantized if (found := last_tuning(run))]:
+            facts["last tuning"] = "; ".join(changed)
     return facts
+
+
+def last_tuning(run: Run) -> str | None:
+    """What a run's tuning of the whole model did otherwise than its configuration says."""
+    found = run.json("quantization", "diagnostics.json")
+    asked = run.quantization.get("distill_rate")
+    if "distill_rate" not in found or found["distill_rate"] == asked:
+        return None
+    if found["distill_rate"] is None:
+        return f"{run.name} goes without: it made the model worse at every rate"
+    return f"{run.name} had a first rate of {found['distill_rate']:g}, for {asked:g} made it worse"
 
 
 def machine(runs: list[Run]) -> dict[str, str]:
