@@ -7,8 +7,9 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable
-from contextlib import suppress
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,7 +85,7 @@ def _run(plan: Plan, experiments: list[list[str]], settings: Settings, lock: int
     command += [*settings.options(plan.cores), "--quiet", "host", "rules", "reason"]
     command += ["--", "here"] if settings.storage else []
     is_stopped = False
-    with locks.snakemake(command, lock) as snakemake:
+    with _terminated_as_interrupted(), locks.snakemake(command, lock) as snakemake:
         while True:
             try:
                 code = snakemake.wait(GRACE if is_stopped else None)
@@ -98,6 +99,19 @@ def _run(plan: Plan, experiments: list[list[str]], settings: Settings, lock: int
         print("moepress: stopped; the same command goes on from what is whole", file=sys.stderr)
         raise KeyboardInterrupt
     return code
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM (`kill`, `timeout`, a batch system) is taken as a Ctrl-C, in the main thread, which alone can."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 GRACE = 5.0
