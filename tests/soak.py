@@ -144,7 +144,7 @@ def stop(place: Place, running: subprocess.Popen, way: str) -> None:
     running.wait()
 
 
-def settle(place: Place, seconds: float = 300) -> None:
+def settle(place: Place, seconds: float = 1800) -> None:
     """Wait for what outlived its Snakemake: a stage may end its work. Raises SystemExit for one that never does."""
     end = time.monotonic() + seconds
     while working := place.working():
