@@ -10,6 +10,7 @@ stage is through, never before. And `UNREAD`, roles (the part before the dash) o
 """
 
 import errno
+import io
 import importlib
 import json
 import os
@@ -113,6 +114,8 @@ def stage_main() -> None:
     if len(sys.argv) != 3:
         sys.exit("usage: python -m moepress.stages TASK.yaml OUT (the DAG writes the task files: results/tasks/)")
     progress.use_lines()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # what a stage says, in its log in order with its progress
     try:
         run_stage(Path(sys.argv[1]), Path(sys.argv[2]))
     except ValueError as error:
