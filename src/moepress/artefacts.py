@@ -10,8 +10,8 @@ stage is through, never before. And `UNREAD`, roles (the part before the dash) o
 """
 
 import errno
-import io
 import importlib
+import io
 import json
 import os
 import platform
