@@ -122,7 +122,9 @@ def attach(model, policy: dict) -> Attached:
 
         for layer, removed in zip(layers, policy["removed"], strict=True):
             removed_E = _marked(removed, layer.get_submodule(family.experts).num_experts, model.device)
-            attached.handles.append(Removal(layer, removed_E, family))
+            attached.handles.append(
+                Removal(layer.get_submodule(family.router_path), removed_E, partial(family.correction_of, layer))
+            )
     if policy.get("protect"):
         attached.handles.append(_listen(model, [layer.get_submodule(ATTENTION) for layer in layers], batch))
     return attached

@@ -11,10 +11,11 @@ have left tokens with fewer experts than the model was made for.
 Legend: T tokens, H hidden size, K selected experts, E experts.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch.overrides import TorchFunctionMode
 
-from moepress.models.families import Family
 from moepress.pruning import num_removed
 
 
@@ -63,17 +64,16 @@ class Without(TorchFunctionMode):
 
 
 class Removal:
-    """Lets a decoder layer's router choose among the remaining experts only, until `remove()`."""
+    """Lets a router choose among the remaining experts only, until `remove()`. correction: gives the selection's, if any."""
 
-    def __init__(self, layer: torch.nn.Module, removed_E: torch.Tensor, family: Family):
-        self.router = layer.get_submodule(family.router_path)
-        forward = self.router.forward
+    def __init__(self, router: torch.nn.Module, removed_E: torch.Tensor, correction: Callable[[], torch.Tensor | None]):
+        self.router, forward = router, router.forward
 
         def among_the_rest(*args, **keywords):
-            with Without(removed_E, family.correction_of(layer)):
+            with Without(removed_E, correction()):
                 return forward(*args, **keywords)
 
-        self.router.forward = among_the_rest
+        router.forward = among_the_rest
 
     def remove(self) -> None:
         del self.router.forward
