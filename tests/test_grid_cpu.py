@@ -69,7 +69,7 @@ def test_any_number_of_threads_gives_the_same(monkeypatch):
     assert all(one.equal(other) for one, other in zip(*found, strict=True))
 
 
-@settings(max_examples=300)
+@settings(deadline=None, max_examples=300)
 @given(st.floats(0, 1e5, width=32))
 def test_half_as_numpy_has_it(x):
     with np.errstate(over="ignore"):
