@@ -98,16 +98,21 @@ def test_only_scales_are_held_beside_the_packed_weights():
     assert sum(t.numel() for part in (tuned.scales, tuned.factors) for t in part.values()) == 2 * packed.scales.numel()
 
 
-def test_distilling_brings_the_packed_model_nearer_and_can_be_repeated(model_folder, tmp_path):
-    """What is kept and put into the shards is what was tuned; codes stay; a second writing gives the same bytes."""
-    stream, out = ModelStream(model_folder), tmp_path / "packed"
+def written(stream, out):
+    """The model packed by GPTQ in the folder `out`; what left the 16-bit model's last layer."""
     out.mkdir()
     recipe, modules = Recipe("gptq", **COMMON), {}
     for result in quantize_model(stream, TOKENS, BITS, recipe, out / "streams"):
         writer.write_shard(out, result.index, stream.shape.num_layers, result.tensors)
         modules |= result.modules
     writer.finish(out, stream, recipe.group_size, modules)
-    x = Streams(out / "streams", ("x",), (*TOKENS.shape, stream.shape.hidden_size))["x"]
+    return Streams(out / "streams", ("x",), (*TOKENS.shape, stream.shape.hidden_size))["x"]
+
+
+def test_distilling_brings_the_packed_model_nearer_and_can_be_repeated(model_folder, tmp_path):
+    """What is kept and put into the shards is what was tuned; codes stay; a second writing gives the same bytes."""
+    stream, out = ModelStream(model_folder), tmp_path / "packed"
+    x = written(stream, out)
 
     def divergence():
         with torch.inference_mode():
@@ -132,14 +137,8 @@ def test_distilling_brings_the_packed_model_nearer_and_can_be_repeated(model_fol
 
 def test_a_rate_that_harms_is_quartered_and_nothing_is_left_of_it(model_folder, tmp_path, capsys):
     """From too high a rate the descent starts anew, to the bytes of one at the lower rate; where all harm, nothing is tuned."""
-    stream, out = ModelStream(model_folder), tmp_path / "packed"
-    out.mkdir()
-    modules: dict = {}
-    for result in quantize_model(stream, TOKENS, BITS, Recipe("gptq", **COMMON), out / "streams"):
-        writer.write_shard(out, result.index, stream.shape.num_layers, result.tensors)
-        modules |= result.modules
-    writer.finish(out, stream, 32, modules)
-    x = Streams(out / "streams", ("x",), (*TOKENS.shape, stream.shape.hidden_size))["x"]
+    out = tmp_path / "packed"
+    x = written(ModelStream(model_folder), out)
 
     def distilled(steps, rate):
         return distilling.distill(out, ModelStream(model_folder), x, TOKENS, steps, 96, rate)

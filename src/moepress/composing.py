@@ -21,14 +21,7 @@ from moepress.schema.values import nearest
 
 ROOT = next(p for p in (Path(__file__).parents[2], Path(__file__).parent) if (p / "conf").is_dir())
 """The folder with conf/, workflow/ and the Snakefile: the checkout, or the installed package."""
-
-
-LONGEST_OVERRIDE = 20_000
-
-
-LONGEST_KEY = 100
-
-
+LONGEST_OVERRIDE, LONGEST_KEY = 20_000, 100
 OPEN_VARIABLES = ("MOEPRESS_CACHE", "HOME")
 """What configurations may take from the environment: conf/config.yaml does."""
 

@@ -9,6 +9,7 @@ import numpy as np
 from moepress import lookup
 from moepress.commands import results
 from moepress.report import paired, reading
+from moepress.report.compare import decimal
 from moepress.report.reading import Run
 from moepress.report.table import tabulate
 from moepress.wording import aligned
@@ -97,15 +98,9 @@ def numbers_of(one: paired.Difference) -> tuple[str, str]:
     """The difference and its interval: four decimals, and as many more as show two digits of half the interval."""
     low, high = one.interval
     if np.isnan(low):
-        return signed(one.value, 4), "unknown: one block only"
+        return decimal(one.value, 4), "unknown: one block only"
     places = int(np.clip(1 - np.floor(np.log10((high - low) / 2)), 4, 8)) if high > low else 4
-    return signed(one.value, places), f"{signed(low, places)} to {signed(high, places)}"
-
-
-def signed(value: float, places: int) -> str:
-    """`+0.0123`; what rounds to zero has no sign."""
-    text = f"{value:+.{places}f}"
-    return text if float(text) else text[1:]
+    return decimal(one.value, places), f"{decimal(low, places)} to {decimal(high, places)}"
 
 
 def verdict(metric: str, one: paired.Difference) -> str:

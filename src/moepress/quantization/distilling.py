@@ -86,7 +86,7 @@ def distill(
 CHECKED = 16
 """Sequences that tell whether the tuning was for the better."""
 TRIAL = 4
-"""Steps that tell whether a rate is far too high; after so few, one that is not may be a tenth above the start."""
+"""Steps that tell whether a rate is far too high; after so few, a good one may stand a quarter above the start."""
 
 
 def replace(folder: Path, tuned: dict[str, torch.Tensor]) -> None:
