@@ -4,6 +4,8 @@ import itertools
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from moepress.quantization import grid
 from moepress.quantization.gptq import Curvature, asymmetric, gptq, inverse_factor, invert_lower, shrunk
@@ -180,6 +182,18 @@ def test_constant_and_zero_groups():
         w = torch.full((1, 4, 32), value)
         out = grid.rtn(w, [3], 16, GRID).dequantize()
         assert torch.allclose(out, w, rtol=2e-3)
+
+
+@settings(deadline=None)
+@given(width=st.integers(1, 700), tokens=st.integers(1, 40), is_shared=st.booleans(), seed=st.integers(0, 9))
+def test_curvature_in_tiles_is_the_whole_product(width, tokens, is_shared, seed):
+    g = torch.Generator().manual_seed(seed)
+    x, share = torch.randn(tokens, width, generator=g), torch.rand(tokens, generator=g) if is_shared else None
+    found = Curvature(2, width)
+    found.add(1, x, share)
+    found.add(1, x[:1])
+    whole = x.T @ (x if share is None else share[:, None] * x) + torch.outer(x[0], x[0])
+    assert torch.allclose(found.sum_EII[1], whole, atol=1e-4) and not found.sum_EII[0].any()
 
 
 def test_curvature_accumulates_and_shrinks():

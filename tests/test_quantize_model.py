@@ -8,6 +8,7 @@ from conftest import bytes_outside_experts, write_model
 from moepress import config
 from moepress.inference.checkpoint import load
 from moepress.models import folders
+from moepress.models.limits import DIAGNOSED
 from moepress.models.streaming import ModelStream
 from moepress.models.streams import Streams
 from moepress.quantization import size, writer
@@ -35,6 +36,29 @@ def compress(folder, out, recipe, bits):
     return Streams(out / "streams", STREAMS, (*TOKENS.shape, stream.shape.hidden_size)) if tokens is not None else None
 
 
+@pytest.mark.parametrize("method, step", [("gptq", DIAGNOSED), ("qesc", 1)])
+def test_diagnostics_are_what_the_two_models_show(model_folder, tmp_path, method, step):
+    """The last layer's error and changed selections, from forward passes of the two models on the followed sequences."""
+    stream, modules = ModelStream(model_folder), {}
+    for result in quantize_model(stream, TOKENS, [[2, 2, 3, 3]] * 2, RECIPES[method]):
+        writer.write_shard(tmp_path, result.index, stream.shape.num_layers, result.tensors)
+        modules.update(result.modules)
+    writer.finish(tmp_path, stream, RECIPES[method].group_size, modules)
+    outputs, chosen = [], []
+    for folder in (model_folder, tmp_path):
+        model, _ = load(folder, "cpu")
+        last = model.model.layers[-1]
+        last.register_forward_hook(lambda _, __, output: outputs.append(output))
+        last.mlp.gate.register_forward_hook(lambda _, __, output: chosen.append(output[0].topk(2).indices))
+        with torch.inference_mode():
+            model(TOKENS[::step])
+    (x, x_hat), (before, after) = outputs, chosen
+    error = (x_hat - x).square().sum() / x.square().sum()
+    changed = sum(len(set(a.tolist()) - set(b.tolist())) for a, b in zip(after, before, strict=True)) / after.numel()
+    assert result.diagnostics["output_error"] == pytest.approx(error.item(), rel=1e-3)
+    assert result.diagnostics["selection_shift"] == pytest.approx(changed, abs=1e-6) and changed > 0
+
+
 @pytest.mark.parametrize("method", RECIPES)
 def test_what_was_measured_is_what_loads(model_folder, tmp_path, method):
     bits = [[1, 2, 3, 4], [8, 3, 3, 2]]
@@ -47,7 +71,9 @@ def test_what_was_measured_is_what_loads(model_folder, tmp_path, method):
     original, _ = load(model_folder, "cpu")
     with torch.inference_mode():
         if last:
-            assert torch.allclose(original.model(TOKENS).last_hidden_state, original.model.norm(last["x"]), atol=1e-4)
+            followed = slice(None, None, 1 if method == "qesc" else DIAGNOSED)
+            hidden = original.model(TOKENS[followed]).last_hidden_state
+            assert torch.allclose(hidden, original.model.norm(last["x"][followed]), atol=1e-4)
     experts = model.get_submodule("model.layers.1.mlp.experts")
     assert experts.gate_up.bits == bits[1] and experts.gate_up.codes.dtype == torch.uint8
     assert experts.gate_up.scales.dtype == torch.float16

@@ -101,7 +101,7 @@ def test_only_scales_are_held_beside_the_packed_weights():
 def written(stream, out):
     """The model packed by GPTQ in the folder `out`; what left the 16-bit model's last layer."""
     out.mkdir()
-    recipe, modules = Recipe("gptq", **COMMON), {}
+    recipe, modules = Recipe("gptq", **COMMON, distill_steps=12), {}
     for result in quantize_model(stream, TOKENS, BITS, recipe, out / "streams"):
         writer.write_shard(out, result.index, stream.shape.num_layers, result.tensors)
         modules |= result.modules

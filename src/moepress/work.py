@@ -12,7 +12,7 @@ from pathlib import Path
 from moepress.data import textfiles
 from moepress.evaluation import benchmarks, suites
 from moepress.models.families import FAMILIES, group_of, kind_of
-from moepress.models.limits import TOKENS_AT_ONCE, WORKSPACE, experts_at_once, num_candidates
+from moepress.models.limits import TOKENS_AT_ONCE, WORKSPACE, experts_at_once, followed, num_candidates
 from moepress.models.outline import Outline
 
 TRIAL_FLOPS, TRIAL_FLOPS_BY_TORCH = 90, 250
@@ -75,6 +75,11 @@ def factor_flops(columns: int) -> float:
     return 1.6 * columns**3 + FACTOR_FLOPS * columns**2
 
 
+def curvature_flops(tokens: int, width: int) -> float:
+    """Of `sum x x^T`, ten of its sixteen tiles."""
+    return 2 * tokens * width**2 * 10 / 16
+
+
 def gptq_flops(rows: int, columns: int, settings: dict) -> float:
     """Of one matrix, its factor known."""
     block = math.gcd(settings["block_size"], group_of(columns, settings["group_size"]))
@@ -90,9 +95,9 @@ def experts_work(model: Outline, tokens: int, settings: dict, method: str) -> tu
         each = WEIGHT_FLOPS + (TRIAL_FLOPS_BY_TORCH if method == "minmax" else search_flops(settings))
         return 0.0, each * E * model.expert_weights, 0.0
     routed = tokens * K
-    gate_up = 2 * (tokens + routed) * H**2 + ELEMENT_FLOPS * routed * H + E * factor_flops(H)
+    gate_up = curvature_flops(tokens + routed, H) + ELEMENT_FLOPS * routed * H + E * factor_flops(H)
     seen = routed + E * min(tokens, I)
-    down = seen * (4 * I * H + 2 * I**2) + ELEMENT_FLOPS * expert_elements(model, seen) + E * factor_flops(I)
+    down = seen * 4 * I * H + curvature_flops(seen, I) + ELEMENT_FLOPS * expert_elements(model, seen) + E * factor_flops(I)
     quantized = E * (gptq_flops(2 * I, H, settings) + gptq_flops(H, I, settings))
     steps = -(-E // experts_at_once(H, I, E)) + REFINE_STEPS * settings["refine_rounds"] * E
     return gate_up, down + quantized, steps * (H + I)
@@ -130,8 +135,8 @@ def statistics_work(model: Outline, config: dict) -> tuple[float, float]:
 
 
 def quantization_work(model: Outline, calibration: dict, settings: dict) -> tuple[float, float]:
-    """`(FLOPs, steps)`: two streams of forwards, attention and shared experts run again for their curvature and the router;
-    every expert and linear quantized once."""
+    """`(FLOPs, steps)`: two streams of forwards (the 16-bit one perhaps of some sequences alone), attention and shared experts
+    run again for their curvature and the router; every expert and linear quantized once."""
     method, family = settings["method"], FAMILIES[model.shape.family]
     tokens = 0 if method == "rtn" else calibration["num_sequences"] * calibration["seq_len"]
     gate_up, rest, steps = experts_work(model, tokens, settings, method)
@@ -144,11 +149,11 @@ def quantization_work(model: Outline, calibration: dict, settings: dict) -> tupl
             if method == "rtn":
                 flops += (search_flops(settings) + WEIGHT_FLOPS) * entry.numel
                 continue
-            flops += 2 * tokens * ((1 if kind == "attention" else 4) * entry.numel + columns**2)
+            flops += 2 * tokens * (1 if kind == "attention" else 4) * entry.numel + curvature_flops(tokens, columns)
             flops += factor_flops(columns) + gptq_flops(rows, columns, settings)
             steps += columns
     length, shape = calibration.get("seq_len", 0), model.shape
-    flops += 2 * forward_flops(model, tokens, length)
+    flops += (1 + 1 / followed(settings)) * forward_flops(model, tokens, length) if tokens else 0
     if settings["attention_bits"]:  # scores and values of the attention that runs again
         flops += shape.num_layers * tokens * shape.hidden_size * 4 * (length + ELEMENT_FLOPS)
     num_experts = layers * model.shape.num_experts

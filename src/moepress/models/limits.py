@@ -13,6 +13,9 @@ TOKENS_AT_ONCE = 4096
 WORKSPACE = 2 << 30
 """Bytes that the curvatures of one batch of experts may take; a single expert may need more."""
 
+DIAGNOSED = 4
+"""Where the 16-bit model's hidden states serve the diagnostics alone, they are followed for one sequence in so many."""
+
 
 def curvature_bytes(width: int) -> int:
     """Of a float32 curvature `[width, width]` with its factor and their work."""
@@ -22,6 +25,15 @@ def curvature_bytes(width: int) -> int:
 def experts_at_once(H: int, I: int, E: int) -> int:
     """How many of a layer's E experts go together: as many as the workspace holds."""
     return max(1, min(E, WORKSPACE // curvature_bytes(max(H, I))))
+
+
+def followed(settings: dict) -> int:
+    """One calibration sequence in so many is followed through the 16-bit model: every one where its hidden states decide
+    anything. settings: of conf/quantization/."""
+    fits_router = settings["method"] == "qesc" and settings["router_loss"] != "none"
+    tunes_towards_it = settings["tune_steps"] > 0 and settings["tune_asymmetry"] > 0
+    reads = fits_router or settings["asymmetry"] > 0 or tunes_towards_it or settings["distill_steps"] > 0
+    return 1 if reads else DIAGNOSED
 
 
 def num_candidates(num_experts: int, configured: int | None) -> int:

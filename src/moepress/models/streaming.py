@@ -282,7 +282,7 @@ class ModelStream:
         layer.set_submodule(self.family.block, tap)
         try:
             for part in _parts(*x_NSH.shape[:2]):
-                residual[part] = self.call(index, layer, x_NSH[part].to(self.device)).to(residual.device)
+                residual[part] = self.call(index, layer, self._on_device(x_NSH[part])).to(residual.device)
                 block_input[part] = tap.kept.to(residual.device)
         finally:
             layer.set_submodule(self.family.block, block)
@@ -292,8 +292,12 @@ class ModelStream:
         """Add what the MoE block (or MLP) makes of its input to the residual stream, in place: the layer's output."""
         scale = self.block_scale(layer)
         for part in _parts(*residual_NSH.shape[:2]):
-            residual_NSH[part] += (scale * self.block(layer, block_input_NSH[part].to(self.device))).to(residual_NSH.device)
+            residual_NSH[part] += (scale * self.block(layer, self._on_device(block_input_NSH[part]))).to(residual_NSH.device)
         return residual_NSH
+
+    def _on_device(self, part_NSH: torch.Tensor) -> torch.Tensor:
+        """Some sequences where the model is, one after the other in memory, as models' own code may expect."""
+        return part_NSH.to(self.device).contiguous()
 
     def block_scale(self, layer: nn.Module) -> float:
         """What the block's output is multiplied with where it joins the residual stream."""
@@ -324,7 +328,7 @@ class ModelStream:
         layer.set_submodule(self.family.experts, seen)
         try:
             for part in _parts(*m_NSH.shape[:2]):
-                self.block(layer, m_NSH[part].to(self.device))
+                self.block(layer, self._on_device(m_NSH[part]))
         finally:
             hook.remove()
             layer.set_submodule(self.family.experts, experts)

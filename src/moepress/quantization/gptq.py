@@ -22,10 +22,20 @@ class Curvature:
     def add(
         self, matrix: int, x_TI: torch.Tensor, share_T: torch.Tensor | None = None, left_TI: torch.Tensor | None = None
     ) -> None:
-        """Inputs of one matrix; share: how much each token counts, 1 on average; left: for `sum left x^T` instead."""
-        x = x_TI.float()
-        left = x if left_TI is None else left_TI.float()
-        self.sum_EII[matrix].addmm_(left.T, x if share_T is None else x * share_T[:, None])
+        """Inputs of one matrix; share: how much each token counts, 1 on average; left: for `sum left x^T` instead.
+
+        `sum x x^T` is symmetric: of each quarter of its rows only what ends at the diagonal is computed, the rest copied.
+        """
+        x, total = x_TI.float(), self.sum_EII[matrix]
+        right = x if share_T is None else x * share_T[:, None]
+        if left_TI is not None:
+            total.addmm_(left_TI.float().T, right)
+        else:
+            tile = -(-x.shape[1] // 4)
+            for start in range(0, x.shape[1], tile):
+                end = start + tile
+                total[start:end, :end].addmm_(x[:, start:end].T, right[:, :end])
+                total[:start, start:end] = total[start:end, :start].T
         self.count_E[matrix] += x.shape[0]
 
     def mean(self) -> torch.Tensor:

@@ -22,7 +22,7 @@ from torch import nn
 from moepress.inference.packed import PackedExperts, PackedLinear
 from moepress.models.experts import Experts
 from moepress.models.families import layer_prefix
-from moepress.models.limits import TOKENS_AT_ONCE, WORKSPACE, num_candidates
+from moepress.models.limits import TOKENS_AT_ONCE, WORKSPACE, followed, num_candidates
 from moepress.models.streaming import DTYPES, ModelStream, Routing
 from moepress.models.streams import Streams
 from moepress.quantization.experts import ExpertInputs, Recipe, quantize_experts
@@ -80,6 +80,7 @@ class LayerQuantizer:
     ):
         self.stream, self.layer, self.index, self.recipe = stream, layer, index, recipe
         self.streams, self.coverage = streams, coverage
+        self.followed = slice(None, None, followed(vars(recipe)))
         self.prefix = layer_prefix(index)
         self.tensors: dict[str, torch.Tensor] = {}
         self.modules: dict[str, int | list[int]] = {}
@@ -90,7 +91,7 @@ class LayerQuantizer:
         stream, layer, streams = self.stream, self.layer, self.streams
         routing = original = target = None
         if streams:
-            x, x_next, m = streams["x"], streams.next("x"), streams.scratch("m")
+            x, x_next, m = (part[self.followed] for part in (streams["x"], streams.next("x"), streams.scratch("m")))
             stream.attend(self.index, layer, x, x_next, m)
             original = stream.route(layer, m) if bits else None
             stream.add_block(layer, x_next, m)
@@ -104,7 +105,8 @@ class LayerQuantizer:
                 routing = self.calibrate_router(m_hat, original, ("before", "both"))
         self.quantize_linears("shared", lambda: self.see_block(m_hat, bits))
         if bits:
-            m_hat_TH, m_TH = (m_hat.flatten(0, 1), m.flatten(0, 1)) if streams else (None, None)
+            m_hat_TH = m_hat.flatten(0, 1) if streams else None
+            m_TH = m.flatten(0, 1) if streams and self.recipe.asymmetry else None
             self.quantize_experts(bits, m_hat_TH, m_TH, routing)
             if original:
                 self.calibrate_router(m_hat, original, ("after", "both"))
@@ -114,7 +116,7 @@ class LayerQuantizer:
         self.keep_rest()
         if streams:
             stream.add_block(layer, x_hat_next, m_hat)
-            self.diagnostics["output_error"] = relative_error(x_next, x_hat_next)
+            self.diagnostics["output_error"] = relative_error(x_next, x_hat_next[self.followed])
         return LayerResult(self.index, self.tensors, self.modules, self.diagnostics)
 
     def see_block(self, m_hat: torch.Tensor, is_moe) -> None:
@@ -144,12 +146,18 @@ class LayerQuantizer:
     def calibrate_router(self, m_hat: torch.Tensor, original: Routing, when: tuple[str, ...]) -> Routing:
         """Fit the router where the recipe says so, at one of these moments; the layer's routing from here on."""
         routing, told = self.stream.route(self.layer, m_hat), self.diagnostics
-        told.setdefault("selection_shift_before_fit", shift(original.indices, routing.indices).mean().item())
+        told.setdefault("selection_shift_before_fit", self.selection_shift(original, routing))
         if self.recipe.method == "qesc" and self.recipe.router_loss != "none" and self.recipe.router_when in when:
             self.fit_router(m_hat.flatten(0, 1), original, routing)
             routing = self.stream.route(self.layer, m_hat)
-        told["selection_shift"] = shift(original.indices, routing.indices).mean().item()
+        told["selection_shift"] = self.selection_shift(original, routing)
         return routing
+
+    def selection_shift(self, original: Routing, routing: Routing) -> float:
+        """Share of the selections that differ, over the sequences that both streams have."""
+        assert self.streams is not None
+        indices_NSK = routing.indices.unflatten(0, self.streams.shape[:2])
+        return shift(original.indices, indices_NSK[self.followed].flatten(0, 1)).mean().item()
 
     def fit_router(self, m_hat_TH: torch.Tensor, original: Routing, routing: Routing) -> None:
         """Fit the router, in the values that its dtype on disk holds."""
@@ -176,7 +184,7 @@ class LayerQuantizer:
 
     def quantize_experts(self, bits: list[int], m_hat_TH, m_TH, routing: Routing | None) -> None:
         """Pack the experts and put them in the layer as inference will have them. m_hat, m: the block's input in the quantized
-        and in the original stream, `[T, H]`; None, as the routing, where no text is read."""
+        and, for an asymmetric target, in the original stream, `[T, H]`; None, as the routing, where no text is read."""
         name = self.stream.family.experts
         experts = self.layer.get_submodule(name)
         assert isinstance(experts, Experts)
