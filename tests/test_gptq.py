@@ -185,7 +185,7 @@ def test_constant_and_zero_groups():
 
 
 @settings(deadline=None)
-@given(width=st.integers(1, 700), tokens=st.integers(1, 40), is_shared=st.booleans(), seed=st.integers(0, 9))
+@given(width=st.integers(1, 700), tokens=st.sampled_from([1, 40, 300]), is_shared=st.booleans(), seed=st.integers(0, 9))
 def test_curvature_in_tiles_is_the_whole_product(width, tokens, is_shared, seed):
     g = torch.Generator().manual_seed(seed)
     x, share = torch.randn(tokens, width, generator=g), torch.rand(tokens, generator=g) if is_shared else None

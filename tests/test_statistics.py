@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from moepress import artefacts, plan
+from moepress.models import limits
 from moepress.models.specialisation import mutual_information
 from moepress.models.streaming import ModelStream
 from moepress.models.streams import Streams
@@ -54,6 +55,18 @@ def test_errors_against_the_whole_block(walk, method, coverage):
     errors = np.array(found["errors"])
     assert (errors[:, 1] > errors[:, 2]).all(), "wider is better"
     assert (errors[:, 0] > errors[:, 1]).all() or method == "minmax", "where its two bits are poor, as MC's are"
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("coverage", ["routed", "weighted", "all"])
+def test_activations_that_are_kept_are_those_computed_anew(walk, monkeypatch, coverage):
+    stream, layer, streams, _ = walk
+    found = []
+    for kept in (limits.KEPT, 0):
+        monkeypatch.setattr(limits, "KEPT", kept)
+        found.append(layer_statistics(stream, 0, layer, streams, RECIPES["gptq"], WIDTHS, DOMAINS, coverage))
+    assert np.allclose(found[0]["errors"], found[1]["errors"], rtol=1e-5)
+    assert np.allclose(found[0]["layer_errors"], found[1]["layer_errors"], rtol=1e-5)
 
 
 @torch.inference_mode()

@@ -19,7 +19,7 @@ from moepress.integrity import PROVENANCE
 from moepress.models import outline as outlines
 from moepress.models.families import FAMILIES, kind_of
 from moepress.models.folders import locate
-from moepress.models.limits import TOKENS_AT_ONCE, curvature_bytes, experts_at_once
+from moepress.models.limits import TOKENS_AT_ONCE, curvature_bytes, experts_at_once, kept_bytes
 from moepress.models.outline import Outline
 from moepress.quantization.budget import unpacked_bytes
 from moepress.schema.allocation import reads_gradients, reads_statistics
@@ -31,6 +31,8 @@ STEP_SECONDS = 8e-5
 """Of one column of GPTQ's loop beside its arithmetic: some ten calls of torch, measured on one matrix of 512 x 512."""
 FOLDER_SECONDS = 0.4
 """Of transformers' and our own code around a whole model: built and loaded, or its packed folder finished, with a card."""
+COMPILED_SECONDS = 0.4
+"""To load what numba has compiled, at its first call: the grid search, and the unpacking of experts."""
 READ_BYTES_PER_SECOND = 5e8
 
 
@@ -64,7 +66,10 @@ def memory(model: Outline, config: dict, packed_bytes: int, device: str, has: in
     layer = library + 2 * E * model.expert_weights + 12 * T * E + 4 * min(T, TOKENS_AT_ONCE) * (8 * H + 4 * I)
     experts = experts_at_once(H, I, E) * (curvature_bytes(max(H, I)) + 3 * 4 * 2 * I * H)  # and a weight's three copies
     linears = curvature_bytes(widest_linear(model))
-    found = {"statistics": layer + experts} if has_statistics(config) else {}
+    found = {}
+    if has_statistics(config):
+        slots = T * shape.top_k * experts_at_once(H, I, E) // E
+        found["statistics"] = layer + experts + kept_bytes(slots, I, len(config["statistics"]["widths"]))
     if has_gradients(config):  # a layer's activations are kept for its backward
         kept = 4 * min(T, TOKENS_AT_ONCE) * (24 * H + 8 * shape.top_k * I) + 4 * 3 * 4 * 2 * I * H
         found["gradients"] = layer + max(kept, 3 * 4 * config["calibration"]["seq_len"] * shape.vocab_size)
@@ -131,10 +136,12 @@ def seconds(model: Outline, config: dict, flops_per_second: float, correction: f
         found["gradients"] = flops / flops_per_second
     if has_statistics(config):
         flops, steps = work.statistics_work(model, config)
-        found["statistics"] = correction * (flops / flops_per_second + STEP_SECONDS * steps)
+        found["statistics"] = correction * (flops / flops_per_second + STEP_SECONDS * steps) + COMPILED_SECONDS
     if method != "none":
         flops, steps = work.quantization_work(model, config["calibration"], settings)
-        found["quantization"] = correction * (flops / flops_per_second + STEP_SECONDS * steps) + FOLDER_SECONDS
+        found["quantization"] = (
+            correction * (flops / flops_per_second + STEP_SECONDS * steps) + FOLDER_SECONDS + 2 * COMPILED_SECONDS
+        )
     if is_fitted(config):
         found["pruning"] = work.pruning_work(model, config) / flops_per_second + FOLDER_SECONDS
     if is_decomposed(config):

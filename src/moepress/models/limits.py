@@ -13,6 +13,9 @@ TOKENS_AT_ONCE = 4096
 WORKSPACE = 2 << 30
 """Bytes that the curvatures of one batch of experts may take; a single expert may need more."""
 
+KEPT = 1 << 29
+"""Bytes that quantized experts' activations may take that are kept for a second use; beyond, they are computed twice."""
+
 DIAGNOSED = 4
 """Where the 16-bit model's hidden states serve the diagnostics alone, they are followed for one sequence in so many."""
 
@@ -25,6 +28,12 @@ def curvature_bytes(width: int) -> int:
 def experts_at_once(H: int, I: int, E: int) -> int:
     """How many of a layer's E experts go together: as many as the workspace holds."""
     return max(1, min(E, WORKSPACE // curvature_bytes(max(H, I))))
+
+
+def kept_bytes(tokens: int, I: int, widths: int) -> int:
+    """Of the inputs of down projections, float32, of so many routed tokens at so many widths; 0 where they are not kept."""
+    needed = 4 * widths * tokens * I
+    return needed if needed <= KEPT else 0
 
 
 def followed(settings: dict) -> int:

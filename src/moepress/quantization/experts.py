@@ -126,9 +126,9 @@ class ExpertInputs:
                 routed.add(i, self.m_TH[rows].to(self.device), share)
         return shrunk(routed, self._pooled)
 
-    def down_curvature(self, batch: range, gate_up_COH: torch.Tensor) -> torch.Tensor:
+    def down_curvature(self, batch: range, gate_up_COH: torch.Tensor, kept: dict | None = None) -> torch.Tensor:
         """`[C, I, I]`: as above with the (quantized) gate and up; the layer's share comes from an even sample of all tokens,
-        since each expert has neurons of its own."""
+        since each expert has neurons of its own. kept: takes the experts' own activations, by expert and part of its tokens."""
         T, I = len(self.m_TH), self.experts.intermediate_size
         routed = Curvature(len(batch), I, self.device)
         sample = torch.arange(0, T, 1 if self.coverage == "all" else max(1, T // I))
@@ -137,8 +137,11 @@ class ExpertInputs:
             for rows in sample.split(TOKENS_AT_ONCE):
                 layer.add(i, self.experts.hidden(e, self.m_TH[rows].to(self.device), gate_up_COH[i]))
             if self.coverage != "all":
-                for rows, share in self._tokens(e):
-                    routed.add(i, self.experts.hidden(e, self.m_TH[rows].to(self.device), gate_up_COH[i]), share)
+                for part, (rows, share) in enumerate(self._tokens(e)):
+                    hidden = self.experts.hidden(e, self.m_TH[rows].to(self.device), gate_up_COH[i])
+                    routed.add(i, hidden, share)
+                    if kept is not None:
+                        kept[e, part] = hidden
         return layer.mean() if self.coverage == "all" else shrunk(routed, layer)
 
     def drift(self, batch: range, gate_up_COH: torch.Tensor | None = None) -> torch.Tensor:
@@ -184,10 +187,10 @@ def expert_batches(experts: Experts) -> Iterator[range]:
 
 
 def quantize_batch(
-    recipe: Recipe, experts: Experts, batch: range, bits: list[int], inputs: ExpertInputs | None, h=None, u=None
+    recipe: Recipe, experts: Experts, batch: range, bits: list[int], inputs: ExpertInputs | None, h=None, u=None, kept=None
 ) -> tuple[Quantized, Quantized]:
     """`(gate_up, down)` of a batch of experts at `bits`; h, u: the gate-up curvature and its factor where
-    several widths share them. Without inputs: rounded to nearest, no curvature."""
+    several widths share them; kept: see `down_curvature`. Without inputs: rounded to nearest, no curvature."""
     gate_up_w = torch.stack([experts.gate_up_matrix(e, torch.float32) for e in batch])
     if inputs is None:
         gate_up, down_h = recipe.quantize(gate_up_w, None, bits), None
@@ -198,7 +201,7 @@ def quantize_batch(
             gate_up_w = asymmetric(gate_up_w, inputs.drift(batch), h, recipe.damping, recipe.asymmetry)
         gate_up = recipe.quantize(gate_up_w, h, bits, u)
         del gate_up_w, h, u
-        down_h = inputs.down_curvature(batch, gate_up.dequantize())
+        down_h = inputs.down_curvature(batch, gate_up.dequantize(), kept)
     down_w = torch.stack([experts.down_matrix(e, torch.float32) for e in batch])
     if recipe.asymmetry and inputs is not None and inputs.original_TH is not None:
         assert down_h is not None

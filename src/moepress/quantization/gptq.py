@@ -24,14 +24,15 @@ class Curvature:
     ) -> None:
         """Inputs of one matrix; share: how much each token counts, 1 on average; left: for `sum left x^T` instead.
 
-        `sum x x^T` is symmetric: of each quarter of its rows only what ends at the diagonal is computed, the rest copied.
+        `sum x x^T` is symmetric: of each quarter of its rows only what ends at the diagonal is computed, the rest copied. With
+        few tokens the copying costs more than that saves.
         """
         x, total = x_TI.float(), self.sum_EII[matrix]
         right = x if share_T is None else x * share_T[:, None]
         if left_TI is not None:
             total.addmm_(left_TI.float().T, right)
         else:
-            tile = -(-x.shape[1] // 4)
+            tile = -(-x.shape[1] // (4 if len(x) > 256 else 1))
             for start in range(0, x.shape[1], tile):
                 end = start + tile
                 total[start:end, :end].addmm_(x[:, start:end].T, right[:, :end])

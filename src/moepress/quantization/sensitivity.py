@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from moepress.models.limits import TOKENS_AT_ONCE
+from moepress.models.limits import TOKENS_AT_ONCE, kept_bytes
 from moepress.quantization.experts import ExpertInputs, Recipe, expert_batches, quantize_batch
 
 LAYER_SAMPLE = 1024
@@ -60,12 +60,17 @@ def width_errors(
         h = inputs.gate_up_curvature(batch) if reads_text else None
         u = None if h is None else recipe.factor(h)
         read = inputs if reads_text else None
-        found = [quantize_batch(recipe, experts, batch, [width] * len(batch), read, h, u) for width in widths]
+        keeps = kept_bytes(sum(inputs.num_tokens[e] for e in batch), experts.intermediate_size, W) > 0
+        kept: list[dict] = [{} for _ in widths]  # inputs of the quantized down projections, from their curvatures
+        found = [
+            quantize_batch(recipe, experts, batch, [width] * len(batch), read, h, u, by_part if keeps else None)
+            for width, by_part in zip(widths, kept, strict=True)
+        ]
         for i, e in enumerate(batch):
             for column, (gate_up, down) in enumerate(found):
                 weight_errors[e, column, 0] = (gate_up.matrix(i) - experts.gate_up_matrix(e, torch.float32)).square().sum()
                 weight_errors[e, column, 1] = (down.matrix(i) - experts.down_matrix(e, torch.float32)).square().sum()
-            for rows in inputs.rows[e].split(TOKENS_AT_ONCE):
+            for part, rows in enumerate(inputs.rows[e].split(TOKENS_AT_ONCE)):
                 x, weight = inputs.m_TH[rows].to(device), weights_TE[rows, e, None].to(device)
                 hidden = experts.hidden(e, x)
                 output = experts.project(e, hidden)
@@ -75,7 +80,9 @@ def width_errors(
                     known = gradient.row_T[rows] >= 0
                     g = gradient.g_GH[gradient.row_T[rows[known]]].to(device, torch.float32)
                 for column, (gate_up, down) in enumerate(found):
-                    change = weight * (experts.output(e, x, gate_up.matrix(i), down.matrix(i)) - output)
+                    hidden = kept[column].pop((e, part), None)
+                    hidden = experts.hidden(e, x, gate_up.matrix(i)) if hidden is None else hidden
+                    change = weight * (experts.project(e, hidden, down.matrix(i)) - output)
                     squares[e, column] += change.square().sum().item()
                     changes[column].index_add_(0, place_T[rows[sampled]].to(device), change[sampled.to(device)])
                     if gradient:
