@@ -4,8 +4,8 @@
 arXiv 2508.01625): quantize the attention with the curvature that `x_hat` gives; re-fit the router so that it selects on
 `x_hat` what the original selects on `x`; quantize the experts with the tokens that the fitted router sends them, and shared
 experts and dense layers with all tokens; push both streams on. (A router that is fitted after the experts sees the same
-`x_hat`: what differs is which tokens the experts were quantized with.) GPTQ is the same without the fit; RTN reads no text
-and has no streams.
+`x_hat`: what differs is which tokens the experts were quantized with.) GPTQ is the same without the fit, and `x` follows some
+sequences alone, for the diagnostics; RTN reads no text and has no streams.
 
 Legend: N sequences, S positions, T = N * S tokens, H hidden size, E experts, K selected experts, L layers.
 """
