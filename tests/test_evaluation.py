@@ -157,6 +157,32 @@ def test_token_blocks_keep_order_and_count_bytes(model_folder):
     assert sampling.token_blocks(tokenizer, 0, texts, 1000)[0].shape == (0, 1000)
 
 
+def test_no_token_but_the_separator_is_added_around_documents(model_folder):
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer, plain = sampling.load_tokenizer(model_folder), sampling.load_tokenizer(model_folder)
+    begin = (plain.id_to_token(1), 1)
+    tokenizer.post_processor = TemplateProcessing(single=f"{begin[0]} $A", special_tokens=[begin])
+    assert tokenizer.encode("a router").ids[0] == 1, "this tokenizer puts a token first"
+    blocks, _ = sampling.token_blocks(tokenizer, 0, ["a router", "and its bits"], 1)
+    assert blocks.ravel().tolist() == [*plain.encode("a router").ids, 0, *plain.encode("and its bits").ids, 0]
+
+
+def test_the_first_of_several_ends_of_document(tmp_path):
+    folder = write_model(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": [7, 0, 5]}))
+    assert sampling.end_of_document(folder, sampling.load_tokenizer(folder)) == 7
+
+
+@given(st.integers(1, 200), st.data())
+def test_spread_indices_are_even(count, data):
+    wanted = data.draw(st.integers(1, count))
+    found = sampling.spread(count, wanted)
+    gaps = np.diff([*found, count])
+    assert found[0] == 0 and len(found) == wanted and gaps.max() - gaps.min() <= 1
+
+
 def test_calibration_sample():
     blocks = {"a": np.arange(40).reshape(10, 4), "b": 100 + np.arange(40).reshape(10, 4)}
     tokens, origin = sampling.sample_calibration(blocks, 7, seed=0)
