@@ -12,7 +12,7 @@ from moepress.models.families import FAMILIES
 from moepress.pruning import label
 from moepress.pruning.fitting import fit
 from moepress.pruning.policy import attach, experts_of, moe_layers
-from moepress.pruning.static import lowest
+from moepress.pruning.static import Scores, lowest
 from zoo import ZOO, write_zoo_model
 
 TOKENS = torch.randint(1, 250, (3, 20), generator=torch.Generator().manual_seed(0))
@@ -96,6 +96,14 @@ def test_scores_against_loops(model_folder, experts):
     assert frequency["scores"][1] == pytest.approx([c / sum(counts) for c in counts])
     assert [len(layer) for layer in frequency["removed"]] == [1, 1]
     assert not any(e._forward_pre_hooks for e in experts_of(model)), "nothing stays behind"
+
+
+def test_an_expert_that_no_token_selects_has_no_score():
+    scores = Scores(3)
+    scores.tokens_E += torch.tensor([2.0, 0.0, 4.0])
+    scores.norms_E += torch.tensor([3.0, 0.0, 2.0])
+    assert scores.of("reap").tolist() == [1.5, 0.0, 0.5]
+    assert scores.of("frequency").tolist() == pytest.approx([1 / 3, 0.0, 2 / 3])
 
 
 def test_the_lowest_go_and_enough_remain():
