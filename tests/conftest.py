@@ -2,6 +2,10 @@
 
 import os
 
+# Read when numpy and torch are first imported. Models are small and the suite runs a process for each core: a second thread
+# would only wait. Stages that tests start as processes have it, too, so bytes can be compared.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import numpy as np
 import pytest
 import torch
@@ -94,15 +98,6 @@ def bytes_outside_experts(shape, tensors, quantization):
         if kind != "expert":
             total += matrix_bytes(*entry.shape, bits, group_size) if bits else entry.nbytes
     return total
-
-
-@pytest.fixture(scope="module")
-def one_thread():
-    """For models so small that a second thread only waits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

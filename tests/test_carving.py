@@ -18,7 +18,6 @@ from moepress.stages import model as model_stage
 H, I, E, SHARED, TOP_K = 32, 48, 4, 16, 3
 LAYERS, DENSE = 3, 1
 R = (I - SHARED) // E
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def recipe(**changes) -> dict:
@@ -60,7 +59,7 @@ def write_dense(folder, model_type="llama", **changes):
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory, one_thread):
+def source(tmp_path_factory):
     return write_dense(tmp_path_factory.mktemp("dense"))
 
 

@@ -287,9 +287,8 @@ def test_import_moepress_is_enough_in_either_order(checkpoint, tmp_path):
         f"tokens, expected = torch.tensor({TOKENS.tolist()}), torch.load({str(tmp_path / 'logits.pt')!r})\n"
         "with torch.inference_mode(): assert torch.equal(model(tokens).logits, expected)"
     )
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     running = [
-        subprocess.Popen([sys.executable, "-c", f"{order}\n{code}"], env=environment, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen([sys.executable, "-c", f"{order}\n{code}"], stderr=subprocess.PIPE, text=True)
         for order in ORDERS.values()
     ]
     for order, process in zip(ORDERS, running, strict=True):

@@ -14,8 +14,6 @@ from zoo import ZOO, plain_deepseek, write_zoo_model
 
 TOKENS = torch.randint(1, 250, (3, 20), generator=torch.Generator().manual_seed(1))
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def by_autograd(model):
     """Gradient of the summed loss at each decoder layer's output."""

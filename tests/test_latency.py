@@ -35,7 +35,6 @@ SHAPE = {
 SIZES = {"group_size": 16, "attention_bits": 4, "shared_bits": 4}
 WIDTHS = [4, 3, 3, 2, 2, 2, 1, 8]
 PESF = {"method": "pesf", "alpha": 0.9, "renormalize": True}
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

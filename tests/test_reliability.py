@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -36,7 +37,7 @@ def run(folder, overrides, **options):
 
 
 def begin(folder, overrides, **options):
-    log = (folder / "out.txt").open("w")
+    log = (folder / "out.txt").open("a")
     return subprocess.Popen(
         [*MOEPRESS, *overrides], cwd=folder, env=ENV, stdout=log, stderr=log, start_new_session=True, **options
     )
@@ -75,15 +76,16 @@ def test_kills_over_all_stages(tmp_path):
 def test_snakemake_alone_is_killed(place):
     """Its lock stays, and a stage that it has started works on: the next run says so, waits for that stage, and goes on."""
     folder, overrides = place
-    shutil.rmtree(folder / "results" / "report")
-    running = begin(folder, overrides)
-    until(lambda: list(folder.glob("results/report/*.partial")), running)
-    (snakemake,) = (child for child in children(running.pid) if "snakemake" in command_of(child))
-    os.kill(snakemake, signal.SIGKILL)
-    assert running.wait(60) == 1
-    assert list(folder.glob(".snakemake/locks/*.lock"))
-    again = run(folder, overrides)
-    assert again.returncode == 0 and "the last run here was killed; going on from what is whole" in again.stderr, again.stderr
+    with report_held_up(folder):
+        running = begin(folder, overrides)
+        until(lambda: "makes results/report/" in text(folder), running)
+        (snakemake,) = (child for child in children(running.pid) if "snakemake" in command_of(child))
+        os.kill(snakemake, signal.SIGKILL)
+        assert running.wait(60) == 1
+        assert list(folder.glob(".snakemake/locks/*.lock"))
+        again = begin(folder, overrides)
+        until(lambda: "the last run here was killed; going on from what is whole" in text(folder), again)
+    assert again.wait(120) == 0, text(folder)
     assert not list(folder.glob("results/*/*.partial")) and not list(folder.glob("results/*/.*.lock"))
 
 
@@ -341,14 +343,25 @@ def text(folder):
     return (folder / "out.txt").read_text()
 
 
+@contextmanager
+def report_held_up(folder):
+    """There is none, and the stage that makes it waits as long as this lasts."""
+    (report,) = (folder / "results" / "report").iterdir()
+    shutil.rmtree(report)
+    with locks.hold(locks.of(report)):
+        yield
+
+
 def test_the_second_run_in_a_folder_waits(place):
     folder, overrides = place
-    shutil.rmtree(folder / "results" / "report")
-    running = begin(folder, overrides)
-    until(lambda: list(folder.glob("results/report/*.partial")), running)
-    second = run(folder, overrides)
-    assert running.wait(60) == 0, text(folder)
-    assert second.returncode == 0 and "waiting for it" in second.stderr and "computed already" in second.stderr, second.stderr
+    with report_held_up(folder):
+        running = begin(folder, overrides)
+        until(lambda: "makes results/report/" in text(folder), running)
+        second = begin(folder, overrides)
+        until(lambda: "waiting for it (Ctrl-C" in text(folder), second)
+        assert running.poll() is None
+    assert second.wait(120) == running.wait(60) == 0
+    assert "everything is computed already" in text(folder)
 
 
 # --- a machine that fails --------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import yaml
 from docutils.core import publish_parts
 from safetensors.numpy import save_file
 
+from moepress import wording
 from moepress.artefacts import Task
 from moepress.report import (
     awareness,
@@ -627,8 +628,8 @@ def test_what_is_the_same_in_all_rows_is_said_once(study):
     ("value", "places", "expected"), [(-0.04, 1, "0.0"), (0.04, 1, "0.0"), (-0.06, 1, "-0.1"), (2, 1, "+2.0"), (0.0, 2, "0.00")]
 )
 def test_zero_has_no_sign(value, places, expected):
-    assert compare.decimal(value, places) == expected
-    assert compare.decimal(value, places, sign=False) == expected.lstrip("+")
+    assert wording.decimal(value, places) == expected
+    assert wording.decimal(value, places, sign=False) == expected.lstrip("+")
 
 
 def test_scatter_between_seeds_is_noise(results):

@@ -17,7 +17,6 @@ from moepress.models import muon, tiny
 from moepress.stages import model as model_stage
 
 CONFIG = yaml.safe_load((Path(__file__).parents[1] / "conf" / "model" / "tiny.yaml").read_text())
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def small(**training) -> dict:
@@ -31,7 +30,7 @@ def small(**training) -> dict:
 
 
 @pytest.fixture(scope="module")
-def documents(tmp_path_factory, one_thread):
+def documents(tmp_path_factory):
     """Two domains that share no word, and one that is only tested."""
     folder, random = tmp_path_factory.mktemp("corpus"), np.random.default_rng(0)
     rows = []

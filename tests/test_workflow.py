@@ -17,8 +17,9 @@ from conftest import small_experiment
 from moepress.composing import ROOT
 
 SECRETS = {"WANDB_API_KEY": "0f1e2d3c4b5a69788796a5b4c3d2e1f00f1e2d3c", "HF_TOKEN": "hf_aZbYcXdWeVfUgThSiRjQkPlOm"}
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", **SECRETS}
-QESC = ["allocation.bits=2.5", "quantization=qesc"]
+ENV = {**os.environ, **SECRETS}
+QUICK = ["quantization=rtn", "allocation=uniform", "allocation.bits=3", "latency.repeats=0"]
+"""Few stages: for what is not about them."""
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +105,7 @@ def test_errors_in_a_stage_are_one_line(place):
 def test_control_c_at_any_moment(place):
     """The whole command stopped as a terminal does it; the folder is not left locked, and the next run goes on."""
     folder, small = place
-    settings = [*small, "seed=7"]
+    settings = [*small, *QUICK, "seed=7"]
     for seconds in (1, 4, 9):
         command = [sys.executable, "-m", "moepress", *settings]
         running = subprocess.Popen(command, cwd=folder, env=ENV, stderr=subprocess.DEVNULL, start_new_session=True)
@@ -127,7 +128,7 @@ def test_a_sweep_stopped_and_started_again_only_finishes(place, how, to_all, see
     Ctrl-C, which a terminal sends to all of its processes, it unlocks the folder itself. So it does where only the command
     hears of it (`kill`)."""
     folder, small = place
-    sweep = ["--multirun", *small, "allocation=uniform", "allocation.bits=3", "quantization=rtn,gptq", f"seed={seed}"]
+    sweep = ["--multirun", *small, *QUICK, "quantization=rtn,gptq", f"seed={seed}"]
     before = artefacts(folder)
     command = [sys.executable, "-m", "moepress", *sweep]
     running = subprocess.Popen(command, cwd=folder, env=ENV, stderr=subprocess.PIPE, text=True, start_new_session=True)
@@ -150,74 +151,3 @@ def test_a_sweep_stopped_and_started_again_only_finishes(place, how, to_all, see
     once = [name.rpartition("-")[0] for name in artefacts(folder) - before]
     assert once.count("calibration/8x64") == once.count("quantization/gptq-3") == 1
     assert "everything is computed already" in moepress(folder, *sweep).stderr
-
-
-@pytest.mark.parametrize("stage", ["statistics", "quantization", "gradients"])
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_stopped_and_started_again(place, how, stage, tmp_path):
-    """Stopped behind the first layer: whole folders or none, and afterwards the bytes of an undisturbed run."""
-    folder, small = place
-    settings = ["quantization=rtn", "allocation=global"] if stage == "gradients" else QESC
-    command, out, whole = alone(folder, small, stage, tmp_path, settings)
-    running = subprocess.Popen(command, env=ENV, stderr=subprocess.DEVNULL, start_new_session=True)
-    inside = "streams/backward" if stage == "gradients" else "streams"
-    state = out.with_name(f"{out.name}.partial") / inside / "next_layer.json"
-    deadline = time.time() + 60
-    while not state.exists() and running.poll() is None and time.time() < deadline:
-        time.sleep(0.002)
-    os.killpg(running.pid, how)
-    running.wait()
-    if not out.exists():  # on a fast machine it may have finished before the signal
-        assert state.exists()
-        subprocess.run(command, env=ENV, check=True, capture_output=True)
-    assert_same_bytes(whole, out)
-
-
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="needs root, to mount a small disk")
-def test_a_full_disk_in_the_middle_of_a_layer(place, tmp_path):
-    """A disk that gets a little more after each failure: the error says so, whole layers are kept, the bytes are the same."""
-    folder, small = place
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    size = 128
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", str(disk)], capture_output=True).returncode:
-        pytest.skip("this system lets nobody mount")
-    try:
-        command, out, whole = alone(folder, small, "quantization", disk)
-        failures, layers_kept = [], []
-        while not out.exists():
-            done = subprocess.run(command, env=ENV, capture_output=True, text=True)
-            if done.returncode:
-                assert "Traceback" not in done.stderr, done.stderr
-                failures.append("the disk is full" in done.stderr and "whole layers are kept" in done.stderr)
-                state = out.with_name(f"{out.name}.partial") / "streams" / "next_layer.json"
-                layers_kept.append(json.loads(state.read_text())["next_layer"] if state.exists() else 0)
-                size += 96
-                subprocess.run(["mount", "-o", f"remount,size={size}k", str(disk)], check=True)
-        assert failures and all(failures) and layers_kept == sorted(layers_kept)
-        assert_same_bytes(whole, out)
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
-
-
-def alone(folder, small, stage, place, settings=QESC):
-    """A stage's command into results of its own under `place`, its folder there, and the one of an undisturbed run."""
-    settings = [*small, *settings]
-    report = moepress(folder, *settings).stdout.splitlines()[-1]
-    runs = yaml.safe_load((folder / report / "config.yaml").read_text())["config"]["runs"]
-    name = runs[-1]["artefacts"].get(stage)
-    if name is None:  # one that no row of a report reads
-        (name,) = (f"{p.parent.name}/{p.name}" for p in (folder / "results" / stage).iterdir() if p.is_dir())
-    (place / "results" / stage).mkdir(parents=True)
-    for upstream in {"model", "corpus", "calibration", "statistics", "allocation"} - {stage}:
-        (place / "results" / upstream).symlink_to(folder / "results" / upstream)
-    task, out = folder / "results" / "tasks" / f"{name}.yaml", place / "results" / name
-    return [sys.executable, "-m", "moepress.stages", str(task), str(out)], out, folder / "results" / name
-
-
-def assert_same_bytes(whole, out):
-    compared = [p for p in whole.glob("*") if p.suffix in (".safetensors", ".json")]
-    for path in compared:
-        if path.name not in ("provenance.json", "timing.json"):
-            assert path.read_bytes() == (out / path.name).read_bytes(), path.name
-    assert {p.name for p in whole.iterdir()} - {".snakemake_timestamp"} == {p.name for p in out.iterdir()}

@@ -28,3 +28,18 @@ def readable(num_bytes: float, rounded=round) -> str:
     """`1.25GiB`, `312.40MiB`, in a form that allocation.budget takes."""
     unit, name = (2**30, "GiB") if num_bytes >= 2**30 else (2**20, "MiB")
     return f"{rounded(100 * num_bytes / unit) / 100:.2f}{name}"
+
+
+def mebibytes(count: float) -> str:
+    """Bytes for people: three digits with the largest binary unit."""
+    for unit, scale in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20)):
+        if count >= scale:
+            value = count / scale
+            return f"{value:.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
+    return f"{count / 1024:.3g} KiB"
+
+
+def decimal(value: float, places: int, sign: bool = True) -> str:
+    """With so many digits behind the point; what rounds to zero has no sign."""
+    text = f"{value:{'+' if sign else ''}.{places}f}"
+    return text.lstrip("+-") if float(text) == 0 else text

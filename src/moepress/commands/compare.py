@@ -9,10 +9,9 @@ import numpy as np
 from moepress import lookup
 from moepress.commands import results
 from moepress.report import paired, reading
-from moepress.report.compare import decimal
 from moepress.report.reading import Run
 from moepress.report.table import tabulate
-from moepress.wording import aligned
+from moepress.wording import aligned, decimal
 
 
 def main(arguments: list[str]) -> None:

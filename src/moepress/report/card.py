@@ -8,8 +8,8 @@ from itertools import groupby
 import jinja2
 import yaml
 
-from moepress.report.compare import mebibytes
 from moepress.report.reading import label
+from moepress.wording import mebibytes
 
 CARD = """\
 # {{ name }} in {{ nominal }} bits

@@ -8,6 +8,7 @@ from moepress.report import paired
 from moepress.report.paired import Difference, increase
 from moepress.report.reading import Run, Speedup, label, methods, reference_of
 from moepress.report.table import mean_over_domains
+from moepress.wording import decimal, mebibytes
 
 
 @dataclass(frozen=True)
@@ -97,12 +98,6 @@ def percent(delta: Difference, sign: bool = True) -> str:
     error = 100 * ratio * delta.stderr
     value = f"{decimal(100 * (ratio - 1), digits(error), sign)}\u00a0%"
     return value if np.isnan(error) else f"{value} ±\u00a0{error:.{digits(error)}f}"
-
-
-def decimal(value: float, places: int, sign: bool = True) -> str:
-    """With so many digits behind the point; what rounds to zero has no sign."""
-    text = f"{value:{'+' if sign else ''}.{places}f}"
-    return text.lstrip("+-") if float(text) == 0 else text
 
 
 def digits(error: float) -> int:
@@ -256,12 +251,3 @@ def _range(speedups: list[Speedup]) -> str:
         return f"{ends[0][:-1]}, within noise)" if noisy else ends[0]
     count = "all" if noisy == len(speedups) else f"{noisy} of {len(speedups)}"
     return f"between {ends[0]} and {ends[1]}" + (f", {count} within noise" if noisy else "")
-
-
-def mebibytes(count: float) -> str:
-    """Bytes for people: three digits with the largest binary unit."""
-    for unit, scale in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20)):
-        if count >= scale:
-            value = count / scale
-            return f"{value:.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
-    return f"{count / 1024:.3g} KiB"

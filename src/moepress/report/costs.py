@@ -5,9 +5,9 @@ import pandas as pd
 
 from moepress.dag import STAGES
 from moepress.lookup import Found
-from moepress.report.compare import mebibytes
 from moepress.report.readable import Cell, seconds
 from moepress.report.reading import Run
+from moepress.wording import mebibytes
 
 
 def tabulate(runs: list[Run]) -> pd.DataFrame:

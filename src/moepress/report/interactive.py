@@ -30,12 +30,12 @@ from bokeh.resources import Resources
 from matplotlib.colors import to_hex, to_rgb
 
 from moepress.report import paired
-from moepress.report.compare import decimal
 from moepress.report.heatmaps import BIT_COLOURS, MOST_NUMBERS
 from moepress.report.reading import Run, methods, reference_of
 from moepress.report.style import INK as DARK
 from moepress.report.style import series_styles
 from moepress.report.table import mean_over_domains
+from moepress.wording import decimal
 
 INK = "#808890"
 """Of axes and letters: readable on a light and on a dark page."""

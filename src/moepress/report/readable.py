@@ -6,9 +6,10 @@ import numpy as np
 import pandas as pd
 
 from moepress.report import paired
-from moepress.report.compare import decimal, digits, marks, mebibytes, percent
+from moepress.report.compare import digits, marks, percent
 from moepress.report.paired import Difference, increase
 from moepress.report.reading import Run, methods, reference_of
+from moepress.wording import decimal, mebibytes
 
 MARKS = {"best": "★", "tied": "≈", "": ""}
 BEST = "★ lowest perplexity at its size (of checkpoints whose bytes agree within 1 %)."

@@ -1,0 +1,95 @@
+"""A stage stopped in the middle of its layers: whole layers are kept, and it ends with the bytes of one that was not."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from moepress import artefacts, plan
+
+
+@pytest.fixture
+def place(made, tmp_path):
+    """The results of an experiment, all there, in a working folder; its overrides."""
+    overrides, report, _ = made
+    shutil.copytree(report.parent.parent, tmp_path / "whole")
+    return tmp_path, [*overrides, f"paths.results={tmp_path / 'whole'}"]
+
+
+def alone(place, stage, *settings):
+    """A stage's command into results of its own, where they are, and where those of the undisturbed stage are."""
+    folder, overrides = place
+    planned = plan.for_overrides([*overrides, *settings])
+    (name,) = (name for name, item in planned.artefacts.items() if item.stage == stage)
+    whole, out = folder / "whole" / name, folder / "again" / name
+    out.parent.mkdir(parents=True)
+    for found in planned.artefacts[name].inputs.values():
+        (folder / "again" / found.stage).symlink_to(folder / "whole" / found.stage)
+    task = artefacts.task_path(folder / "whole", name)
+    if not whole.exists():
+        artefacts.run_stage(task, whole)
+    return [sys.executable, "-m", "moepress.stages", str(task), str(out)], out, whole
+
+
+def assert_same_bytes(out, whole):
+    for path in whole.glob("*"):
+        if path.suffix in (".safetensors", ".json") and path.name not in ("provenance.json", "timing.json"):
+            assert path.read_bytes() == (out / path.name).read_bytes(), path.name
+    assert {path.name for path in whole.iterdir()} == {path.name for path in out.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("stage", "how"),
+    [
+        ("statistics", signal.SIGKILL),
+        ("gradients", signal.SIGKILL),
+        ("quantization", signal.SIGKILL),
+        ("quantization", signal.SIGINT),
+    ],
+)
+def test_stopped_and_started_again(place, stage, how):
+    """Stopped behind the first layer."""
+    command, out, whole = alone(place, stage, *(["allocation=global"] if stage == "gradients" else []))
+    running = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
+    inside = "streams/backward" if stage == "gradients" else "streams"
+    state = out.with_name(f"{out.name}.partial") / inside / "next_layer.json"
+    deadline = time.time() + 60
+    while not state.exists() and running.poll() is None and time.time() < deadline:
+        time.sleep(0.002)
+    os.killpg(running.pid, how)
+    running.wait()
+    if not out.exists():  # on a fast machine it may have finished before the signal
+        assert state.exists()
+        subprocess.run(command, check=True, capture_output=True)
+    assert_same_bytes(out, whole)
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="needs root, to mount a small disk")
+def test_a_full_disk_in_the_middle_of_a_layer(place):
+    """A disk that gets a little more after each failure: the error says so, whole layers are kept, the bytes are the same."""
+    disk = place[0] / "again"
+    disk.mkdir()
+    size = 640
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("this system lets nobody mount")
+    try:
+        command, out, whole = alone(place, "quantization")
+        failures, layers_kept = [], []
+        while not out.exists():
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                assert "Traceback" not in done.stderr, done.stderr
+                failures.append("the disk is full" in done.stderr and "whole layers are kept" in done.stderr)
+                state = out.with_name(f"{out.name}.partial") / "streams" / "next_layer.json"
+                layers_kept.append(json.loads(state.read_text())["next_layer"] if state.exists() else 0)
+                size += 96
+                subprocess.run(["mount", "-o", f"remount,size={size}k", str(disk)], check=True)
+        assert failures and all(failures) and layers_kept == sorted(layers_kept)
+        assert_same_bytes(out, whole)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
