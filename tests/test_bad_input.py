@@ -154,7 +154,7 @@ def test_no_number_may_be_nonsense():
         (["cores=0"], r"cores=0: null for all"),
         (["tracking.project='a?b'"], r"tracking\.project='a\?b': a W&B project's name"),
         (["model=[1,2]"], r"model=\[1, 2\]: give one name; model is one of"),
-        (["quantization=null"], r"quantization=None: give one name; quantization is one of"),
+        (["quantization=null"], r"quantization=null: give one name; quantization is one of"),
         (["seed=-1"], r"seed=-1: a whole number"),
         (["allocation.budget=1.2.3GiB"], r"allocation\.budget='1\.2\.3GiB'"),
         (["seed=" + "[" * 3000], "nested too deeply|seed="),

@@ -43,6 +43,7 @@ def test_values_are_plain_and_resolved():
         (["experiment=fast", "quantization.clip=2"], r"quantization=fast has no key 'clip'"),
         (["experiment=fast", "quantization=gptq"], r"stands for allocation=global quantization=fast, which quantization=gptq"),
         (["allocation=uniform", "experiment=best"], r"or write allocation=uniform quantization=best in their place"),
+        (["experiment=null"], r"experiment=null: give one name; experiment is one of best, fast"),
         (["plann"], r"'plann' is no KEY=VALUE"),
         (["quantization"], r"'quantization': a group needs a value, quantization=best\|fast"),
         (["model.path"], r"'model\.path': a key needs a value, model\.path=VALUE"),

@@ -123,11 +123,11 @@ def refuse_words(arguments: list[str]) -> None:
 def check_study(arguments: list[str]) -> None:
     """ValueError for a study that there is not, or beside an experiment, which each line of it is by itself."""
     given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
-    name, chosen = given.get("study", "null"), given.get("experiment", "null")
-    if name == "null" or "--multirun" in arguments or "-m" in arguments:
+    name, chosen = given.get("study"), given.get("experiment")
+    if name is None or "--multirun" in arguments or "-m" in arguments:
         return
     study = studies.load_study(name)
-    if chosen != "null" and any(
+    if chosen is not None and any(
         "quantization=" in line or "allocation=" in line for line in (*study["base"], *study["experiments"])
     ):
         raise ValueError(

@@ -119,8 +119,7 @@ def _unknown_choice(overrides: list[str] | tuple[str, ...]) -> str | None:
     for override in overrides:
         group, is_set, option = override.partition("=")
         known, option = options(group), option.strip("'\"")
-        is_null = option == "null" and group in ("experiment", "study")
-        if is_set and "." not in group and known and option not in known and not is_null and not group.startswith("hydra"):
+        if is_set and "." not in group and known and option not in known and not group.startswith("hydra"):
             return f"{group}={option[:100]}: no such choice{nearest(option, known)}; {group} is one of {', '.join(known)}"
     return None
 
@@ -130,8 +129,8 @@ def _unknown_key(overrides: list[str] | tuple[str, ...]) -> str | None:
     chosen = [f"{group}={option}" for group, option in choices(overrides).items() if option in options(group)]
     config = OmegaConf.to_container(_composed(tuple(chosen), _newest_change()), resolve=False)
     for override in overrides:
-        name = override.partition("=")[0].lstrip("~")
-        if name.startswith(("+", "hydra.", "hydra/")) or "@" in name or name in groups():
+        name = override.partition("=")[0]
+        if name.startswith(("+", "~", "hydra.", "hydra/")) or "@" in name or name in groups():
             continue
         node, path, said = config, name.split("."), override[:100]
         for depth, part in enumerate(path):
@@ -188,13 +187,11 @@ def composed(overrides: list[str] | tuple[str, ...]) -> DictConfig:
             raise ValueError(f"{override[:200]!r}: {readable_error(error, overrides)}") from error
     for one in parsed:
         value = one.value()
-        may_be_none = one.key_or_group in ("experiment", "study")
         is_name = re.fullmatch(r"[\w./-]{1,100}", str(getattr(value, "text", value))) and isinstance(value, str | QuotedString)
-        is_name = is_name or (value is None and may_be_none)
         is_ours = _is_choice(one) and not one.is_hydra_override()
         if is_ours and one.type == OverrideType.CHANGE and not one.is_sweep_override() and not is_name:
-            group = one.key_or_group
-            raise ValueError(f"{group}={value!r}: give one name; {group} is one of {', '.join(options(group))}")
+            group, said = one.key_or_group, "null" if value is None else repr(value)
+            raise ValueError(f"{group}={said}: give one name; {group} is one of {', '.join(options(group))}")
     if any(one.type != OverrideType.CHANGE or one.is_sweep_override() for one in parsed):  # `+a=1`, `~a`: rare
         return deepcopy(_composed(tuple(overrides), _newest_change()))
     choices = tuple(override for override, one in zip(overrides, parsed, strict=True) if _is_choice(one))

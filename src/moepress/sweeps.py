@@ -99,7 +99,7 @@ def refuse_whole(overrides: list[str]) -> None:
     """ValueError for what no member of a sweep can be."""
     plan.refuse_out(overrides, "a sweep has many checkpoints; give out= to a single experiment")
     for override in overrides:
-        if override.startswith("study=") and override != "study=null":
+        if override.startswith("study="):
             raise ValueError(f"{override}: a study is many experiments already; run it without --multirun")
 
 

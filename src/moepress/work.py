@@ -12,7 +12,7 @@ from pathlib import Path
 from moepress.data import textfiles
 from moepress.evaluation import benchmarks, suites
 from moepress.models.families import FAMILIES, group_of, kind_of
-from moepress.models.limits import TOKENS_AT_ONCE, WORKSPACE, experts_at_once, followed, kept_bytes, num_candidates
+from moepress.models.limits import TOKENS_AT_ONCE, TRIED, WORKSPACE, experts_at_once, followed, kept_bytes, num_candidates
 from moepress.models.outline import Outline
 
 TRIAL_FLOPS, TRIAL_FLOPS_BY_TORCH = 90, 250
@@ -166,10 +166,11 @@ def quantization_work(model: Outline, calibration: dict, settings: dict) -> tupl
         flops += settings["tune_steps"] * 2 * UNPACK_FLOPS_BY_TORCH * model.routed_weights
         steps += settings["tune_steps"] * TUNE_STEPS * num_experts
     if method != "rtn" and settings["distill_steps"]:
-        seen = settings["distill_steps"] * max(settings["tune_tokens"], calibration["seq_len"])
+        descended = settings["distill_steps"] + (TRIED if settings["distill_steps"] > TRIED else 0)
+        seen = descended * max(settings["tune_tokens"], calibration["seq_len"])
         flops += 4 * forward_flops(model, seen, calibration["seq_len"])
-        flops += settings["distill_steps"] * 2 * UNPACK_FLOPS_BY_TORCH * model.routed_weights
-        steps += settings["distill_steps"] * TUNE_STEPS * num_experts
+        flops += descended * 2 * UNPACK_FLOPS_BY_TORCH * model.routed_weights
+        steps += descended * TUNE_STEPS * num_experts
         if settings["distill_sequences"] is not None:  # and that text through the 16-bit model
             flops += forward_flops(model, seen, calibration["seq_len"])
     return flops, steps

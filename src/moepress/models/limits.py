@@ -20,6 +20,11 @@ DIAGNOSED = 4
 """Where the 16-bit model's hidden states serve the diagnostics alone, they are followed for one sequence in so many."""
 
 
+TRIED = 4
+"""Steps of the last tuning that tell whether a rate is far too high; after so few, a good one may stand a quarter above the
+start."""
+
+
 def curvature_bytes(width: int) -> int:
     """Of a float32 curvature `[width, width]` with its factor and their work."""
     return 6 * 4 * width**2

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moepress.inference.checkpoint import load_model
 from moepress.inference.saving import write_shard
+from moepress.models.limits import TRIED
 from moepress.models.streaming import ModelStream
 from moepress.quantization.tuning import Tuned, descend
 
@@ -77,7 +78,8 @@ def distill(
         return Distilled(tensors, losses, rate) if after < most * before else None
 
     for lower in (rate, rate / 4, rate / 16):
-        if descent(min(TRIAL, steps), lower, most=1.5) and (found := descent(steps, lower, most=1)):
+        is_bearable = steps <= TRIED or descent(TRIED, lower, most=1.5)
+        if is_bearable and (found := descent(steps, lower, most=1)):
             return found
     print("tuning the whole model made it worse at every rate and is left out: take a smaller quantization.distill_rate")
     return Distilled({}, [], 0.0)
@@ -85,8 +87,6 @@ def distill(
 
 CHECKED = 16
 """Sequences that tell whether the tuning was for the better."""
-TRIAL = 4
-"""Steps that tell whether a rate is far too high; after so few, a good one may stand a quarter above the start."""
 
 
 def replace(folder: Path, tuned: dict[str, torch.Tensor]) -> None:
