@@ -231,7 +231,8 @@ def test_the_launchers_settings_become_snakemakes_options():
     assert options[0] == "--cores" and "--executor" not in options and "--keep-going" in options
     cluster = execution.Settings(executor="slurm", jobs=16, profile="p", arguments=("--resources", "gpu=4"))
     assert cluster.options(None) == [
-        *("--executor", "slurm", "--jobs", "16", "--workflow-profile", "p", "--keep-going", "--resources", "gpu=4")
-    ]
+        *("--executor", "slurm", "--jobs", "16", "--workflow-profile", "p", "--keep-going", "--resources", "gpu=4"),
+        *("--quiet", "host", "reason"),
+    ], "why a cluster refused a job is told"
     assert execution.Settings(cores=3).options(2)[:2] == ["--cores", "3"]
     assert execution.Settings().options(2)[:2] == ["--cores", "2"]

@@ -47,7 +47,9 @@ class Settings:
         given = {"cores": cores, "executor": self.executor, "jobs": self.jobs, "workflow-profile": profile}
         named = [part for name, value in given.items() if value is not None for part in (f"--{name}", str(value))]
         bucket = ["--default-storage-provider", "s3", "--default-storage-prefix", self.storage] if self.storage else []
-        return [*named, *bucket, "--keep-going", *map(str, self.arguments)]
+        # A stage that runs here says itself what Snakemake would; elsewhere only Snakemake knows that a job was refused, and why.
+        quiet = ["--quiet", "host", "reason", *(["rules"] if self.is_local else [])]
+        return [*named, *bucket, "--keep-going", *map(str, self.arguments), *quiet]
 
 
 def settings_of(launcher) -> Settings:
@@ -82,7 +84,7 @@ def _run(plan: Plan, experiments: list[list[str]], settings: Settings, lock: int
     asked = Path(plan.results) / "tasks" / "asked" / f"{Path(plan.report).name}.json"
     write_if_changed(asked, json.dumps({"experiments": lines}, indent=1, ensure_ascii=False) + "\n")
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--configfile", str(asked)]
-    command += [*settings.options(plan.cores), "--quiet", "host", "rules", "reason"]
+    command += settings.options(plan.cores)
     command += ["--", "here"] if settings.storage else []
     is_stopped = False
     with _terminated_as_interrupted(), locks.snakemake(command, lock) as snakemake:
@@ -172,7 +174,11 @@ def failure(results: Path, folders: Iterable[str | Path], since: float = 0.0) ->
     logs = _logs(results, folders, since)
     if not logs:
         return "Snakemake failed before any stage began; its log is the newest in .snakemake/log/"
-    lines = logs[-1].read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["(nothing)"]
+    lines = logs[-1].read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    if not lines:
+        return (
+            f"ended before its first word; what Snakemake says of its job is above and in .snakemake/log/ ({logs[-1]} is empty)"
+        )
     told = [line for line in lines if line.startswith("moepress: ") and not line.endswith("waiting for it")]
     last = told[-1].removeprefix("moepress: ") if told else lines[-1]
     if not told and not any(line.startswith("Traceback (most recent call last)") for line in lines):

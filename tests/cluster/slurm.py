@@ -22,7 +22,7 @@ import psutil
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "sinfo")
 NODES = ("node1", "node2")
-MEMORY_MB = 4000
+MEMORY_MB = 8000
 
 SLURM_CONF = """
 ClusterName=loopback
