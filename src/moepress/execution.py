@@ -47,7 +47,7 @@ class Settings:
         given = {"cores": cores, "executor": self.executor, "jobs": self.jobs, "workflow-profile": profile}
         named = [part for name, value in given.items() if value is not None for part in (f"--{name}", str(value))]
         bucket = ["--default-storage-provider", "s3", "--default-storage-prefix", self.storage] if self.storage else []
-        # A stage that runs here says itself what Snakemake would; elsewhere only Snakemake knows that a job was refused, and why.
+        # A stage that runs here says itself what Snakemake would; elsewhere only Snakemake knows why a job was refused.
         quiet = ["--quiet", "host", "reason", *(["rules"] if self.is_local else [])]
         return [*named, *bucket, "--keep-going", *map(str, self.arguments), *quiet]
 
