@@ -133,6 +133,7 @@ def test_perplexity_and_its_error():
     draws = np.random.default_rng(1).choice(nll, (4000, 50)).mean(1)
     assert value == pytest.approx(np.exp(nll.mean()))
     assert error == pytest.approx(np.exp(draws).std(), rel=0.1)
+    assert ppl.perplexity(np.array([2.0, 2.2]))[1] == pytest.approx(0.1 * np.exp(2.1))
     assert ppl.perplexity(np.array([2.0]))[1] == 0
 
 

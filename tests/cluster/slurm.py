@@ -1,6 +1,6 @@
 """A Slurm of this machine alone: munge, a controller and two node daemons on loopback, all in one folder, and gone afterwards.
 
-python tests/cluster/slurm.py FOLDER        starts it, says how to use it, and takes it down at Ctrl-C
+python tests/cluster/slurm.py FOLDER        starts it, says how to use it, and takes it down at Ctrl-C or `kill`
 
 Needs Debian's slurmctld, slurmd, slurm-client and munge (apt-get install slurm-wlm munge). No cgroups, no accounting daemon:
 what ran where is in the controller's own text file. A node's "GPU" is /dev/null: it is counted and handed out as a real one is.
@@ -233,6 +233,7 @@ class Cluster:
 if __name__ == "__main__":
     if lack := missing():
         sys.exit(lack)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with Cluster(Path(sys.argv[1])) as running:
         print(
             f"export SLURM_CONF={running.place}/slurm.conf   # then: sinfo, sbatch ...; Ctrl-C here takes it down", flush=True
