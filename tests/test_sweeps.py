@@ -236,3 +236,19 @@ def test_the_launchers_settings_become_snakemakes_options():
     ], "why a cluster refused a job is told"
     assert execution.Settings(cores=3).options(2)[:2] == ["--cores", "3"]
     assert execution.Settings().options(2)[:2] == ["--cores", "2"]
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        ("", "ended before its first word; what Snakemake says of its job is above"),
+        ("model a: started\n", "killed, for want of memory if nobody did it; the last that it said was: model a: started"),
+        ("model a: started\nmoepress: seed=x: a number\n", "seed=x: a number (the log: "),
+        ("Traceback (most recent call last)\nKeyError: 'x'\n", "KeyError: 'x' (the log: "),
+    ],
+)
+def test_why_an_artefact_is_missing(said, why, tmp_path):
+    log = tmp_path / "logs" / "model" / "a-1.log"
+    log.parent.mkdir(parents=True)
+    log.write_text(said)
+    assert why in execution.failure(tmp_path, ["model/a-1"])
