@@ -11,50 +11,65 @@ from moepress.report import paired
 from moepress.report.paired import Difference
 
 
-def compared(sides: list[list[dict[str, list[float]]]]) -> Difference:
-    """`difference` of two lists of measured values, one for each seed."""
-    runs = [[{name: np.asarray(own) for name, own in values.items()} for values in side] for side in sides]
-    return paired.difference(*runs, measured=lambda run: run)
+def compared(sides: list[list[dict[str, list[float]]]], is_shared: bool = False) -> Difference:
+    """`difference` of two lists of measured values, one for each seed. is_shared: whether both sides have the same seeds."""
+    runs = [
+        [
+            SimpleNamespace(
+                seed=number + 10 * side * (not is_shared), values={name: np.asarray(own) for name, own in each.items()}
+            )
+            for number, each in enumerate(values)
+        ]
+        for side, values in enumerate(sides)
+    ]
+    return paired.difference(*runs, measured=lambda run: run.values)
 
 
-@given(st.integers(0, 2**32 - 1), st.integers(1, 3), st.integers(1, 3))
-@settings(max_examples=40, deadline=None)
-def test_against_loops(seed, num_own, num_base):
+@given(st.integers(0, 2**32 - 1), st.integers(1, 3), st.integers(1, 3), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_against_loops(seed, num_own, num_base, is_shared):
     rng = np.random.default_rng(seed)
     sizes = {name: int(rng.integers(2, 6)) for name in "abc"[: rng.integers(1, 4)]}
     own, base = ([{name: rng.normal(size=size) for name, size in sizes.items()} for _ in range(n)] for n in (num_own, num_base))
-    found = compared([own, base])
+    found = compared([own, base], is_shared)
     means, parts = [], []
     for name, size in sizes.items():
         each = [np.mean([run[name][i] for run in own]) - np.mean([run[name][i] for run in base]) for i in range(size)]
         means.append(np.mean(each))
         parts.append((sum((x - means[-1]) ** 2 for x in each) / (size - 1) / size / len(sizes) ** 2, size - 1))
-    for side in (own, base):
-        if len(side) > 1:
-            overall = [np.mean([run[name].mean() for name in sizes]) for run in side]
-            parts.append((np.var(overall, ddof=1) / len(side), len(side) - 1))
+    overall = [[np.mean([run[name].mean() for name in sizes]) for run in side] for side in (own, base)]
+    if is_shared and num_own == num_base:
+        overall = [[one - other for one, other in zip(*overall, strict=True)]]
+    for drawn in overall:
+        if len(drawn) > 1:
+            parts.append((np.var(drawn, ddof=1) / len(drawn), len(drawn) - 1))
     total = sum(variance for variance, _ in parts)
     assert found.value == pytest.approx(np.mean(means))
     assert found.stderr == pytest.approx(np.sqrt(total))
     assert found.freedom == pytest.approx(total**2 / sum(variance**2 / freedom for variance, freedom in parts))
 
 
-@pytest.mark.parametrize(("num_blocks", "num_seeds"), [(4, 1), (30, 1), (30, 3)])
-def test_intervals_cover_the_truth_as_often_as_they_say(num_blocks, num_seeds):
-    """A thousand experiments with a true difference of 0.5; blocks are hard or easy for both sides alike."""
+@pytest.mark.parametrize(
+    ("num_blocks", "num_seeds", "is_shared"), [(4, 1, False), (30, 1, False), (30, 3, False), (30, 3, True)]
+)
+def test_intervals_cover_the_truth_as_often_as_they_say(num_blocks, num_seeds, is_shared):
+    """A thousand experiments with a true difference of 0.5; blocks are hard or easy for both sides alike, and so are shared
+    calibration samples lucky or not."""
     rng = np.random.default_rng(0)
-    held = []
+    held, widths = [], []
     for _ in range(1000):
         hard = {name: rng.normal(0, 5, num_blocks) for name in "ab"}
-        drawn = rng.normal(0, 0.3 * (num_seeds > 1), (2, num_seeds))
+        drawn = rng.normal(0, 0.3 * (num_seeds > 1), (2, num_seeds)) + rng.normal(0, 2.0 * is_shared, num_seeds)
         sides = []
         for shift, side in zip((0.5, 0.0), drawn, strict=True):
             sides.append(
                 [{name: own + shift + one + rng.normal(0, 0.4, num_blocks) for name, own in hard.items()} for one in side]
             )
-        low, high = compared(sides).interval
+        low, high = compared(sides, is_shared).interval
         held.append(low <= 0.5 <= high)
-    assert 0.93 <= np.mean(held) <= 0.985, np.mean(held)
+        widths.append(high - low)
+    assert 0.92 <= np.mean(held) <= 0.985, np.mean(held)
+    assert np.median(widths) < 2, "the samples' luck, 2 a sample, cancels"
 
 
 def test_what_is_not_known_is_not_called_a_difference():

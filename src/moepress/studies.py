@@ -104,7 +104,7 @@ def compared(experiments: list[Experiment]) -> list[Experiment]:
     return found
 
 
-REPORT_VERSION = 4
+REPORT_VERSION = 5
 
 
 def report_artefact(name: str, caption: str, experiments: list[Experiment]) -> Artefact:
