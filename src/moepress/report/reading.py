@@ -18,7 +18,8 @@ from moepress.artefacts import read_json
 from moepress.models import families, folders
 
 LABELS = {"none": "16 bit", "pmq_code": "PMQ as coded", "hessian": "Hessian"}
-LABELS |= {"fast": "ours, fast", "best": "ours, best"}
+LABELS |= {"gptq_minmax": "GPTQ min-max", "gptq_clip": "GPTQ wide clip", "gptq_mc": "GPTQ as MC codes it"}
+LABELS |= {"fast": "ours, fast", "best": "ours, best", "static": "static removal"}
 LABELS |= {name: name for name in ("uniform", "half", "random", "frequency", "weight", "global")}
 
 UNTIMED = dict.fromkeys(("device", "threads", "dtype", "prefill_ms", "decode_ms", "speedup_prefill", "speedup_decode"))
