@@ -1,6 +1,7 @@
 """A small random Mixtral with its tokenizer, and a small corpus: what most tests run on."""
 
 import os
+import shutil
 
 # Read when numpy and torch are first imported. Models are small and the suite runs a process for each core: a second thread
 # would only wait. Stages that tests start as processes have it, too, so bytes can be compared.
@@ -151,6 +152,14 @@ def made(tmp_path_factory, model_folder, text_folder):
         artefacts.run_stage(artefacts.task_path(place, folder), place / folder)
     (checkpoint,) = place.glob("quantization/*")
     return overrides, place / planned.report.removeprefix(f"{place}/"), checkpoint
+
+
+@pytest.fixture
+def finished(made, tmp_path):
+    """A working folder with a copy of its results, all of them there, and its overrides."""
+    overrides, report, _ = made
+    shutil.copytree(report.parent.parent, tmp_path / "results")
+    return tmp_path, [override for override in overrides if not override.startswith("paths.results=")]
 
 
 @pytest.fixture(scope="session")

@@ -50,9 +50,10 @@ def test_against_loops(seed, num_own, num_base, is_shared):
 
 
 @pytest.mark.parametrize(
-    ("num_blocks", "num_seeds", "is_shared"), [(4, 1, False), (30, 1, False), (30, 3, False), (30, 3, True)]
+    ("num_blocks", "num_seeds", "is_shared", "least"),
+    [(4, 1, False, 0.93), (30, 1, False, 0.93), (30, 3, False, 0.93), (30, 3, True, 0.92)],
 )
-def test_intervals_cover_the_truth_as_often_as_they_say(num_blocks, num_seeds, is_shared):
+def test_intervals_cover_the_truth_as_often_as_they_say(num_blocks, num_seeds, is_shared, least):
     """A thousand experiments with a true difference of 0.5; blocks are hard or easy for both sides alike, and so are shared
     calibration samples lucky or not."""
     rng = np.random.default_rng(0)
@@ -68,7 +69,7 @@ def test_intervals_cover_the_truth_as_often_as_they_say(num_blocks, num_seeds, i
         low, high = compared(sides, is_shared).interval
         held.append(low <= 0.5 <= high)
         widths.append(high - low)
-    assert 0.92 <= np.mean(held) <= 0.985, np.mean(held)
+    assert least <= np.mean(held) <= 0.985, np.mean(held)
     assert np.median(widths) < 2, "the samples' luck, 2 a sample, cancels"
 
 

@@ -20,27 +20,16 @@ from moepress import artefacts, integrity, locks, plan
 from moepress.commands import verify
 from moepress.composing import ROOT
 
-ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 MOEPRESS = [sys.executable, "-m", "moepress"]
 
 
-@pytest.fixture
-def place(made, tmp_path):
-    """A working folder with the results of an experiment, all of them there, and its overrides."""
-    overrides, report, _ = made
-    shutil.copytree(report.parent.parent, tmp_path / "results")
-    return tmp_path, [override for override in overrides if not override.startswith("paths.results=")]
-
-
 def run(folder, overrides, **options):
-    return subprocess.run([*MOEPRESS, *overrides], cwd=folder, env=ENV, capture_output=True, text=True, **options)
+    return subprocess.run([*MOEPRESS, *overrides], cwd=folder, capture_output=True, text=True, **options)
 
 
 def begin(folder, overrides, **options):
     log = (folder / "out.txt").open("a")
-    return subprocess.Popen(
-        [*MOEPRESS, *overrides], cwd=folder, env=ENV, stdout=log, stderr=log, start_new_session=True, **options
-    )
+    return subprocess.Popen([*MOEPRESS, *overrides], cwd=folder, stdout=log, stderr=log, start_new_session=True, **options)
 
 
 def until(told, *processes, seconds=120):
@@ -67,15 +56,15 @@ def written(place):
 
 def test_kills_over_all_stages(tmp_path):
     command = [sys.executable, str(Path(__file__).with_name("faults.py")), "--kills", "16", "--place", str(tmp_path)]
-    done = subprocess.run(command, env=ENV, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "kills survived, every byte as in undisturbed runs" in done.stdout
     assert all(f'"stage": "{stage}"' in done.stdout for stage in ("model", "statistics", "quantization", "report")), done.stdout
 
 
-def test_snakemake_alone_is_killed(place):
+def test_snakemake_alone_is_killed(finished):
     """Its lock stays, and a stage that it has started works on: the next run says so, waits for that stage, and goes on."""
-    folder, overrides = place
+    folder, overrides = finished
     with report_held_up(folder):
         running = begin(folder, overrides)
         until(lambda: "makes results/report/" in text(folder), running)
@@ -90,27 +79,27 @@ def test_snakemake_alone_is_killed(place):
 
 
 @pytest.mark.soak
-def test_a_plain_snakemake_is_killed(place):
+def test_a_plain_snakemake_is_killed(finished):
     """The other door: its next run frees the folder, too."""
-    folder, overrides = place
+    folder, overrides = finished
     shutil.rmtree(folder / "results" / "report")
     line = " ".join(shlex.quote(override) for override in overrides)
     command = [sys.executable, "-m", "snakemake", "-s", str(ROOT / "Snakefile"), "--cores", "1"]
     command += ["--config", f"experiments={json.dumps([line])}"]
     with (folder / "out.txt").open("w") as log:
-        running = subprocess.Popen(command, cwd=folder, env=ENV, stdout=log, stderr=log, start_new_session=True)
+        running = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, start_new_session=True)
     until(lambda: list(folder.glob("results/report/*.partial")), running)
     os.killpg(running.pid, signal.SIGKILL)
     running.wait()
-    again = subprocess.run(command, cwd=folder, env=ENV, capture_output=True, text=True)
+    again = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert again.returncode == 0 and "going on from what is whole" in again.stderr, again.stderr
     assert list(folder.glob("results/report/*/runs.csv"))
 
 
 @pytest.mark.soak
-def test_moepress_alone_is_killed(place):
+def test_moepress_alone_is_killed(finished):
     """Its Snakemake works on, and the next run waits for that."""
-    folder, overrides = place
+    folder, overrides = finished
     shutil.rmtree(folder / "results" / "report")
     running = begin(folder, overrides)
     until(lambda: list(folder.glob("results/report/*.partial")), running)
@@ -121,9 +110,9 @@ def test_moepress_alone_is_killed(place):
 
 
 @pytest.mark.soak
-def test_a_stage_alone_is_killed(place):
+def test_a_stage_alone_is_killed(finished):
     """As the kernel does it where memory ends: the run says which one, and how to go on."""
-    folder, overrides = place
+    folder, overrides = finished
     shutil.rmtree(folder / "results" / "latency")
     shutil.rmtree(folder / "results" / "report")
     running = begin(folder, [*overrides, "cores=1"])
@@ -174,9 +163,9 @@ def missing(rng, path, other):
 DAMAGES = (flip, truncate, grow, swap, missing)
 
 
-def test_damage_of_every_file_type_is_named(place):
+def test_damage_of_every_file_type_is_named(finished):
     """Every kind of damage to files of every type, drawn at random: seen, and nothing else is."""
-    folder, _ = place
+    folder, _ = finished
     rng = random.Random(0)
     files = [p for each in folders(folder) for p in sorted(each.rglob("*")) if p.is_file() and p.stat().st_size]
     by_type: dict[str, list[Path]] = {}
@@ -199,8 +188,8 @@ def test_damage_of_every_file_type_is_named(place):
     assert seen == 30 * len(by_type)
 
 
-def test_every_bit_of_provenance_counts(place):
-    folder, _ = place
+def test_every_bit_of_provenance_counts(finished):
+    folder, _ = finished
     path = next(folder.glob("results/calibration/*/provenance.json"))
     whole = path.read_bytes()
     for place_of_bit in range(0, 8 * len(whole), 7):
@@ -210,8 +199,8 @@ def test_every_bit_of_provenance_counts(place):
         assert list(integrity.damages([(path.parent, True)])), f"bit {place_of_bit}"
 
 
-def test_the_stage_that_would_read_it_stops(place):
-    folder, overrides = place
+def test_the_stage_that_would_read_it_stops(finished):
+    folder, overrides = finished
     rng = random.Random(1)
     planned = plan.for_overrides([*overrides, f"paths.results={folder / 'results'}"])
     stages = set()
@@ -232,8 +221,8 @@ def test_the_stage_that_would_read_it_stops(place):
     assert stages >= {"calibration", "statistics", "allocation", "quantization", "evaluation", "latency", "report"}
 
 
-def test_a_model_outside_of_the_results_is_checked_too(place, tmp_path):
-    folder, _ = place
+def test_a_model_outside_of_the_results_is_checked_too(finished, tmp_path):
+    folder, _ = finished
     (source,) = folder.glob("results/model/*-????????????")
     (file,) = (Path(yaml.safe_load((source / "reference.json").read_text())["path"])).glob("*.safetensors")
     whole = file.read_bytes()
@@ -246,8 +235,8 @@ def test_a_model_outside_of_the_results_is_checked_too(place, tmp_path):
         file.write_bytes(whole)
 
 
-def test_verify_names_deletes_and_the_run_computes_again(place, capsys):
-    folder, _ = place
+def test_verify_names_deletes_and_the_run_computes_again(finished, capsys):
+    folder, _ = finished
     results = folder / "results"
     where = [f"--results={results}"]
     verify.main(where)
@@ -284,7 +273,7 @@ with locks.hold(Path(sys.argv[1]), "has it", shared=sys.argv[2] == "shared"):
 
 
 def holder(path, kind):
-    process = subprocess.Popen([sys.executable, "-c", HOLD, str(path), kind], env=ENV, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(path), kind], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "held\n"
     return process
 
@@ -307,9 +296,9 @@ def test_a_lock_is_held_by_the_living_only(tmp_path):
         pass
 
 
-def test_two_checkouts_share_results(place, tmp_path_factory):
+def test_two_checkouts_share_results(finished, tmp_path_factory):
     """Both ask for the same at the same time: each artefact is made once, and both end well."""
-    folder, overrides = place
+    folder, overrides = finished
     other = tmp_path_factory.mktemp("other")
     shared = [*overrides, f"paths.results={folder / 'results'}"]
     shutil.rmtree(next(folder.glob("results/latency/qesc-*")))
@@ -322,9 +311,9 @@ def test_two_checkouts_share_results(place, tmp_path_factory):
     assert not list(folder.glob("results/*/*.partial")) and not list(folder.glob("results/*/.*.lock"))
 
 
-def test_what_another_run_has_finished_is_not_removed(place):
+def test_what_another_run_has_finished_is_not_removed(finished):
     """Snakemake would remove a job's output before it starts, even where another run has made it since."""
-    folder, overrides = place
+    folder, overrides = finished
     latencies = sorted((folder / "results" / "latency").iterdir())
     kept = folder / "kept"
     shutil.move(folder / "results" / "latency", kept)
@@ -352,8 +341,8 @@ def report_held_up(folder):
         yield
 
 
-def test_the_second_run_in_a_folder_waits(place):
-    folder, overrides = place
+def test_the_second_run_in_a_folder_waits(finished):
+    folder, overrides = finished
     with report_held_up(folder):
         running = begin(folder, overrides)
         until(lambda: "makes results/report/" in text(folder), running)
@@ -368,9 +357,9 @@ def test_the_second_run_in_a_folder_waits(place):
 
 
 @pytest.mark.soak
-def test_a_clock_that_jumps(place):
+def test_a_clock_that_jumps(finished):
     """Half of what there is comes from next year, half from the last one: only what is missing is computed."""
-    folder, overrides = place
+    folder, overrides = finished
     (gone,) = folder.glob("results/latency/qesc-*")
     shutil.rmtree(gone)
     shutil.rmtree(folder / "results" / "report")
@@ -388,8 +377,8 @@ def test_a_clock_that_jumps(place):
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="needs root, to mount what is only read")
-def test_results_that_are_only_read(place):
-    folder, overrides = place
+def test_results_that_are_only_read(finished):
+    folder, overrides = finished
     results = folder / "results"
     if subprocess.run(["mount", "--bind", str(results), str(results)], capture_output=True).returncode:
         pytest.skip("this system lets nobody mount")
@@ -411,12 +400,12 @@ if any("latency/qesc" in word for word in sys.argv):
 """
 
 
-def test_a_stage_without_memory_stops_no_other(place):
-    folder, overrides = place
+def test_a_stage_without_memory_stops_no_other(finished):
+    folder, overrides = finished
     (folder / "sitecustomize.py").write_text(LITTLE_MEMORY)
     shutil.rmtree(folder / "results" / "latency")
     shutil.rmtree(folder / "results" / "report")
-    env = {**ENV, "PYTHONPATH": os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])}
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])}
     done = subprocess.run([*MOEPRESS, *overrides], cwd=folder, env=env, capture_output=True, text=True)
     assert done.returncode == 1
     assert len(list(folder.glob("results/latency/16bit-????????????"))) == 1, "the others go on"

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,24 +12,17 @@ import pytest
 from moepress import artefacts, plan
 
 
-@pytest.fixture
-def place(made, tmp_path):
-    """The results of an experiment, all there, in a working folder; its overrides."""
-    overrides, report, _ = made
-    shutil.copytree(report.parent.parent, tmp_path / "whole")
-    return tmp_path, [*overrides, f"paths.results={tmp_path / 'whole'}"]
-
-
-def alone(place, stage, *settings):
+def alone(finished, stage, *settings):
     """A stage's command into results of its own, where they are, and where those of the undisturbed stage are."""
-    folder, overrides = place
-    planned = plan.for_overrides([*overrides, *settings])
+    folder, overrides = finished
+    results = folder / "results"
+    planned = plan.for_overrides([*overrides, *settings, f"paths.results={results}"])
     (name,) = (name for name, item in planned.artefacts.items() if item.stage == stage)
-    whole, out = folder / "whole" / name, folder / "again" / name
+    whole, out = results / name, folder / "again" / name
     out.parent.mkdir(parents=True)
     for found in planned.artefacts[name].inputs.values():
-        (folder / "again" / found.stage).symlink_to(folder / "whole" / found.stage)
-    task = artefacts.task_path(folder / "whole", name)
+        (folder / "again" / found.stage).symlink_to(results / found.stage)
+    task = artefacts.task_path(results, name)
     if not whole.exists():
         artefacts.run_stage(task, whole)
     return [sys.executable, "-m", "moepress.stages", str(task), str(out)], out, whole
@@ -50,11 +42,13 @@ def assert_same_bytes(out, whole):
         ("gradients", signal.SIGKILL),
         ("quantization", signal.SIGKILL),
         ("quantization", signal.SIGINT),
+        pytest.param("statistics", signal.SIGINT, marks=pytest.mark.soak),
+        pytest.param("gradients", signal.SIGINT, marks=pytest.mark.soak),
     ],
 )
-def test_stopped_and_started_again(place, stage, how):
+def test_stopped_and_started_again(finished, stage, how):
     """Stopped behind the first layer."""
-    command, out, whole = alone(place, stage, *(["allocation=global"] if stage == "gradients" else []))
+    command, out, whole = alone(finished, stage, *(["allocation=global"] if stage == "gradients" else []))
     running = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
     inside = "streams/backward" if stage == "gradients" else "streams"
     state = out.with_name(f"{out.name}.partial") / inside / "next_layer.json"
@@ -70,15 +64,15 @@ def test_stopped_and_started_again(place, stage, how):
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="needs root, to mount a small disk")
-def test_a_full_disk_in_the_middle_of_a_layer(place):
+def test_a_full_disk_in_the_middle_of_a_layer(finished):
     """A disk that gets a little more after each failure: the error says so, whole layers are kept, the bytes are the same."""
-    disk = place[0] / "again"
+    disk = finished[0] / "again"
     disk.mkdir()
     size = 640
     if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", str(disk)], capture_output=True).returncode:
         pytest.skip("this system lets nobody mount")
     try:
-        command, out, whole = alone(place, "quantization")
+        command, out, whole = alone(finished, "quantization")
         failures, layers_kept = [], []
         while not out.exists():
             done = subprocess.run(command, capture_output=True, text=True)

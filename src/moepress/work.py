@@ -167,12 +167,12 @@ def quantization_work(model: Outline, calibration: dict, settings: dict) -> tupl
         steps += settings["tune_steps"] * TUNE_STEPS * num_experts
     if method != "rtn" and settings["distill_steps"]:
         descended = settings["distill_steps"] + (TRIED if settings["distill_steps"] > TRIED else 0)
-        seen = descended * max(settings["tune_tokens"], calibration["seq_len"])
-        flops += 4 * forward_flops(model, seen, calibration["seq_len"])
+        a_step = max(settings["tune_tokens"], calibration["seq_len"])
+        flops += 4 * forward_flops(model, descended * a_step, calibration["seq_len"])
         flops += descended * 2 * UNPACK_FLOPS_BY_TORCH * model.routed_weights
         steps += descended * TUNE_STEPS * num_experts
         if settings["distill_sequences"] is not None:  # and that text through the 16-bit model
-            flops += forward_flops(model, seen, calibration["seq_len"])
+            flops += forward_flops(model, settings["distill_steps"] * a_step, calibration["seq_len"])
     return flops, steps
 
 

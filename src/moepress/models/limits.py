@@ -19,7 +19,6 @@ KEPT = 1 << 29
 DIAGNOSED = 4
 """Where the 16-bit model's hidden states serve the diagnostics alone, they are followed for one sequence in so many."""
 
-
 TRIED = 4
 """Steps of the last tuning that tell whether a rate is far too high; after so few, a good one may stand a quarter above the
 start."""
