@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 
 # Read when numpy and torch are first imported. Models are small and the suite runs a process for each core: a second thread
 # would only wait. Stages that tests start as processes have it, too, so bytes can be compared.
@@ -152,6 +153,14 @@ def made(tmp_path_factory, model_folder, text_folder):
         artefacts.run_stage(artefacts.task_path(place, folder), place / folder)
     (checkpoint,) = place.glob("quantization/*")
     return overrides, place / planned.report.removeprefix(f"{place}/"), checkpoint
+
+
+@pytest.fixture
+def in_parts(monkeypatch):
+    """So few tokens at once that all who take their text in parts have several of it, as with the text of a real run."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("moepress.") and hasattr(module, "TOKENS_AT_ONCE"):
+            monkeypatch.setattr(module, "TOKENS_AT_ONCE", 50)
 
 
 @pytest.fixture

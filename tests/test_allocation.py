@@ -1,6 +1,7 @@
 """Every rule of allocation against brute force on small instances, and what it promises on any."""
 
 import itertools
+import math
 from functools import cache
 
 import numpy as np
@@ -17,6 +18,8 @@ from moepress.schema.allocation import reads_statistics
 METHODS = sorted(SCHEMA["allocation"])
 WIDTHS = [1, 2, 3, 4]
 SIZES = {width: 10 * width + 3 for width in (1, 2, 3, 4, 8)}
+CHOICES = [WIDTHS, [1, 3, 4], [2, 4], [4, 1, 3]]
+"""Widths to choose among: neither sorted nor evenly spaced, nor all that were measured."""
 
 
 @cache
@@ -62,20 +65,26 @@ def brute_force(cost, widths, sizes, budget, keep, layers=1):
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(2, 3), st.integers(1, 2), st.integers(0, 10**6), st.sampled_from([(), (2,), (2, 3)]), st.floats(1, 4))
-def test_solve_against_brute_force(experts, layers, seed, keep, mean):
-    rng, N = np.random.default_rng(seed), experts * layers
-    cost = np.sort(rng.random((N, 4)) ** 4, axis=1)[:, ::-1] * rng.random((N, 1)) * 1e-6
-    sizes = [10 * w + 3 for w in WIDTHS]
+@given(
+    st.integers(2, 3),
+    st.integers(1, 2),
+    st.integers(0, 10**6),
+    st.sampled_from([(w, w[:kept]) for w in CHOICES for kept in range(3)]),
+    st.floats(1, 4),
+)
+def test_solve_against_brute_force(experts, layers, seed, choice, mean):
+    (widths, keep), rng, N = choice, np.random.default_rng(seed), experts * layers
+    cost = np.sort(rng.random((N, len(widths))) ** 4, axis=1)[:, ::-1] * rng.random((N, 1)) * 1e-6
+    sizes = [10 * w + 3 for w in widths]
     budget = mean * N * 10 + 3 * N
-    expected, least = brute_force(cost, WIDTHS, sizes, budget, keep, layers)
+    expected, least = brute_force(cost, widths, sizes, budget, keep, layers)
     if expected is None:
         with pytest.raises(ValueError, match="can be met"):
-            allocation.solve(cost, WIDTHS, sizes, budget, keep, layers)
+            allocation.solve(cost, widths, sizes, budget, keep, layers)
         return
-    found = allocation.solve(cost, WIDTHS, sizes, budget, keep, layers)
+    found = allocation.solve(cost, widths, sizes, budget, keep, layers)
     assert found.objective == pytest.approx(least, rel=1e-6)
-    assert sum(cost[i, WIDTHS.index(w)] for i, w in enumerate(found.bits)) == pytest.approx(least, rel=1e-6)
+    assert sum(cost[i, widths.index(w)] for i, w in enumerate(found.bits)) == pytest.approx(least, rel=1e-6)
     assert found.bound <= found.objective * (1 + 1e-9) and found.gap <= 1e-6
 
 
@@ -98,11 +107,14 @@ BY_LAYER = ["pmq", "pmq_code", "frequency", "weight", "hessian"]
 
 @pytest.mark.parametrize("in_bytes", [False, True])
 @pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("widths", [None, *CHOICES[1:]])
 @pytest.mark.parametrize("method", BY_LAYER)
-def test_rules_by_layer_against_brute_force(method, seed, in_bytes):
-    rule, statistics = chosen(method), statistics_of(seed)
+def test_rules_by_layer_against_brute_force(method, widths, seed, in_bytes):
+    rule, statistics = chosen(method, **({"widths": widths, "keep": widths[-1:]} if widths else {})), statistics_of(seed)
     sizes = SIZES if in_bytes else {width: width for width in SIZES}
-    total = (10 if in_bytes else 1) * 2 * (9 + seed) + (2 * 4 * 3 + 9 if in_bytes else 0)  # in bytes, 9 that nothing fits in
+    total = (10 if in_bytes else 1) * 2 * (10 + 2 * seed) + (
+        2 * 4 * 3 + 9 if in_bytes else 0
+    )  # in bytes 9 that nothing fits in
     bits, solutions = allocation.allocate(rule, 2, 4, sizes, total, statistics)
     assert sum(sizes[w] for layer in bits for w in layer) <= total and [s.bits for s in solutions] == bits
     for layer, own in zip(statistics["layers"], bits, strict=True):
@@ -111,15 +123,18 @@ def test_rules_by_layer_against_brute_force(method, seed, in_bytes):
         assert sum(cost[e][rule["widths"].index(w)] for e, w in enumerate(own)) == pytest.approx(least, rel=1e-6)
 
 
-@pytest.mark.parametrize("keep", [[], [3, 4]])
+@pytest.mark.parametrize("widths", CHOICES)
+@pytest.mark.parametrize("keeps", [False, True])
 @pytest.mark.parametrize("seed", range(3))
-def test_global_against_brute_force(seed, keep):
+def test_global_against_brute_force(seed, keeps, widths):
     statistics = statistics_of(seed, layers=3, experts=2)
-    sizes = [SIZES[w] for w in WIDTHS]
-    total = 3 * (SIZES[3] + SIZES[4]) + (5 if keep else -47)
-    (found,) = allocation.allocate(chosen("global", keep=keep, gap=1e-9), 3, 2, SIZES, total, statistics)[1]
-    cost = [[cost_by_hand("global", layer, e, j) for j in range(4)] for layer in statistics["layers"] for e in range(2)]
-    _, least = brute_force(cost, WIDTHS, sizes, total, keep, layers=3)
+    keep, sizes = (sorted(widths)[-2:] if keeps else []), [SIZES[w] for w in widths]
+    total = 3 * (SIZES[3] + SIZES[4]) + (5 if keeps else -47)
+    rule = chosen("global", widths=widths, keep=keep, gap=1e-9)
+    (found,) = allocation.allocate(rule, 3, 2, SIZES, total, statistics)[1]
+    columns = [WIDTHS.index(width) for width in widths]
+    cost = [[cost_by_hand("global", layer, e, j) for j in columns] for layer in statistics["layers"] for e in range(2)]
+    _, least = brute_force(cost, widths, sizes, total, keep, layers=3)
     assert found.objective == pytest.approx(least, rel=1e-6)
 
 
@@ -131,12 +146,13 @@ def test_global_moves_bits_between_layers():
     assert bits == [[4] * 4, [1] * 4]
 
 
+@pytest.mark.parametrize("widths", CHOICES)
 @pytest.mark.parametrize("seed", range(5))
-def test_blocks_against_brute_force(seed):
+def test_blocks_against_brute_force(seed, widths):
     statistics = statistics_of(seed, layers=5)
-    bits, (found,) = allocation.allocate(chosen("bsp"), 5, 4, SIZES, 20 * 29 - 7, statistics)
-    cost = [layer["layer_errors"] for layer in statistics["layers"]]
-    expected, least = brute_force(cost, WIDTHS, [4 * SIZES[w] for w in WIDTHS], 20 * 29 - 7, ())
+    bits, (found,) = allocation.allocate(chosen("bsp", widths=widths), 5, 4, SIZES, 20 * 29 - 7, statistics)
+    cost = [[layer["layer_errors"][WIDTHS.index(width)] for width in widths] for layer in statistics["layers"]]
+    expected, least = brute_force(cost, widths, [4 * SIZES[w] for w in widths], 20 * 29 - 7, ())
     assert bits == [[width] * 4 for width in expected] and found.objective == pytest.approx(least)
 
 
@@ -159,15 +175,26 @@ def test_uniform_is_the_widest_that_fits():
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(2, 9), st.integers(0, 10**6), st.sampled_from([[], [2], [2, 3]]), st.floats(0, 1), st.booleans())
-def test_random_fills_the_budget(experts, seed, keep, part, in_bytes):
-    sizes = [10 * w + 3 if in_bytes else w for w in WIDTHS]
-    low, high = allocation.feasible_range(experts, WIDTHS, sizes, keep)
+@given(
+    st.integers(2, 9),
+    st.integers(0, 10**6),
+    st.sampled_from([(w, w[:kept]) for w in CHOICES for kept in range(3)]),
+    st.floats(0, 1),
+    st.booleans(),
+)
+def test_random_fills_the_budget(experts, seed, choice, part, in_bytes):
+    widths, keep = choice
+    size = {w: 10 * w + 3 if in_bytes else w for w in widths}
+    sizes = [size[w] for w in widths]
+    low, high = allocation.feasible_range(experts, widths, sizes, keep)
     budget = low + part * (high - low)
-    found = allocation.random_widths(np.random.default_rng(seed), experts, WIDTHS, sizes, budget, keep)
-    spent = sum(sizes[WIDTHS.index(w)] for w in found)
-    assert len(found) == experts and set(keep) <= set(found) and spent <= budget + 1e-9
-    assert budget - spent < sizes[1] - sizes[0] or budget - spent < 1e-6, "another step would not fit"
+    found = allocation.random_widths(np.random.default_rng(seed), experts, widths, sizes, budget, keep)
+    room = budget - sum(size[w] for w in found)
+    assert len(found) == experts and set(keep) <= set(found) and room > -1e-9
+    for width in found:
+        wider = min((w for w in widths if w > width), default=None)
+        is_needed = width in keep and found.count(width) == 1
+        assert wider is None or is_needed or size[wider] - size[width] > room - 1e-6, "another step would not fit"
 
 
 def test_random_reaches_every_full_allocation_and_follows_its_seed():
@@ -213,12 +240,17 @@ def test_cost_is_the_papers():
     assert np.allclose(cost, [[0.25 * 0.25**2 * 4, 0.25 * 0.25**2], [0.75 * 0.75**2 * 16, 0.75 * 0.75**2 * 9]])
 
 
-@given(st.floats(0, 1), st.integers(1, 40), st.integers(1, 9), st.sampled_from([[1, 2, 3, 4], [13, 23, 33, 43], [5, 5]]))
+@given(
+    st.floats(0, 1),
+    st.integers(1, 40),
+    st.integers(1, 9),
+    st.sampled_from([[1, 2, 3, 4], [13, 23, 33, 43], [5, 5], [13, 33, 43], [43, 13, 33], [2, 4]]),
+)
 def test_shares_add_up(part, layers, experts, sizes):
     low, high = layers * experts * min(sizes), layers * experts * max(sizes)
     total = low + part * (high - low)
     found = allocation.shares(total, layers, experts, sizes)
-    step = sizes[1] - sizes[0] or 1
+    step = math.gcd(*(size - min(sizes) for size in sizes)) or 1
     assert total - step < sum(found) <= total + 1e-6 and max(found) - min(found) <= step
     assert min(found) >= experts * min(sizes) and all(share % step == found[0] % step for share in found)
 

@@ -1,5 +1,6 @@
 """Every family: the walk is the model, the chain ends in a checkpoint that loads as what was measured."""
 
+import itertools
 import json
 
 import pytest
@@ -61,6 +62,7 @@ def test_names_and_shapes_of_every_tensor_are_what_the_configuration_says(zoo, f
 
 
 @torch.inference_mode()
+@pytest.mark.usefixtures("in_parts")
 @pytest.mark.parametrize("family", ZOO)
 def test_the_walk_is_the_model(zoo, family):
     """Our residual, block input and (hidden, top_k_index, top_k_weights) reproduce every layer of transformers' own forward."""
@@ -171,16 +173,20 @@ def test_an_unknown_family_is_refused_by_name(zoo, tmp_path):
 
 
 def write_float8(source, out):
-    """DeepSeek-V3's form: linears, here the head too, in float8, a scale for each block of 128 x 128; and the 16-bit twin."""
+    """DeepSeek-V3's form: linears, here the head too, in float8, a scale for each (small) block; and the 16-bit twin."""
     tensors, stored, dense = load_file(source / "model.safetensors"), {}, {}
     for name, tensor in tensors.items():
         stored[name] = dense[name] = tensor
         if tensor.ndim == 2 and name.startswith(("model.layers.", "lm_head.")) and not name.endswith("mlp.gate.weight"):
-            scale = tensor.float().abs().amax() / 448  # one for all blocks
-            stored[name] = (tensor.float() / scale).to(torch.float8_e4m3fn)
-            stored[f"{name}_scale_inv"] = scale.repeat(*(-(-size // 128) for size in tensor.shape))
-            dense[name] = (stored[name].float() * scale).bfloat16()
-    return stored, dense, {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+            rows, columns = (range(0, size, step) for size, step in zip(tensor.shape, (32, 16), strict=True))
+            stored[name] = torch.empty(tensor.shape, dtype=torch.float8_e4m3fn)
+            stored[f"{name}_scale_inv"], dense[name] = torch.empty(len(rows), len(columns)), torch.empty_like(tensor)
+            for (i, row), (j, column) in itertools.product(enumerate(rows), enumerate(columns)):
+                block = slice(row, row + 32), slice(column, column + 16)
+                scale = tensor[block].float().abs().amax() / 448
+                stored[f"{name}_scale_inv"][i, j], stored[name][block] = scale, (tensor[block].float() / scale).to(stored[name])
+                dense[name][block] = (stored[name][block].float() * scale).bfloat16()
+    return stored, dense, {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [32, 16]}
 
 
 def write_mxfp4(source, out):

@@ -28,16 +28,24 @@ def problem(seed=0, E=3, O=8, I=32, T=200):
     return w, x.transpose(1, 2) @ x / T
 
 
-def slow_gptq(w, h, bits, group_size, damping):
-    """One matrix, one column at a time, the inverse updated by elimination (OBS), no blocks and no Cholesky."""
-    w, top = w.clone().double(), grid.top_code([bits])
+def slow_gptq(w, h, bits, group_size, damping, order=None):
+    """One matrix, one column at a time, the inverse updated by elimination (OBS), no blocks and no Cholesky.
+
+    order: of the columns, in which case every group's grid is that of the weights before any feedback."""
+    w, top, grids = w.clone().double(), grid.top_code([bits]), {}
+
+    def search(group):
+        columns = slice(group * group_size, (group + 1) * group_size)
+        grids[group] = grid.search(w[None, :, columns], top, h.diagonal()[None, columns], GRID)
+
+    for group in range(w.shape[1] // group_size if order is not None else 0):
+        search(group)
     inverse = torch.linalg.inv(h.double() + damping * h.double().diagonal().mean() * torch.eye(len(h)))
     out = torch.empty_like(w)
-    for j in range(w.shape[1]):
-        if j % group_size == 0:
-            columns = slice(j, j + group_size)
-            scale, zero = grid.search(w[None, :, columns], top, h.diagonal()[None, columns], GRID)
-        out[:, j] = grid.round_to_grid(w[None, :, j : j + 1].float(), scale, zero, top)[1][0, :, 0]
+    for j in range(w.shape[1]) if order is None else order:
+        if j // group_size not in grids:
+            search(j // group_size)
+        out[:, j] = grid.round_to_grid(w[None, :, j : j + 1].float(), *grids[j // group_size], top)[1][0, :, 0]
         error = (w[:, j] - out[:, j]) / inverse[j, j]
         w -= error[:, None] * inverse[j][None]
         inverse = inverse - torch.outer(inverse[:, j], inverse[j]) / inverse[j, j]
@@ -257,6 +265,17 @@ def test_act_order_keeps_groups_where_they_are():
         )
 
 
+def test_act_order_over_several_groups_against_the_slow_one():
+    w, h = problem(11)
+    bits = [2, 3, 4]
+    found = gptq(w, h, bits, 8, 0.01, GRID, 8, act_order=True).dequantize()
+    for e, b in enumerate(bits):
+        order = h[e].diagonal().argsort(descending=True).tolist()
+        assert order != sorted(order)
+        slow = slow_gptq(w[e], h[e], b, 8, 0.01, order)
+        assert (found[e] - slow).abs().max() < 1e-2 * slow.abs().max() or (found[e] != slow).float().mean() < 0.02
+
+
 def test_deferred_feedback_is_rounding_inside_a_block():
     """MC's public code: a block alone is merely rounded, at 3 bits and less; above, nothing changes."""
     w, h = problem(12)
@@ -305,6 +324,8 @@ def test_search_under_another_norm_against_every_trial(norm):
 
 
 def test_one_bit_as_sign_and_scale():
-    w = torch.randn(1, 8, 64, generator=torch.Generator().manual_seed(16))
-    found = grid.rtn(w, [1], 64, grid.Search(0.25, 8, 2, one_bit="sign")).dequantize()
-    assert torch.allclose(found, w.sign() * w.abs().mean(-1, keepdim=True), rtol=1e-3)
+    """The matrix of one bit alone; one of three beside it is on its grid."""
+    w = torch.randn(2, 8, 64, generator=torch.Generator().manual_seed(16))
+    found = grid.rtn(w, [1, 3], 64, grid.Search(0.25, 8, 2, one_bit="sign")).dequantize()
+    assert torch.allclose(found[0], w[0].sign() * w[0].abs().mean(-1, keepdim=True), rtol=1e-3)
+    assert torch.equal(found[1], grid.rtn(w[1:], [3], 64, GRID).dequantize()[0])

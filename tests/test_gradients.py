@@ -32,6 +32,7 @@ def by_autograd(model):
     return nll.item(), [output.grad for output in outputs]
 
 
+@pytest.mark.usefixtures("in_parts")
 @pytest.mark.parametrize("family", ZOO)
 def test_against_autograd_on_the_whole_model(family, tmp_path):
     folder = write_zoo_model(tmp_path / "model", family)

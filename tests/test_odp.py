@@ -193,6 +193,7 @@ def test_protection_acts_in_prefill_and_thresholds_alone_in_decoding(model_folde
     assert decode and all(((slots < 4).sum(1) == 1).all() for slots in decode), "only the best is above 1"
 
 
+@pytest.mark.usefixtures("in_parts")
 def test_thresholds_are_the_quantiles_of_the_calibration_text(model_folder):
     model, _ = load(model_folder, "cpu")
     tokens = torch.randint(1, 250, (5, 32), generator=torch.Generator().manual_seed(1))

@@ -108,6 +108,24 @@ def test_packed_experts_are_the_unpacked_ones(model_folder, tmp_path):
             assert torch.allclose(packed(x, index, weight), plain(x, index, weight), atol=1e-4)
 
 
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_one_expert_at_a_time_is_all_at_once(model_folder, monkeypatch, method):
+    """As in a model of which no two experts' curvatures fit in the workspace; every expert has its own width."""
+    bits, tokens = [[1, 2, 3, 4], [4, 2, 8, 3]], None if method == "rtn" else TOKENS
+    at_once = list(quantize_model(ModelStream(model_folder), tokens, bits, RECIPES[method]))
+    monkeypatch.setattr("moepress.models.limits.WORKSPACE", 0)
+    one_by_one = list(quantize_model(ModelStream(model_folder), tokens, bits, RECIPES[method]))
+    for found, expected in zip(one_by_one, at_once, strict=True):
+        assert found.modules == expected.modules and found.tensors.keys() == expected.tensors.keys()
+        assert {n: (t.shape, t.dtype) for n, t in found.tensors.items()} == {
+            n: (t.shape, t.dtype) for n, t in expected.tensors.items()
+        }
+        if method == "rtn":
+            assert all(torch.equal(found.tensors[name], tensor) for name, tensor in expected.tensors.items())
+        else:
+            assert found.diagnostics["expert_errors"] == pytest.approx(expected.diagnostics["expert_errors"], rel=0.05)
+
+
 def test_goes_on_from_any_layer_with_the_same_bytes(model_folder, tmp_path):
     recipe, bits = RECIPES["qesc"], [[2, 2, 3, 3]] * 2
     whole = list(quantize_model(ModelStream(model_folder), TOKENS, bits, recipe))
@@ -119,12 +137,11 @@ def test_goes_on_from_any_layer_with_the_same_bytes(model_folder, tmp_path):
     assert all(torch.equal(rest.tensors[name], tensor) for name, tensor in whole[1].tensors.items())
 
 
-def test_methods_keep_their_order_on_calibration_text(tmp_path):
-    folder = write_model(tmp_path / "model", layers=3, hidden=64, intermediate=64, experts=8, seed=1)
-    error, moved = {}, {}
+def test_qesc_changes_fewer_selections_than_gptq(tmp_path):
+    """On calibration text."""
+    folder, moved = write_model(tmp_path / "model", layers=3, hidden=64, intermediate=64, experts=8, seed=1), {}
     for method in ("gptq", "qesc"):
         results = list(quantize_model(ModelStream(folder), TOKENS, [[2] * 8] * 3, RECIPES[method]))
-        error[method] = results[-1].diagnostics["output_error"]
         moved[method] = sum(r.diagnostics["selection_shift"] for r in results)
     assert moved["qesc"] < moved["gptq"]
 

@@ -152,8 +152,6 @@ def test_never_worse_than_the_router_that_was_there(loss, count, noise, rate, dt
     zero, change = (v.double() - w.double() for v in (w, fitted))
     assert fitted.dtype == dtype and after <= before
     assert [before, after] == pytest.approx(router.mean_values(tokens, [zero, change], measure))
-    if noise == 0 and loss == "topk_mse":
-        assert after <= 1.0001 * before
 
 
 def test_same_stream_changes_nothing():
@@ -222,6 +220,25 @@ def test_every_loss_on_routers_with_biases_and_corrections(family, tmp_path):
             if "router_loss" in told:
                 assert told["router_loss"] <= told["router_loss_before_fit"]
         assert "router_loss" in told and told["router_loss"] < told["router_loss_before_fit"]
+
+
+@pytest.mark.parametrize("loss, count", [("topk_mse", 2), ("topk_mse", None), ("mse", 2)])
+def test_candidates_are_what_the_original_choice_puts_first(loss, count, tmp_path, monkeypatch):
+    """By the scores that the choice goes by, corrections included, of the original model's logits; all experts for `mse`."""
+    folder, seen, run = write_zoo_model(tmp_path / "model", "deepseek_v3"), [], Fit.run
+    monkeypatch.setattr(Fit, "run", lambda self, tokens, *rest: seen.append(tokens) or run(self, tokens, *rest))
+    layers = list(quantized(folder, router_loss=loss, router_candidates=count))
+    stream = ModelStream(folder)
+    assert len(seen) == len(stream.shape.moe_layers) < len(layers)
+    for index, tokens in zip(stream.shape.moe_layers, seen, strict=True):
+        correction = stream.layer_tensors(index)["mlp.gate.e_score_correction_bias"]
+        scores = tokens.target_TE.sigmoid() + correction.float()
+        expected = torch.zeros_like(tokens.mask_TE)
+        for t, best in enumerate(scores.argsort(-1, descending=True)[:, : count if loss == "topk_mse" and count else 8]):
+            expected[t, best] = True
+        assert torch.equal(tokens.mask_TE, expected)
+        if not expected.all():
+            assert not torch.equal(expected, candidates(tokens.target_TE, 2)), "the correction matters here"
 
 
 def test_without_a_fit_it_is_gptq(model_folder):

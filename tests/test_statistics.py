@@ -10,6 +10,7 @@ from moepress.models.specialisation import mutual_information
 from moepress.models.streaming import ModelStream
 from moepress.models.streams import Streams
 from moepress.quantization.experts import ExpertInputs, Recipe, quantize_batch
+from moepress.quantization.layers import linear_curvatures
 from moepress.quantization.sensitivity import Gradient
 from moepress.statistics import layer_statistics
 from zoo import write_zoo_model
@@ -35,6 +36,7 @@ def walk(model_folder, tmp_path_factory):
 
 
 @torch.inference_mode()
+@pytest.mark.usefixtures("in_parts")
 @pytest.mark.parametrize("coverage", ["routed", "weighted", "all"])
 @pytest.mark.parametrize("method", RECIPES)
 def test_errors_against_the_whole_block(walk, method, coverage):
@@ -58,6 +60,7 @@ def test_errors_against_the_whole_block(walk, method, coverage):
 
 
 @torch.inference_mode()
+@pytest.mark.usefixtures("in_parts")
 @pytest.mark.parametrize("coverage", ["routed", "weighted", "all"])
 def test_activations_that_are_kept_are_those_computed_anew(walk, monkeypatch, coverage):
     stream, layer, streams, _ = walk
@@ -70,6 +73,7 @@ def test_activations_that_are_kept_are_those_computed_anew(walk, monkeypatch, co
 
 
 @torch.inference_mode()
+@pytest.mark.usefixtures("in_parts")
 @pytest.mark.parametrize("family", ["mixtral", "granitemoe", "gpt_oss"])
 def test_what_the_other_rules_read_against_loops(family, tmp_path, monkeypatch):
     """Squared errors of weights, curvatures' traces, the layer's error with all experts quantized, (g dz)^2 token by token."""
@@ -121,10 +125,12 @@ def test_one_expert_at_a_time_is_all_at_once(walk, monkeypatch):
     at_once = layer_statistics(stream, 0, layer, streams, RECIPES["gptq"], [2], DOMAINS, "routed")
     monkeypatch.setattr("moepress.models.limits.WORKSPACE", 0)
     one_by_one = layer_statistics(stream, 0, layer, streams, RECIPES["gptq"], [2], DOMAINS, "routed")
-    assert np.allclose(at_once["errors"], one_by_one["errors"], rtol=1e-3)
+    for name in ("errors", "weight_errors", "traces", "layer_errors"):
+        assert np.allclose(at_once[name], one_by_one[name], rtol=1e-3), name
 
 
 @torch.inference_mode()
+@pytest.mark.usefixtures("in_parts")
 def test_counts_and_weights_against_loops(walk):
     stream, layer, streams, m = walk
     found = layer_statistics(stream, 0, layer, streams, RECIPES["rtn"], [4], DOMAINS, "routed")
@@ -145,27 +151,87 @@ def test_counts_and_weights_against_loops(walk):
     assert torch.allclose(streams.next("x"), stream.call(0, layer, streams["x"]), atol=1e-5)
 
 
+def own_tokens(routing, e, coverage):
+    """An expert's tokens and how much each of them counts, 1 on average."""
+    found = {}
+    for t in range(len(routing.indices)):
+        hit = (routing.indices[t] == e).nonzero()
+        if len(hit):
+            found[t] = routing.weights[t, hit[0, 0]].item() ** 2 if coverage == "weighted" else 1.0
+    mean = np.mean([*found.values()])
+    return {t: weight / mean for t, weight in found.items()}
+
+
+def swiglu(x, gate_up):
+    """The input of the down projection, by a matrix of gate and up."""
+    gate, up = gate_up.chunk(2)
+    return torch.nn.functional.silu(gate @ x) * (up @ x)
+
+
 @torch.inference_mode()
-def test_curvatures_against_loops(walk):
-    """Each coverage's curvature, token by token: sum of share x x^T, drawn towards that of all tokens."""
+@pytest.mark.usefixtures("in_parts")
+@pytest.mark.parametrize("coverage", ["routed", "weighted", "all"])
+def test_curvatures_against_loops(walk, coverage):
+    """Each coverage's curvature, token by token: sum of share x x^T, drawn towards that of all tokens; x of the down projection
+    as the quantized gate and up make it, with an even sample for all tokens."""
     stream, layer, _, m = walk
     experts, m_TH, routing = layer.get_submodule(stream.family.experts), m.flatten(0, 1), stream.route(layer, m)
-    T, H = m_TH.shape
-    pooled = m_TH.T @ m_TH / T
-    for coverage in ("routed", "weighted", "all"):
-        inputs = ExpertInputs(experts, m_TH, routing, coverage)
-        found = inputs.gate_up_curvature(range(1, 3))
-        for i, e in enumerate((1, 2)):
-            total, n, squares = torch.zeros(H, H), 0, []
-            for t in range(T):
-                hit = (routing.indices[t] == e).nonzero()
-                if len(hit):
-                    weight = routing.weights[t, hit[0, 0]].item() ** 2 if coverage == "weighted" else 1.0
-                    total, n = total + weight * torch.outer(m_TH[t], m_TH[t]), n + 1
-                    squares.append(weight)
-            total = total / np.mean(squares)
-            expected = pooled if coverage == "all" else (total + H * pooled) / (n + H)
-            assert torch.allclose(found[i], expected, rtol=1e-3, atol=1e-4)
+    (T, H), I = m_TH.shape, experts.intermediate_size
+    inputs = ExpertInputs(experts, m_TH, routing, coverage)
+    quantized = [RECIPES["rtn"].quantize(experts.gate_up_matrix(e, torch.float32)[None], None, [2]) for e in (1, 2)]
+    quantized = torch.cat([each.dequantize() for each in quantized])
+    gate_up, down = inputs.gate_up_curvature(range(1, 3)), inputs.down_curvature(range(1, 3), quantized)
+    for i, e in enumerate((1, 2)):
+        hidden = [swiglu(m_TH[t], quantized[i]) for t in range(T)]
+        sample = range(0, T, 1 if coverage == "all" else T // I)
+        for found, x, width, sampled in ((gate_up[i], m_TH, H, range(T)), (down[i], hidden, I, sample)):
+            every = [torch.outer(x[t], x[t]) for t in sampled]
+            pooled, own = sum(every) / len(every), own_tokens(routing, e, coverage)
+            total = sum(share * torch.outer(x[t], x[t]) for t, share in own.items())
+            expected = pooled if coverage == "all" else (total + width * pooled) / (len(own) + width)
+            assert torch.allclose(found, expected, rtol=1e-3, atol=1e-4 * expected.abs().max())
+
+
+@torch.inference_mode()
+@pytest.mark.usefixtures("in_parts")
+@pytest.mark.parametrize("coverage", ["routed", "weighted"])
+def test_drift_against_loops(walk, coverage):
+    """`mean (x - x_hat) x_hat^T`; of the down projection x by the 16-bit gate and up, x_hat by the quantized ones."""
+    stream, layer, _, m = walk
+    experts, m_TH, routing = layer.get_submodule(stream.family.experts), m.flatten(0, 1), stream.route(layer, m)
+    noise = torch.randn(m_TH.shape, generator=torch.Generator().manual_seed(5))
+    original = m_TH + 0.1 * noise
+    inputs = ExpertInputs(experts, m_TH, routing, coverage, original_TH=original)
+    whole = [experts.gate_up_matrix(e, torch.float32) for e in (1, 2)]
+    quantized = torch.stack([RECIPES["rtn"].quantize(w[None], None, [2]).dequantize()[0] for w in whole])
+    before, behind = inputs.drift(range(1, 3)), inputs.drift(range(1, 3), quantized)
+    for i, e in enumerate((1, 2)):
+        own = own_tokens(routing, e, coverage)
+        pairs = {t: (original[t], m_TH[t]) for t in own}
+        hidden = {t: (swiglu(x, whole[i]), swiglu(x_hat, quantized[i])) for t, (x, x_hat) in pairs.items()}
+        for found, given in ((before[i], pairs), (behind[i], hidden)):
+            total = sum(own[t] * torch.outer(x - x_hat, x_hat) for t, (x, x_hat) in given.items())
+            expected = total / (len(own) + found.shape[0])
+            assert torch.allclose(found, expected, rtol=1e-3, atol=1e-4 * expected.abs().max())
+
+
+@torch.inference_mode()
+@pytest.mark.usefixtures("in_parts")
+def test_curvatures_of_linears_are_those_of_their_own_inputs(walk):
+    stream, layer, streams, _ = walk
+    linears, seen = stream.linears(layer, "attention", 32), {}
+    hooks = [
+        linear.register_forward_pre_hook(lambda _, args, name=name: seen.setdefault(name, []).append(args[0].flatten(0, -2)))
+        for name, linear in linears.items()
+    ]
+    found = linear_curvatures(linears, lambda: stream.attend(0, layer, streams["x"]))
+    for hook in hooks:
+        hook.remove()
+    assert len(linears) == 4 and all(len(parts) == 6 for parts in seen.values())
+    for name, parts in seen.items():
+        x = torch.cat(parts)
+        assert torch.allclose(found[name][0], x.T @ x / len(x), rtol=1e-3, atol=1e-5), name
+    assert not torch.allclose(found["self_attn.o_proj"], found["self_attn.q_proj"], rtol=0.1)
 
 
 def test_mutual_information():

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from conftest import write_model
 from moepress.models import files, folders
+from moepress.models.experts import StoredExperts
 from moepress.models.streaming import ModelStream
 from moepress.models.streams import Streams
 
@@ -34,6 +35,18 @@ def test_shards_read_like_one_file(model_folder, tmp_path):
     (tmp_path / "b.safetensors").unlink()
     with pytest.raises(ValueError, match=r"index names b\.safetensors, which is not there"):
         ModelStream(tmp_path)
+
+
+def test_one_layer_is_in_memory_at_a_time(model_folder):
+    """What went before has no weights any more, its experts' neither, whoever still holds it."""
+    stream, before = ModelStream(model_folder), []
+    for _, layer in stream.layers():
+        assert not any(tensor.is_meta for tensor in layer.state_dict().values())
+        for old in before:
+            assert all(tensor.is_meta for tensor in old.state_dict().values())
+            assert not any(module.weights for module in old.modules() if isinstance(module, StoredExperts))
+        before.append(layer)
+    assert len(before) == 2 and all(isinstance(module, torch.nn.Identity) for module in stream.body.layers)
 
 
 def test_damage_is_named(tmp_path):
