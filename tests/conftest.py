@@ -3,6 +3,7 @@
 import os
 import shutil
 import sys
+import time
 
 # Read when numpy and torch are first imported. Models are small and the suite runs a process for each core: a second thread
 # would only wait. Stages that tests start as processes have it, too, so bytes can be compared.
@@ -83,6 +84,16 @@ def write_texts(folder, documents=60, words=300, seed=0):
             text = " ".join(rng.choice(vocabulary, words))
             (folder / domain / f"{number}.txt").write_text(f"{domain} {number} {text}")
     return folder
+
+
+def until(told, *processes, seconds=120):
+    """Wait until something is so."""
+    end = time.monotonic() + seconds
+    while not (found := told()):
+        assert time.monotonic() < end, "it did not come to that"
+        assert not processes or any(p.poll() is None for p in processes), "ended before it came to that"
+        time.sleep(0.02)
+    return found
 
 
 def bytes_outside_experts(shape, tensors, quantization):

@@ -256,9 +256,14 @@ def test_shares_add_up(part, layers, experts, sizes):
 
 
 @given(st.floats(1, 8), st.integers(1, 30))
-def test_mixed_is_sorted_and_fits(average, experts):
-    found = mixed({w: w for w in (1, 2, 3, 4, 8)}, average * experts, experts)
-    assert found == sorted(found, reverse=True) and sum(found) <= average * experts + 1e-6 and len(set(found)) <= 2
+def test_mixed_is_sorted_and_fills_the_total(average, experts):
+    widths, total = [1, 2, 3, 4, 8], average * experts
+    found = mixed({w: w for w in widths}, total, experts)
+    wider = next((w for w in widths if w > min(found)), None)
+    assert len(found) == experts and found == sorted(found, reverse=True) and len(set(found)) <= 2
+    assert sum(found) <= total + 1e-6 and (wider is None or total - sum(found) < wider - min(found) + 1e-6)
+    narrow = mixed({w: w for w in widths}, total, experts, mixes=False)
+    assert set(narrow) == {max(w for w in widths if w * experts <= total + 1e-9)}
 
 
 def test_every_rule_through_its_stages(model_folder, text_folder, tmp_path):

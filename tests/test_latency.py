@@ -299,7 +299,7 @@ def test_the_command_measures_once(asked, tmp_path, capsys, monkeypatch):
     cli.run(asked)
     assert capsys.readouterr().out == first
     cli.run(["show", folder.name[-12:], "--results", str(tmp_path / "results")])
-    assert "Some" not in capsys.readouterr().out
+    assert f"latency/{folder.name}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

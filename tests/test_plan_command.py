@@ -16,7 +16,6 @@ from moepress import plan as planning
 from moepress.models import families, folders, limits, outline
 from moepress.models.files import Entry
 from moepress.quantization.budget import Prediction
-from moepress.quantization.size import mixed
 from moepress.schema import SCHEMA
 from moepress.schema.values import parse_bytes
 from zoo import write_zoo_model
@@ -237,23 +236,6 @@ def test_a_hub_model_needs_two_files_and_a_connection(deepseek_v3, tmp_path, mon
     assert text.startswith("model       org/name (deepseek_v3)") and problems
     with pytest.raises(ValueError, match=r"model\.id='org/missing'.*config\.json could not be fetched.*no route to the hub"):
         forecast.forecast(["model=hub", "model.id=org/missing"])
-
-
-@pytest.mark.parametrize("total", [16, 20, 27, 31, 64])
-def test_mixed_widths_fill_the_total(total):
-    sizes = {1: 2, 2: 4, 4: 8}
-    found = mixed(sizes, total, 8)
-    spent = sum(sizes[width] for width in found)
-    assert len(found) == 8 and spent <= total and (total - spent < 4 or set(found) == {4})
-    narrow = mixed(sizes, total, 8, mixes=False)
-    assert len(set(narrow)) == 1 and 8 * sizes[narrow[0]] <= total
-
-
-def test_the_estimates_know_the_codes_own_numbers():
-    from moepress.models import streaming
-    from moepress.quantization import experts
-
-    assert (estimate.experts_at_once, estimate.TOKENS_AT_ONCE) == (experts.experts_at_once, streaming.TOKENS_AT_ONCE)
 
 
 def test_a_16_bit_model_beyond_the_memory_is_evaluated_a_layer_at_a_time(exact_v3):

@@ -16,6 +16,7 @@ import psutil
 import pytest
 import yaml
 
+from conftest import until
 from moepress import artefacts, integrity, locks, plan
 from moepress.commands import verify
 from moepress.composing import ROOT
@@ -30,16 +31,6 @@ def run(folder, overrides, **options):
 def begin(folder, overrides, **options):
     log = (folder / "out.txt").open("a")
     return subprocess.Popen([*MOEPRESS, *overrides], cwd=folder, stdout=log, stderr=log, start_new_session=True, **options)
-
-
-def until(told, *processes, seconds=120):
-    """Wait until something is so."""
-    end = time.monotonic() + seconds
-    while not (found := told()):
-        assert time.monotonic() < end, "it did not come to that"
-        assert not processes or any(p.poll() is None for p in processes), "ended before it came to that"
-        time.sleep(0.02)
-    return found
 
 
 def folders(place):

@@ -678,11 +678,6 @@ def test_a_row_is_the_mean_over_seeds(results):
     assert len(pairs["GPTQ, 2 bits", "RTN"].runs) == 3 and len(pairs["GPTQ, 2 bits", "RTN"].others) == 1
 
 
-def test_mutual_information():
-    assert heatmaps.mutual_information(np.full((3, 4), 0.25)) == 0
-    assert heatmaps.mutual_information(np.eye(4)) == pytest.approx(2)
-
-
 def test_one_block_has_no_error(tmp_path):
     made = Results(tmp_path, blocks=1)
     found = reading.load([made.run("16bit"), made.run("rtn-2"), made.run("gptq-2")], tmp_path)

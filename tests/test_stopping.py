@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -35,6 +34,18 @@ def assert_same_bytes(out, whole):
     assert {path.name for path in whole.iterdir()} == {path.name for path in out.iterdir()}
 
 
+STOPS_ITSELF = """
+import os, sys
+stopped = []
+def stop(event, arguments):
+    if event == "open" and not stopped and os.path.exists({state!r}):
+        stopped.append(event)
+        os.kill(os.getpid(), {how})
+sys.addaudithook(stop)
+"""
+"""What a Python that finds it as sitecustomize.py does as soon as a layer is whole."""
+
+
 @pytest.mark.parametrize(
     ("stage", "how"),
     [
@@ -47,19 +58,16 @@ def assert_same_bytes(out, whole):
     ],
 )
 def test_stopped_and_started_again(finished, stage, how):
-    """Stopped behind the first layer."""
+    """Stopped behind the first layer: at the first file that it opens then."""
     command, out, whole = alone(finished, stage, *(["allocation=global"] if stage == "gradients" else []))
-    running = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
     inside = "streams/backward" if stage == "gradients" else "streams"
     state = out.with_name(f"{out.name}.partial") / inside / "next_layer.json"
-    deadline = time.time() + 60
-    while not state.exists() and running.poll() is None and time.time() < deadline:
-        time.sleep(0.002)
-    os.killpg(running.pid, how)
-    running.wait()
-    if not out.exists():  # on a fast machine it may have finished before the signal
-        assert state.exists()
-        subprocess.run(command, check=True, capture_output=True)
+    (finished[0] / "sitecustomize.py").write_text(STOPS_ITSELF.format(state=str(state), how=int(how)))
+    env = {**os.environ, "PYTHONPATH": f"{finished[0]}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    stopped = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert stopped.returncode in (-how, 1) and not out.exists(), stopped.stderr
+    assert json.loads(state.read_text())["next_layer"] >= 1
+    subprocess.run(command, check=True, capture_output=True)
     assert_same_bytes(out, whole)
 
 

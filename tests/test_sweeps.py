@@ -150,11 +150,7 @@ def test_a_sweep_its_failures_and_one_that_overlaps(small, place, ran, monkeypat
         f"calibration.num_sequences=400 allocation.bits={bits}" for bits in (2, 3)
     ], "a line for each: what it has of its own, the reason and the log"
     report = Path(said.out.splitlines()[-1])
-    assert [row["run"] for row in execution.rows(report)] == [
-        "16bit",
-        "gptq-2 calibration.num_sequences=8",
-        "gptq-3 calibration.num_sequences=8",
-    ] or [row["run"] for row in execution.rows(report)] == ["16bit", "gptq-2", "gptq-3"]
+    assert [row["run"] for row in execution.rows(report)] == ["16bit", "gptq-2", "gptq-3"]
     assert ran.count("calibration") == ran.count("model") == ran.count("report") == 1
     assert "perplexity" in said.out and "gptq-3" in said.out, "the table is in the terminal"
 

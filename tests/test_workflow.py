@@ -7,13 +7,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import yaml
 
-from conftest import small_experiment
+from conftest import small_experiment, until
 from moepress.composing import ROOT
 
 SECRETS = {"WANDB_API_KEY": "0f1e2d3c4b5a69788796a5b4c3d2e1f00f1e2d3c", "HF_TOKEN": "hf_aZbYcXdWeVfUgThSiRjQkPlOm"}
@@ -40,8 +39,8 @@ def artefacts(folder):
     return {name for name in found if not name.startswith("wandb/")}
 
 
-def test_one_experiment_and_its_neighbours(place):
-    folder, small = place
+def test_one_experiment_and_its_neighbours(place, tmp_path):
+    folder, (_, small) = tmp_path, place
     first = moepress(folder, *small, "tracking=offline")
     report = Path(first.stdout.splitlines()[-1])
     assert (folder / report / "index.html").is_file(), "the last line names the report folder"
@@ -132,8 +131,7 @@ def test_a_sweep_stopped_and_started_again_only_finishes(place, how, to_all, see
     before = artefacts(folder)
     command = [sys.executable, "-m", "moepress", *sweep]
     running = subprocess.Popen(command, cwd=folder, env=ENV, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    while running.poll() is None and not any(name.startswith("calibration/") for name in artefacts(folder) - before):
-        time.sleep(0.05)
+    until(lambda: any(name.startswith("calibration/") for name in artefacts(folder) - before), running)
     os.killpg(running.pid, how) if to_all else os.kill(running.pid, how)
     said = running.communicate()[1]
     kept = artefacts(folder)
