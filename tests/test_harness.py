@@ -258,6 +258,14 @@ def test_a_task_that_does_not_score_each_item_is_refused(define, definition, met
         harness.load_tasks({"more": None}, "hub")
 
 
+def test_any_task_of_lm_evals_that_runs_code_needs_leave(define, monkeypatch):
+    monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "0")  # is set with the leave, and put back here
+    define(code={"unsafe_code": True})
+    with pytest.raises(ValueError, match=r"code runs the code that the model writes .*evaluation\.run_generated_code=true"):
+        harness.load_tasks({"code": None}, "hub")
+    assert harness.load_tasks({"code": None}, "hub", run_generated_code=True).runs_code
+
+
 def test_the_stage(tmp_path, model_folder, text_folder):
     """One load for perplexity and tasks, with the policy active in both; the reference shares its items."""
     fractions = "corpus.fractions={train: 0.6, calibration: 0.2, test: 0.2}"

