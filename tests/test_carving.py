@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from conftest import WORDS, write_model
 from moepress import config, dag, load
 from moepress.composing import ROOT
-from moepress.models import carved, carving, dense, distilling, folders, outline
+from moepress.models import carved, carving, dense, folders, outline, recovering
 from moepress.stages import model as model_stage
 
 H, I, E, SHARED, TOP_K = 32, 48, 4, 16, 3
@@ -198,7 +198,7 @@ def test_it_loads_as_what_it_says(made, source):
     assert tokenizer("expert router").input_ids and model.config.eos_token_id == 0
     assert load_file(folder / "model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
     assert {path.name for path in folder.iterdir()} >= {"carving.json", "tokenizer.json", "generation_config.json"}
-    assert {"carving", distilling.STATE} <= set(model_stage.WORK), "what is only there to go on from is the stage's to remove"
+    assert {"carving", recovering.STATE} <= set(model_stage.WORK), "what is only there to go on from is the stage's to remove"
     assert report["active_neurons"] == pytest.approx((DENSE * I + (LAYERS - DENSE) * (SHARED + TOP_K * R)) / (LAYERS * I))
     assert [entry["layer"] for entry in report["layers"]] == [1, 2]
     carved_tensors, dense_tensors = (load_file(each / "model.safetensors") for each in (folder, source))
@@ -253,17 +253,17 @@ def test_distillation_lowers_the_loss_and_goes_on_after_a_kill(made, text, sourc
     before, after = (load_file(folder / "model.safetensors") for folder in (made[0], tmp_path / "whole"))
     assert torch.equal(before["model.layers.1.mlp.gate.weight"], after["model.layers.1.mlp.gate.weight"])
 
-    whole = distilling.batch
+    whole = recovering.batch
 
     def dying(ids, size, step, seed):
         if step == 7:
             raise KeyboardInterrupt
         return whole(ids, size, step, seed)
 
-    monkeypatch.setattr(distilling, "batch", dying)
+    monkeypatch.setattr(recovering, "batch", dying)
     with pytest.raises(KeyboardInterrupt):
         carve(settings, text, source, tmp_path / "killed")
-    monkeypatch.setattr(distilling, "batch", whole)
+    monkeypatch.setattr(recovering, "batch", whole)
     carve(settings, text, source, tmp_path / "killed")
     assert json.loads((tmp_path / "killed" / "recovery.json").read_text()) == losses
     assert (tmp_path / "killed" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
@@ -303,6 +303,18 @@ def test_models_that_cannot_be_carved(model_folder, source, tmp_path):
     folder = write_dense(tmp_path / "biased", mlp_bias=True)
     with pytest.raises(ValueError, match=r"config\.json has mlp_bias=True, which the carved model cannot say"):
         config.resolve(["model=carved", f"model.path={folder}"])
+
+
+def test_a_configuration_without_what_others_have(tmp_path):
+    """What transformers has a default for may be absent; what carving goes by is asked for by name."""
+    folder = write_dense(tmp_path / "dense")
+    stored = json.loads((folder / "config.json").read_text())
+    optional = {name: value for name, value in stored.items() if name not in ("tie_word_embeddings", "num_key_value_heads")}
+    (folder / "config.json").write_text(json.dumps(optional))
+    assert "lm_head.weight" in outline.from_carving(recipe(path=str(folder))).tensors
+    (folder / "config.json").write_text(json.dumps({n: v for n, v in stored.items() if n != "num_attention_heads"}))
+    with pytest.raises(ValueError, match=r"model\.path=.*config\.json lacks num_attention_heads"):
+        outline.from_carving(recipe(path=str(folder)))
 
 
 def test_too_little_text_is_named(text, source, tmp_path):

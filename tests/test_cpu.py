@@ -86,6 +86,15 @@ def test_scales_of_every_size():
         assert torch.equal(packed.matrix(0, dtype), packed.matrix_by_torch(0, dtype))
 
 
+def test_scales_stay_as_they_are_whatever_a_model_is_cast_to():
+    packed = PackedLinear(torch.nn.Linear(64, 24), 4, 32)
+    fill(packed, 0)
+    before = packed.scales.clone()
+    packed.to(torch.bfloat16)
+    assert packed.bias.dtype == torch.bfloat16 and packed.scales.dtype == torch.float16 and packed.is_compiled
+    assert torch.equal(packed.scales, before)
+
+
 @torch.inference_mode()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("with_bias", [True, False])

@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,6 +11,8 @@ from hypothesis import strategies as st
 from tqdm import tqdm
 
 from conftest import write_model
+from moepress import config
+from moepress.artefacts import Task, read_json
 from moepress.data import sampling
 from moepress.evaluation import perplexity as ppl
 from moepress.evaluation.usage import Usage, count, of_selections
@@ -17,6 +20,7 @@ from moepress.inference.checkpoint import fits, load, load_model
 from moepress.models import folders, limits
 from moepress.models.streaming import ModelStream
 from moepress.pruning.policy import attach, experts_of
+from moepress.stages import evaluation
 from zoo import write_zoo_model
 
 
@@ -178,10 +182,27 @@ def test_the_first_of_several_ends_of_document(tmp_path):
 
 @given(st.integers(1, 200), st.data())
 def test_spread_indices_are_even(count, data):
-    wanted = data.draw(st.integers(1, count))
+    wanted = data.draw(st.integers(1, 2 * count))
     found = sampling.spread(count, wanted)
     gaps = np.diff([*found, count])
-    assert found[0] == 0 and len(found) == wanted and gaps.max() - gaps.min() <= 1
+    assert found[0] == 0 and len(found) == min(wanted, count) and gaps.max() - gaps.min() <= 1 and gaps.min() > 0
+    assert len(np.empty((0, 4))[sampling.spread(0, wanted)]) == 0, "of nothing, nothing"
+
+
+def test_one_block_of_text_has_no_scatter(tmp_path, model_folder):
+    rows = [("only", "test", "0", "the expert router layer token bits width " * 40)]
+    (tmp_path / "corpus").mkdir()
+    pd.DataFrame(rows, columns=["domain", "split", "document", "text"]).to_parquet(tmp_path / "corpus" / "documents.parquet")
+    settings = config.resolve(["evaluation.seq_len=32", "evaluation.num_blocks=1", "evaluation.tasks=none"])["evaluation"]
+    inputs = {"corpus": tmp_path / "corpus", "checkpoint": model_folder}
+    for name in ("16bit", "compressed"):
+        out = tmp_path / name
+        out.mkdir()
+        evaluation.run(Task("evaluation", "0", {"evaluation": settings}, inputs, {"device": "cpu", "cache": "."}, out))
+        inputs["reference"] = out
+    found = read_json(tmp_path / "compressed" / "metrics.json")
+    assert found["domains"]["only"]["num_blocks"] == 1
+    assert found["selection_shift"] == found["selection_shift_stderr"] == found["domains"]["only"]["ppl_stderr"] == 0
 
 
 def test_calibration_sample():

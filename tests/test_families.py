@@ -205,8 +205,15 @@ def write_mxfp4(source, out):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize(("family", "write"), [("deepseek_v3", write_float8), ("gpt_oss", write_mxfp4)])
-def test_published_in_fewer_bits(zoo, tmp_path, family, write):
+@pytest.mark.parametrize(
+    ("family", "write", "said"),
+    [
+        ("deepseek_v3", write_float8, {}),
+        ("minimax_m2", write_float8, {"fmt": "float8_e4m3fn"}),
+        ("gpt_oss", write_mxfp4, {}),
+    ],
+)
+def test_published_in_fewer_bits(zoo, tmp_path, family, write, said):
     """Read as the 16-bit model it stands for: the same walk, the same logits, the same packed bytes as from the dense twin."""
     config = json.loads((zoo(family) / "config.json").read_text())
     stored, dense, quantization = write(zoo(family), tmp_path)
@@ -215,7 +222,7 @@ def test_published_in_fewer_bits(zoo, tmp_path, family, write):
         places[kind] = tmp_path / kind
         places[kind].mkdir()
         save_file(tensors, places[kind] / "model.safetensors", {"format": "pt"})
-        extra = {"quantization_config": quantization} if kind == "low" else {}
+        extra = {"quantization_config": quantization | said} if kind == "low" else {}
         (places[kind] / "config.json").write_text(json.dumps(config | extra))
     logits = {kind: load_model(folder)(TOKENS).logits for kind, folder in places.items()}
     assert torch.equal(logits["low"], logits["dense"])
@@ -229,6 +236,19 @@ def test_published_in_fewer_bits(zoo, tmp_path, family, write):
     assert low.keys() == full.keys() and all(torch.equal(low[name], full[name]) for name in full)
     sizes = [folders.num_weights(folder) for folder in places.values()]
     assert sizes[0] == sizes[1]
+
+
+def test_what_is_read_of_float8(zoo, tmp_path):
+    """transformers' own configuration says no `fmt`; other floats, and a scale for a whole matrix, are not read."""
+    config = json.loads((zoo("minimax_m2") / "config.json").read_text())
+    for said, is_read in (({}, True), ({"fmt": "e5m2"}, False), ({"weight_block_size": None}, False)):
+        quantized = {"quant_method": "fp8", "weight_block_size": [128, 128]} | said
+        (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": quantized}))
+        if is_read:
+            folders.read_config(tmp_path, "model.path")
+            continue
+        with pytest.raises(ValueError, match=r"already quantized \(quant_method 'fp8'\)"):
+            folders.read_config(tmp_path, "model.path")
 
 
 @pytest.mark.parametrize("family", ZOO)

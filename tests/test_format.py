@@ -83,6 +83,10 @@ DAMAGE = {
         lambda f: change_json(f / manifest.INDEX, lambda i: i["metadata"].pop("files")),
         r"index\.json: has no metadata\.files",
     ),
+    "index without a shard's hash": (
+        lambda f: change_json(f / manifest.INDEX, lambda i: i["metadata"]["files"].pop(FIRST)),
+        rf"index\.json: has no size and hash for {FIRST}",
+    ),
     "index that points elsewhere": (
         lambda f: change_json(f / manifest.INDEX, lambda i: i["metadata"]["files"].update({"../x": {}})),
         r"metadata\.files\['\.\./x'\]",

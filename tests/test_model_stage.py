@@ -31,6 +31,19 @@ def test_nan_anywhere_is_found_before_anything_is_made(tmp_path):
     assert not (tmp_path / "reference.json").exists()
 
 
+def test_what_is_downloaded_of_a_hub_model(monkeypatch):
+    """The hub's patterns match across folders, in which some repositories keep their weights in another form once more."""
+    from huggingface_hub.utils import filter_repo_objects
+
+    asked = {}
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **settings: asked.update(settings) or "folder")
+    hub.download("org/name", "main")
+    files = ["config.json", "chat_template.jinja", "model-00001-of-00002.safetensors", "README.md"]
+    others = ["original/config.json", "original/model.safetensors", "metal/model.bin", "pytorch_model.bin"]
+    patterns = {name: asked[name] for name in ("allow_patterns", "ignore_patterns")}
+    assert list(filter_repo_objects([*files, *others], **patterns)) == files
+
+
 @pytest.mark.parametrize("model_id", ["nobody/nothing-of-this-name", "not a valid id"])
 def test_hub_models_that_cannot_be_had(monkeypatch, model_id):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

@@ -14,7 +14,7 @@ from conftest import small_experiment
 from moepress import config, dag, estimate, forecast, studies, work
 from moepress import plan as planning
 from moepress.models import families, folders, limits, outline
-from moepress.models.files import Entry
+from moepress.models.files import Entry, read_header
 from moepress.quantization.budget import Prediction
 from moepress.schema import SCHEMA
 from moepress.schema.values import parse_bytes
@@ -238,6 +238,36 @@ def test_a_hub_model_needs_two_files_and_a_connection(deepseek_v3, tmp_path, mon
         forecast.forecast(["model=hub", "model.id=org/missing"])
 
 
+def test_a_hub_model_of_one_file_is_told_by_its_header(model_folder, tmp_path, monkeypatch):
+    """It has no index; the same table as from its folder."""
+    import huggingface_hub
+    from huggingface_hub.errors import NotASafetensorsRepoError, RemoteEntryNotFoundError
+    from huggingface_hub.utils import SafetensorsFileMetadata, SafetensorsRepoMetadata, TensorInfo
+
+    for name in ("config.json", "tokenizer.json"):
+        shutil.copy(model_folder / name, tmp_path)
+
+    def download(model_id, name, revision):
+        if name == "config.json":
+            return str(tmp_path / name)
+        raise RemoteEntryNotFoundError("404", response=types.SimpleNamespace(headers={}, request=None))
+
+    def headers(model_id, revision):
+        if model_id == "org/pickles":
+            raise NotASafetensorsRepoError("'org/pickles' is not a safetensors repo.")
+        infos = {n: TensorInfo(**e) for n, e in read_header(model_folder / "model.safetensors").items()}
+        return SafetensorsRepoMetadata(None, False, {}, {"model.safetensors": SafetensorsFileMetadata({}, infos)})
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", headers)
+    found = forecast.read_model({"kind": "hub", "id": "org/name", "revision": "main"})
+    expected = outline.read(model_folder, "model.path")
+    assert {n: t.shape for n, t in found.tensors.items()} == {n: t.shape for n, t in expected.tensors.items()}
+    assert (found.shape, found.nbytes, found.is_estimate) == (expected.shape, expected.nbytes, False)
+    with pytest.raises(ValueError, match=r"model\.id='org/pickles' .*index\.json could not be fetched.*not a safetensors repo"):
+        forecast.forecast(["model=hub", "model.id=org/pickles"])
+
+
 def test_a_16_bit_model_beyond_the_memory_is_evaluated_a_layer_at_a_time(exact_v3):
     values = config.values(["allocation.budget=220GiB"])
     large_enough, smaller = (estimate.memory(exact_v3, values, 240 << 30, "cpu", has) for has in (4 << 40, 512 << 30))
@@ -356,6 +386,9 @@ def test_task_tokens_follow_tasks_limit_and_examples():
     assert tokens("evaluation.tasks=none") == 0
     assert tokens("evaluation.tasks=[piqa]") == 1838 * 67 and tokens("evaluation.tasks=[piqa]", "evaluation.limit=100") == 6700
     assert tokens("evaluation.tasks=mmlu") == 6 * 14042 * 122
+    assert (
+        tokens("evaluation.tasks=[mmlu_anatomy]") == 14042 // 57 * 122 and tokens("evaluation.tasks=[mmlu_stem]") > 4000 * 122
+    )
     assert tokens("evaluation.tasks=[gsm8k]", "evaluation.source=hub") == 0, "not known before"
     assert 0 < tokens("evaluation.tasks=quick", "evaluation.limit=50") < tokens() == tokens("evaluation.limit=1000")
 
@@ -414,6 +447,29 @@ def test_memory_limit_is_the_least_of_all_groups_above(tmp_path):
     (groups / "memory" / "job").mkdir(parents=True)
     (groups / "memory" / "job" / "memory.limit_in_bytes").write_text("2000000\n")
     assert limits.memory_limit(groups, own) == 2000000
+
+
+def test_free_memory_is_what_every_group_has_left(tmp_path):
+    """What it uses counts, but for files that were read and can be dropped."""
+    own, groups = tmp_path / "cgroup", tmp_path / "groups"
+
+    def write(place, **files):
+        place.mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            (place / f"memory.{name}").write_text(f"{text}\n")
+
+    own.write_text("0::/job/step\n")
+    write(groups / "job", max=9000, current=5000, stat="anon 1000\ninactive_file 2000\nactive_file 2000")
+    write(groups / "job" / "step", max="max", current=4000)
+    assert limits.free_memory(groups, own) == 9000 - (5000 - 2000)
+    write(groups / "job" / "step", max=4500)
+    assert limits.free_memory(groups, own) == 500
+    own.write_text("4:memory:/job\n0::/\n")  # the older kind
+    stat = "inactive_file 1\ntotal_inactive_file 300"
+    write(groups / "memory" / "job", limit_in_bytes=2000, usage_in_bytes=1000, stat=stat)
+    assert limits.free_memory(groups, own) == 1300
+    write(groups / "memory" / "job", usage_in_bytes=2400, stat="")
+    assert limits.free_memory(groups, own) == 0
 
 
 def test_each_artefact_is_planned_by_an_experiment_that_needs_it(model_folder, text_folder, tmp_path):

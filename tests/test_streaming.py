@@ -73,14 +73,16 @@ def test_damage_is_named(tmp_path):
         files.entries(folder)
 
 
-def test_fingerprint_sees_weights_and_config(tmp_path):
+def test_fingerprint_sees_all_that_decides_what_the_model_does(tmp_path):
     folder = write_model(tmp_path / "model", layers=1)
     first = folders.fingerprint(folder)
     assert folders.fingerprint(folder) == first
     tensors = load_file(folder / "model.safetensors")
     tensors["lm_head.weight"] += 1
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    assert folders.fingerprint(folder) != first
+    second = folders.fingerprint(folder)
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    assert len({first, second, folders.fingerprint(folder)}) == 3
 
 
 def test_streams_go_on_from_the_last_whole_layer(tmp_path):

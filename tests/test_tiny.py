@@ -140,6 +140,20 @@ def test_state_of_another_config_is_not_taken_up(trained, documents, tmp_path):
     assert tiny.resume(tmp_path, config | {"seed": 5}, model, optimizer) == []
 
 
+def test_a_domain_with_less_test_text_than_a_sequence_is_left_out(trained, documents, tmp_path):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(trained[0]), AutoTokenizer.from_pretrained(trained[0])
+    table = pd.read_parquet(documents)
+    is_test = table["split"] == "test"
+    table.loc[is_test & (table["domain"] == "left"), "text"] = "a"
+    table.to_parquet(tmp_path / "documents.parquet", index=False)
+    found = tiny.specialisation(model, tokenizer, tmp_path, small()["held_out"])
+    assert set(found["held_out"]) == set(found["layers"][0]["counts"]) == {"far", "right"}
+    table.loc[is_test & (table["domain"] == "right"), "text"] = "s"
+    table.to_parquet(tmp_path / "documents.parquet", index=False)
+    found = tiny.specialisation(model, tokenizer, tmp_path, small()["held_out"])
+    assert set(found["held_out"]) == {"far"} and found["layers"] == [], "no domain that it was trained on"
+
+
 def test_too_little_text(documents, tmp_path):
     with pytest.raises(ValueError, match=r"batch_size is 4000: give more text"):
         train(small(batch_size=4000), documents, tmp_path / "model")

@@ -13,7 +13,6 @@ from moepress import dag, estimate, studies
 from moepress.config import values
 from moepress.machine import hardware, uses_gpu
 from moepress.models import families, hub, limits, outline
-from moepress.models.files import INDEX
 from moepress.models.outline import Outline
 from moepress.quantization.budget import Prediction, plan_budget, unpacked_bytes
 from moepress.quantization.size import mixed
@@ -26,7 +25,7 @@ Prints, in seconds and without computing anything, the checkpoint's size at each
 run needs on this machine, and whether it fits: exit code 0 if it does, 1 if it does not.
 
   moepress plan model=local model.path=DIR [allocation.budget=12GiB]    DIR with its weights, or only config.json and the index
-  moepress plan model=hub model.id=ORG/NAME [allocation.bits=2.5]       fetches those two files
+  moepress plan model=hub model.id=ORG/NAME [allocation.bits=2.5]       fetches those two files, or a lone file's header
   moepress plan                                                         the small default model
 """
 
@@ -81,7 +80,8 @@ def read_model(model: dict) -> Outline:
     if model["kind"] == "carved":
         return outline.from_carving(model)
     if model["kind"] == "hub":
-        return outline.read_any(hub.fetch(model["id"], model["revision"], ("config.json", INDEX)), "model.id")
+        folder, stored = hub.fetch_sizes(model["id"], model["revision"])
+        return outline.from_headers(folder, "model.id", stored) if stored else outline.read_any(folder, "model.id")
     return outline.read_any(Path(model["path"]), "model.path")
 
 

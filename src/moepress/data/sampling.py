@@ -111,7 +111,8 @@ def even_shares(total: int, parts: int) -> list[int]:
 
 
 def spread(count: int, wanted: int) -> np.ndarray:
-    """`wanted` indices spread evenly over `range(count)`."""
+    """`wanted` indices spread evenly over `range(count)`, all of it where that is fewer."""
+    wanted = min(wanted, count)
     return (np.arange(wanted) * count) // wanted
 
 
@@ -132,11 +133,11 @@ def sample_calibration(blocks_by_domain: dict[str, np.ndarray], num_sequences: i
     shares = even_shares(num_sequences, len(blocks_by_domain))
     for (domain, blocks), wanted in zip(blocks_by_domain.items(), shares, strict=True):
         if len(blocks) < wanted:
-            available = ", ".join(f"{name}: {len(b)}" for name, b in blocks_by_domain.items())
+            windows = ", ".join(f"{name}: {len(b)}" for name, b in blocks_by_domain.items())
             seq_len = blocks.shape[1]
             raise ValueError(
                 f"calibration.num_sequences={num_sequences} with calibration.seq_len={seq_len} needs {wanted} windows of "
-                f"{domain!r}, the calibration split has {len(blocks)} (windows by domain: {available}); "
+                f"{domain!r}, the calibration split has {len(blocks)} (windows by domain: {windows}); "
                 "ask for fewer or shorter sequences, choose calibration.domains, or give more text"
             )
         name_seed = int.from_bytes(hashlib.sha256(domain.encode()).digest()[:4], "little")

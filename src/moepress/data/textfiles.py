@@ -44,9 +44,9 @@ def read(config: dict) -> list[tuple[str, str, str]]:
     """Documents as `(domain, document, text)`.
 
     The domain of a file is the folder it lies in below `path`, else its stem; a folder of at least `min_documents` files and
-    nothing below it is one domain. A .txt or .md file is a document, a
-    .jsonl line is one. A domain with fewer than `min_documents` has its documents cut at blank lines into blocks of
-    about `block_characters`, so that there is something to split; a line longer than `line_characters` is cut at spaces.
+    nothing below it is one domain. A .txt or .md file is a document, a .jsonl line is one. A domain with fewer than
+    `min_documents` has its documents cut at blank lines into blocks of about `block_characters`, so that there is something to
+    split; within a longer paragraph at line ends, and a line longer than `line_characters` at spaces, into such blocks too.
 
     Raises ValueError for a missing path, bytes that are not UTF-8, a bad .jsonl line, or no text at all.
     """

@@ -1,1 +1,1 @@
-"""What compression cost: perplexity and selection shift."""
+"""What compression costs: perplexity, selection shift, scores of tasks; what the shifted selections cost alone."""

@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from hashlib import sha256
 from pathlib import Path
+from shutil import rmtree
 
 import numpy as np
 import psutil
@@ -18,7 +19,6 @@ from tqdm import tqdm
 
 from moepress.evaluation.perplexity import run_layers
 from moepress.evaluation.usage import Usage, count, watched
-from moepress.models import streams
 from moepress.models.streaming import ModelStream
 from moepress.pruning.policy import experts_of
 
@@ -128,7 +128,7 @@ class StreamedBridge(Bridge):
         def logits():
             for row, x_SH in zip(rows, x_BSH, strict=True):
                 yield stream.logits(x_SH[None, : len(row)])[0]
-            streams.drop(folder)
+            rmtree(folder, ignore_errors=True)
 
         return logits(), (chosen_BLE, chosen_BLE)
 

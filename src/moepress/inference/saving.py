@@ -7,12 +7,10 @@ import torch
 from safetensors.torch import save_file
 
 from moepress.inference import manifest
+from moepress.models import streaming
 from moepress.models.files import sync
 
-DTYPES = {
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
+DTYPES = streaming.DTYPES | {
     "F64": torch.float64,
     "U8": torch.uint8,
     "I32": torch.int32,

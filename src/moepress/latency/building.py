@@ -16,10 +16,12 @@ from moepress.pruning.policy import experts_of, routers_of
 VOCAB = 4096
 """Tokens of the layers that are built; there is no head, so it costs nothing."""
 CHUNK = (1 << 20) + 7
+"""Random numbers that the weights repeat; a prime, so that no two rows of a matrix are alike."""
 STD = 0.02
+"""Standard deviation of the weights: the initializer_range of most families."""
 
 
-def outline(config: dict, dtype: torch.dtype):
+def on_meta(config: dict, dtype: torch.dtype):
     """The model on the meta device. config: see `shapes.layers_only`."""
     with torch.device("meta"):
         known = AutoConfig.for_model(**config)
@@ -31,7 +33,7 @@ def outline(config: dict, dtype: torch.dtype):
 
 def build(config: dict, dtype: torch.dtype, device: str, widths: list[int] | None, settings: dict):
     """The layers, at 16 bits without `widths` (of a layer's experts). settings: of the group `quantization`, its sizes."""
-    model = outline(config, dtype)
+    model = on_meta(config, dtype)
     if widths is not None:
         pack(model, widths, settings, device)
     model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config).to(device)
@@ -89,7 +91,7 @@ def tile(out: torch.Tensor, chunk: torch.Tensor) -> torch.Tensor:
 
 def check_memory(config: dict, dtype: torch.dtype, device: str) -> None:
     """ValueError where the 16-bit layers, and the packed ones beside them, do not fit."""
-    needed = 1.4 * sum(p.numel() for p in outline(config, dtype).parameters()) * dtype.itemsize
+    needed = 1.4 * sum(p.numel() for p in on_meta(config, dtype).parameters()) * dtype.itemsize
     is_cuda = torch.device(device).type == "cuda"
     free = torch.cuda.mem_get_info(device)[0] if is_cuda else limits.free_memory()
     if needed > free:
@@ -113,7 +115,7 @@ class SkewedRouting:
     def __init__(self, model, skew: float):
         E, K = experts_of(model)[0].num_experts, model.config.num_experts_per_tok
         log_p_E = -skew * torch.arange(1, E + 1, dtype=torch.float64).log()
-        self.tables = []
+        self.num_experts, self.tables = E, []
         for layer, router in enumerate(routers_of(model)):
             uniform_VE = torch.rand(VOCAB, E, dtype=torch.float64, generator=torch.Generator().manual_seed(layer))
             gumbel_VE = -(-uniform_VE.log()).log()  # the largest of log p + Gumbel noise are a draw without repetition
@@ -128,8 +130,9 @@ class SkewedRouting:
         return lambda _, args, out: (*out[:2], table_VK[self.ids_T])
 
     def counts(self, ids: torch.Tensor) -> torch.Tensor:
-        """Slots that each expert gets of these tokens, over all layers, `[E]`-long at the least."""
-        return torch.stack([torch.bincount(t[ids.reshape(-1)].reshape(-1).cpu(), minlength=VOCAB) for t in self.tables]).sum(0)
+        """Slots that each expert gets of these tokens, over all layers, `[E]`."""
+        chosen = torch.cat([table_VK[ids.reshape(-1)].flatten().cpu() for table_VK in self.tables])
+        return torch.bincount(chosen, minlength=self.num_experts)
 
 
 def realised(counts_E: np.ndarray) -> dict[str, float]:

@@ -9,6 +9,7 @@ import torch
 PACKAGES = ("torch", "transformers", "triton", "numba")
 """Whose versions a time depends on."""
 LARGEST_MATRIX = 8192
+"""Rows of the last square matrix that is tried, at 16 bits 128 MiB."""
 LONG_ENOUGH = 0.02
 """Seconds of a matrix product that no start-up cost shows in."""
 TRIALS = 5
@@ -20,15 +21,17 @@ def synchronize(device) -> None:
 
 
 def seconds(function, device) -> float:
-    """Of the fastest of some calls: what the device can do, whoever else is using it."""
-    taken = []
-    for _ in range(TRIALS):
-        synchronize(device)
-        start = time.perf_counter()
-        function()
-        synchronize(device)
-        taken.append(time.perf_counter() - start)
-    return min(taken)
+    """Of one call, with all that it starts on the device."""
+    synchronize(device)
+    start = time.perf_counter()
+    function()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def fastest(function, device) -> float:
+    """Seconds of the fastest of some calls: what the device can do, whoever else is using it."""
+    return min(seconds(function, device) for _ in range(TRIALS))
 
 
 def bandwidth(device, num_bytes: int) -> float:
@@ -39,8 +42,8 @@ def bandwidth(device, num_bytes: int) -> float:
     buffer = torch.ones(num_bytes // 4, device=device)
     if buffer.is_cuda:
         other = torch.empty_like(buffer)
-        return 2 * buffer.nbytes / seconds(lambda: other.copy_(buffer), device)
-    return buffer.nbytes / seconds(buffer.sum, device)
+        return 2 * buffer.nbytes / fastest(lambda: other.copy_(buffer), device)
+    return buffer.nbytes / fastest(buffer.sum, device)
 
 
 def flop_rate(device, dtype: torch.dtype) -> float:
@@ -49,7 +52,7 @@ def flop_rate(device, dtype: torch.dtype) -> float:
     while size < LARGEST_MATRIX:
         size *= 2
         a = torch.full((size, size), 1e-3, device=device, dtype=dtype)
-        taken = seconds(lambda a=a: a @ a, device)
+        taken = fastest(lambda a=a: a @ a, device)
         best = max(best, 2 * size**3 / taken)
         if taken > LONG_ENOUGH:
             break

@@ -1,5 +1,8 @@
 """Decoding behind a key-value cache of fixed size: the same kernels at the same addresses for every token, so that on a GPU one
-CUDA graph replays them without Python and without launching each by itself."""
+CUDA graph replays them without Python and without launching each by itself.
+
+Legend: B sequences, S positions, V vocabulary.
+"""
 
 import torch
 from transformers import StaticCache

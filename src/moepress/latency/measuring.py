@@ -6,7 +6,6 @@ Legend: B sequences, S positions.
 
 import itertools
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -16,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from moepress.latency import traffic
-from moepress.latency.device import synchronize
+from moepress.latency.device import seconds
 from moepress.latency.graphs import StaticDecoding
 from moepress.latency.traffic import Parts, Traffic, cache_bytes, weight_bytes
 from moepress.models.experts import ON_CPU
@@ -84,7 +83,7 @@ class Prefill:
 
     def time(self) -> float:
         """Milliseconds."""
-        return milliseconds(self.forward, self.variant.model.device)
+        return 1e3 * seconds(self.forward, self.variant.model.device)
 
 
 class Decode:
@@ -130,21 +129,13 @@ class Decode:
     def time(self) -> float:
         """Milliseconds of a step."""
         self.restart()
-        return milliseconds(self.run, self.variant.model.device) / self.steps
+        return 1e3 * seconds(self.run, self.variant.model.device) / self.steps
 
     def captured(self) -> StaticDecoding:
         """The same as a CUDA graph; raises RuntimeError or ValueError where that cannot be."""
         static = StaticDecoding(self.variant.model, self.ids_BS, self.num_prompt)
         static.capture()
         return static
-
-
-def milliseconds(function: Callable, device) -> float:
-    synchronize(device)
-    start = time.perf_counter()
-    function()
-    synchronize(device)
-    return 1e3 * (time.perf_counter() - start)
 
 
 def in_turn(timers: Mapping[str, tuple[Variant, Callable[[], float]]], repeats: int, progress) -> dict[str, dict[str, float]]:
@@ -242,7 +233,7 @@ def graph_times(timed: dict[str, Decode], config: dict) -> dict[str, dict]:
 
 
 def graph_ms(one: Decode, static: StaticDecoding) -> float:
-    return milliseconds(static.run, one.variant.model.device) / one.steps
+    return 1e3 * seconds(static.run, one.variant.model.device) / one.steps
 
 
 class Silent:

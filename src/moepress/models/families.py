@@ -266,9 +266,11 @@ def group_of(columns: int, group_size: int) -> int:
 
 
 SMALLEST_GROUP = 8
+"""Weights that share a scale at the least; a linear whose rows share no such divisor with the group size stays at 16 bits."""
 
 
 def check_group_size(shape: Shape, group_size: int) -> None:
+    """ValueError for a group size that the rows of the experts' matrices cannot be divided into, naming those that they can."""
     for name, width in (("hidden_size", shape.hidden_size), ("intermediate_size", shape.intermediate_size)):
         if group_of(width, group_size) < SMALLEST_GROUP:
             fits = [g for g in (256, 128, 96, 64, 48, 32, 16, 8) if width % g == 0]

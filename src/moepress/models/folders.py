@@ -12,6 +12,9 @@ from pathlib import Path
 from moepress.models.families import DIALECTS, FAMILIES, Shape, is_expert_matrix, layer_prefix, shape_of, standard_name
 from moepress.models.files import Entry, entries, read_index, with_scales
 
+FLOAT8 = ("e4m3", "float8_e4m3fn", None)
+"""What configurations call float8 with blocks (`fmt`): DeepSeek-V3's, MiniMax-M2's; transformers' own say nothing."""
+
 
 def read_config(folder: Path, key: str) -> dict:
     """config.json of a 16-bit model's folder, as it is; ValueError for what is no such folder."""
@@ -28,7 +31,8 @@ def read_config(folder: Path, key: str) -> dict:
         raise ValueError(f"{path}: not a model's configuration; fetch it again")
     quantized = config.get("quantization_config") or {}
     method = quantized.get("quant_method")
-    is_read = method == "mxfp4" or (method == "fp8" and quantized.get("fmt") == "e4m3")
+    is_float8 = method == "fp8" and quantized.get("fmt") in FLOAT8 and quantized.get("weight_block_size", True)
+    is_read = method == "mxfp4" or is_float8
     if quantized and not is_read:
         raise ValueError(f"{key}={str(folder)!r}: already quantized (quant_method {method!r}); give the 16-bit model")
     return config
@@ -106,11 +110,11 @@ def check_experts(shape: Shape, found: Iterable[str], folder: Path) -> None:
 
 
 def fingerprint(folder: Path) -> str:
-    """A hash that tells one model folder from another in a moment: config, tokenizer and index files whole; of each weight
-    file its size, its safetensors header and 64 spread samples of 4 KiB. (The model stage hashes everything.)"""
+    """A hash that tells one model folder from another in a moment: config, tokenizer, chat template and index whole; of each
+    weight file its size, its safetensors header and 64 spread samples of 4 KiB. (The model stage hashes everything.)"""
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
-        if path.suffix in (".json", ".model", ".txt") and path.is_file():
+        if path.suffix in (".json", ".model", ".txt", ".jinja") and path.is_file():
             digest.update(f"{path.name}\0".encode() + path.read_bytes())
         elif path.suffix == ".safetensors":
             size = path.stat().st_size

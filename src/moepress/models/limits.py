@@ -3,6 +3,7 @@
 Legend: H hidden size, I intermediate size, E experts.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -17,11 +18,14 @@ KEPT = 1 << 29
 """Bytes that quantized experts' activations may take that are kept for a second use; beyond, they are computed twice."""
 
 DIAGNOSED = 4
-"""Where the 16-bit model's hidden states serve the diagnostics alone, they are followed for one sequence in so many."""
+"""One calibration sequence in so many is followed where the 16-bit model's hidden states serve the diagnostics alone."""
 
 TRIED = 4
 """Steps of the last tuning that tell whether a rate is far too high; after so few, a good one may stand a quarter above the
 start."""
+
+GROUPS, OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+"""Where Linux shows control groups, and which ones this process is in."""
 
 
 def curvature_bytes(width: int) -> int:
@@ -57,28 +61,40 @@ def num_candidates(num_experts: int, configured: int | None) -> int:
     return num_experts if num_experts <= 8 else max(8, num_experts // 3)
 
 
-def free_memory() -> int:
-    """Bytes of RAM that can be taken now: what the machine has free, and no more than a control group allows."""
-    return min(psutil.virtual_memory().available, memory_limit())
+def free_memory(groups: Path = GROUPS, own: Path = OWN) -> int:
+    """Bytes of RAM that can be taken now: what the machine has free, and no more than any control group has left."""
+    left = [limit - used for limit, used in _group_limits(groups, own)]
+    return max(0, min([psutil.virtual_memory().available, *left]))
 
 
-def memory_limit(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
+def memory_limit(groups: Path = GROUPS, own: Path = OWN) -> int:
     """Bytes of RAM that this process may take: the machine's, or what a control group above it (a container's, a Slurm job's)
     allows."""
-    found = [psutil.virtual_memory().total]
+    return min([psutil.virtual_memory().total, *(limit for limit, _ in _group_limits(groups, own))])
+
+
+def _group_limits(groups: Path, own: Path) -> Iterator[tuple[int, int]]:
+    """Of every group above this process that has one: its limit, and what it uses of it, in bytes. Files that were read and
+    can be dropped at once do not count as used."""
     lines = own.read_text().split() if own.is_file() else []
     for _, controllers, group in (line.split(":", 2) for line in lines if line.count(":") >= 2):
-        name = (
-            "memory.max" if not controllers else "memory/memory.limit_in_bytes" if "memory" in controllers.split(",") else None
-        )
-        if name is None:
+        if not controllers:
+            top, limit, used, idle = groups, "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):  # the older kind
+            top, limit, used = groups / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            idle = "total_inactive_file"
+        else:
             continue
-        folder, _, file = f"{groups}/{name}".rpartition("/")
-        top = Path(folder)
         place = top / group.lstrip("/")
         for where in [place, *place.parents]:
-            text = (where / file).read_text().strip() if (where / file).is_file() else ""
-            found += [int(text)] if text.isdigit() else []
+            if (most := _number(where / limit)) is not None:
+                yield most, (_number(where / used) or 0) - (_number(where / "memory.stat", f"{idle} ") or 0)
             if where == top:
                 break
-    return min(found)
+
+
+def _number(path: Path, before: str = "") -> int | None:
+    """What a group's file says, on the line that begins with `before`; None where it says none."""
+    lines = path.read_text().splitlines() if path.is_file() else []
+    found = next((line.removeprefix(before) for line in lines if line.startswith(before)), "")
+    return int(found) if found.isdigit() else None

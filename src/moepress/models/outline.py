@@ -1,7 +1,8 @@
 """A model as its config.json and the names and shapes of its tensors tell it: imports no torch and reads no weight.
 
-`read` looks into a folder's headers. `from_index` makes do with config.json and the index, where the shapes outside the
-experts are estimated; `from_recipe` with the recipe of a model that is yet to be trained.
+`read` looks into a folder's headers; `from_headers` takes them from elsewhere. `from_index` makes do with config.json and the
+index, where the shapes outside the experts are estimated; `from_recipe` and `from_carving` with the configuration of a model
+that is yet to be trained or carved.
 """
 
 import json
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from moepress.models import dense, families, folders
 from moepress.models.families import ATTENTION, FAMILIES, Shape, layer_prefix
-from moepress.models.files import INDEX, ITEM_BYTES, Entry, read_index
+from moepress.models.files import INDEX, ITEM_BYTES, Entry, read_index, with_scales
 
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 TOKENIZER_BYTES = 60
@@ -78,6 +79,25 @@ def other_files(folder: Path) -> dict[str, int]:
     return {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.is_file() and p.suffix != ".safetensors"}
 
 
+def with_tokenizer(files: dict[str, int], shape: Shape) -> dict[str, int]:
+    """The files of a folder, with one for the tokenizer where none is there yet."""
+    is_there = {"tokenizer.json", "tokenizer.model"} & set(files)
+    return files if is_there else files | {"tokenizer.json": TOKENIZER_BYTES * shape.vocab_size}
+
+
+def from_headers(folder: Path, key: str, stored: dict[str, Entry]) -> Outline:
+    """An outline from a folder with config.json and the tensors that lie elsewhere, by their stored names; ValueError as
+    `folders.read_model` has it."""
+    config = folders.read_config(folder, key)
+    families.shape_of(config, key)
+    if odd := [f"{name} is stored as {entry.dtype}" for name, entry in stored.items() if entry.dtype not in ITEM_BYTES]:
+        raise ValueError(f"{key}: the tensor {odd[0]}, which is not handled")
+    tensors = folders.standard_tensors(with_scales(stored), config)
+    shape = families.shape_of(config, key, tensors)
+    folders.check_experts(shape, tensors, folder)
+    return Outline(config, shape, tensors, with_tokenizer(other_files(folder), shape))
+
+
 def from_index(folder: Path, key: str) -> Outline:
     """An outline from config.json and the index.
 
@@ -105,10 +125,7 @@ def from_index(folder: Path, key: str) -> Outline:
     found |= {name: Entry(None, name, dtype, size) for name in linears}
     tensors = folders.standard_tensors(found, config)
     folders.check_experts(shape, tensors, folder)
-    files = other_files(folder)
-    if not {"tokenizer.json", "tokenizer.model"} & set(files):
-        files["tokenizer.json"] = TOKENIZER_BYTES * shape.vocab_size
-    return Outline(config, shape, tensors, files, is_estimate=True)
+    return Outline(config, shape, tensors, with_tokenizer(other_files(folder), shape), is_estimate=True)
 
 
 def stored_widths(names: Iterable[str], plain: int) -> dict[str, float]:
@@ -142,7 +159,7 @@ def from_config(config: dict, key: str) -> Outline:
     attention = {"q": (queries, H), "k": (keys, H), "v": (keys, H), "o": (H, queries)}
     shared = config.get("shared_expert_intermediate_size")
     sizes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (V, H), "model.norm.weight": (H,)}
-    if not config["tie_word_embeddings"]:
+    if not config.get("tie_word_embeddings"):
         sizes["lm_head.weight"] = (V, H)
     for layer in range(shape.num_layers):
         prefix = layer_prefix(layer)

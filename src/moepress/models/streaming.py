@@ -37,13 +37,15 @@ class Routing:
 
 
 class ModelStream:
-    """A model folder, read layer by layer and computed in `dtype` on `device`.
+    """A model folder, read layer by layer and computed in float32 on `device`.
 
     Raises ValueError naming the file and the tensor for what is missing, not whole, NaN or infinite.
     """
 
-    def __init__(self, folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32):
-        self.folder, self.device, self.dtype = Path(folder), device, dtype
+    dtype = torch.float32
+
+    def __init__(self, folder: Path, device: str = "cpu"):
+        self.folder, self.device = Path(folder), device
         self.source_config, self.shape, self.entries = folders.read_model(self.folder, "model")
         self.family = FAMILIES[self.shape.family]
         quantized = self.source_config.get("quantization_config") or {}
@@ -53,7 +55,7 @@ class ModelStream:
         try:
             self.config = auto_config(self.source_config)
             with torch.device("meta"):
-                self.skeleton = AutoModelForCausalLM.from_config(self.config, dtype=dtype, trust_remote_code=False)
+                self.skeleton = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype, trust_remote_code=False)
         except Exception as error:  # transformers checks little of what it is given: errors of any kind come from deep inside
             raise ValueError(
                 f"{self.folder / 'config.json'}: no model can be made of it ({error!r}); fetch it again"

@@ -4,7 +4,6 @@ goes on from its last whole layer.
 
 import json
 import os
-import shutil
 from pathlib import Path
 
 import torch
@@ -85,7 +84,3 @@ def next_layer(folder: Path) -> int:
     """The first layer that is not whole, 0 at the start."""
     path = folder / "next_layer.json"
     return json.loads(path.read_text())["next_layer"] if path.is_file() else 0
-
-
-def drop(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)

