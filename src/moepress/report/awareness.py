@@ -72,11 +72,8 @@ def left_out(runs: list[Run]) -> tuple[Figure, pd.DataFrame] | None:
     frames = []
     for run, line in zip(pruned, axes, strict=True):
         found, _ = usage(run)
-        unknown = {
-            "left_out": np.full((num_layers, shape.num_experts), np.nan),
-            "active_slots": np.nan,
-        }  # not asked of this run
-        asked = [found.get(name, unknown) for name in names]
+        not_asked = {"left_out": np.full((num_layers, shape.num_experts), np.nan), "active_slots": np.nan}
+        asked = [found.get(name, not_asked) for name in names]
         without_ULE = np.array([one["left_out"] for one in asked])
         for axis, layer in zip(line, shown, strict=True):
             image = mesh(axis, 100 * without_ULE[:, layer], cmap="Oranges", vmin=0, vmax=100)
