@@ -49,7 +49,8 @@ def lines(name: str, model: outline.Outline, overrides: list[str], speed: float)
         seconds[label], timed = (flops / speed for flops in work.measurement_work(model, values, is_packed))
         seconds["latency"] = seconds.get("latency", 0) + timed
     found += [f"  {stage:22} {n / 3600:9.1f} core-hours  {readable(memory.get(stage, 0))}" for stage, n in seconds.items()]
-    forward = work.forward_flops(model, values["calibration"]["num_sequences"] * 2048, 2048) / speed / 3600
+    length = values["calibration"]["seq_len"]
+    forward = work.forward_flops(model, values["calibration"]["num_sequences"] * length, length) / speed / 3600
     found += [f"  one forward of the calibration text {forward:.1f} core-hours"]
     return found + [f"  disk: {what} {readable(n)}" for what, n in disk.items()]
 

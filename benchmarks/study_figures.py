@@ -1,41 +1,35 @@
 """The figures that the default study must reach, from its results:  python benchmarks/study_figures.py results
 
-Prints each with what was measured: order of the methods (paired over the same blocks), bytes against prediction, time and
-memory by stage, the share of process start-up.
+Prints each with what was measured: order of the methods (paired over the same blocks of the corpus's domains), bytes against
+prediction, time and memory by stage, the share of process start-up.
 """
 
 import json
+import math
 import sys
 from pathlib import Path
 
 import pandas as pd
+
+from moepress.report import paired, reading
+from moepress.report.table import mean_over_domains
 
 
 def newest_report(results: Path, study: str = "default") -> Path:
     return max(results.glob(f"report/{study}-*"), key=lambda folder: folder.stat().st_mtime)
 
 
-def paired(results: Path, keys: dict, other: dict) -> tuple[float, float]:
-    """Mean difference of the nll per block of two runs and its standard error."""
-    tables = [pd.read_parquet(next(results.glob(f"evaluation/*-{k['evaluation']}")) / "blocks.parquet") for k in (keys, other)]
-    difference = tables[0]["nll"] - tables[1]["nll"]
-    return difference.mean(), difference.sem()
-
-
 def order_of_methods(results: Path) -> None:
-    runs = pd.read_csv(newest_report(results) / "runs.csv")
-    plain = runs[runs["pruning"] == "none"].assign(keys=lambda t: t["keys"].map(json.loads))
-    for (allocation, bits), group in plain[plain["method"] != "none"].groupby(["allocation", "bits_nominal"]):
-        by_method = group.set_index("method")
-        for better, worse in (("gptq", "rtn"), ("qesc", "gptq")):
-            if {better, worse} <= set(by_method.index):
-                a, b = by_method.loc[better], by_method.loc[worse]
-                mean, error = paired(results, a["keys"], b["keys"])
-                print(
-                    f"{allocation} {bits:g} bits: {better} - {worse} nll {mean:+.4f} +- {error:.4f}, perplexity "
-                    f"{a['ppl_mean']:.3f} against {b['ppl_mean']:.3f}, selection shift "
-                    f"{a['selection_shift']:.4f} against {b['selection_shift']:.4f}"
-                )
+    for pair in paired.pairs(reading.of_report(newest_report(results))):
+        if pair.step != "quantization":
+            continue
+        one, (run, other) = pair.differences["nll"], (pair.runs[0], pair.others[0])
+        ppl, other_ppl = (math.exp(mean_over_domains(each.blocks, run.domains[0])[0]) for each in (run, other))
+        print(
+            f"{run.title} - {pair.against}: nll {one.value:+.4f} +- {one.stderr:.4f}, perplexity {ppl:.3f} against "
+            f"{other_ppl:.3f}, selection shift {run.metrics['selection_shift']:.4f} against "
+            f"{other.metrics['selection_shift']:.4f}"
+        )
 
 
 def sizes(results: Path) -> None:

@@ -13,7 +13,7 @@ import yaml
 
 from moepress import dag, studies
 from moepress.export import export
-from moepress.report import card
+from moepress.report import card, reading
 from moepress.report import made as made_from
 from test_format import FIRST, change_json, flip, loaded, logits
 
@@ -32,8 +32,9 @@ def test_the_card_says_what_the_folder_is(checkpoint, model_folder):
     size = json.loads((checkpoint / "size.json").read_text())
     assert f"{size['bits_effective']:.3f}" in body and "512 tokens (8 sequences of 64)" in body
     widths = sorted({width for layer in facts["bits"] for width in layer})
-    assert card.bit_rows([[2, 3], [3, 2], [2, 2]], [2, 3]) == [("0-1", [1, 1]), ("2", [2, 0])]
-    for layers, counts in card.bit_rows(facts["bits"], widths):
+    assert card.bit_rows([[2, 3], [3, 2], [2, 2]], [2, 3], (1, 2, 3)) == [("1-2", [1, 1]), ("3", [2, 0])]
+    assert facts["layers"] == [0, 1]
+    for layers, counts in card.bit_rows(facts["bits"], widths, facts["layers"]):
         assert f"| {layers} | {' | '.join(map(str, counts))} |" in body
     assert str(model_folder.parent) not in body + json.dumps(facts), "no path of this machine"
 
@@ -45,6 +46,19 @@ def test_the_cards_command_makes_the_same_checkpoint(made):
     paths = [word for word in overrides if word.startswith(("model.path", "corpus.path"))]
     again = studies.experiment([*command[1:], *paths])
     assert again.artefacts["quantization"].key == checkpoint.name[-12:]
+
+
+@pytest.mark.parametrize("name", ["best", "fast", "gptq_minmax", "qesc"])
+def test_the_card_calls_a_method_by_its_name_and_tells_all_that_it_read(checkpoint, name):
+    config = studies.experiment([f"quantization={name}"]).config
+    own = {key: value for key, value in config["quantization"].items() if key != "name"}  # as the key has it
+    preset, changed = made_from.closest("quantization", own, {"quantization": own, "allocation": config["allocation"]})
+    assert preset == name and not changed
+    facts = json.loads((checkpoint / "card.json").read_text())
+    assert facts["preset"] == "qesc"
+    text = card.render(facts | {"preset": preset, "quantization": own, "calibration": config["calibration"]})
+    assert f": {reading.label(name)} + PMQ." in text
+    assert ("then tuned as a whole on up to 1000 such sequences. The command" in text) == (name == "best")
 
 
 def test_what_upstream_does_not_tell_is_said(checkpoint):

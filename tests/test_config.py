@@ -269,6 +269,33 @@ def test_a_study_without_the_16_bit_model_gets_it():
     assert studies.run_names(members) == ["16bit", "gptq-global-2.5", "rtn-global-2.5 seed=1"]
 
 
+def names_of(*lines):
+    return studies.run_names(studies.compared([studies.experiment(line.split()) for line in lines]))
+
+
+def test_a_name_says_which_model_and_corpus():
+    own = ["gptq-global-2.5 model.seed=1", "gptq-global-2.5 model.seed=2"]
+    found = names_of("quantization=gptq model.seed=1", "quantization=gptq model.seed=2")
+    assert sorted(found) == ["16bit model.seed=1", "16bit model.seed=2", *own]
+    assert names_of("model.seed=1 quantization=gptq", "model.seed=1 quantization=rtn")[0] == "16bit", "what all share"
+    assert names_of("quantization=none model.seed=1 seed=3") == ["16bit"]
+    assert names_of("quantization=none corpus.seed=1", "quantization=none") == ["16bit corpus.seed=1", "16bit"]
+
+
+def test_the_16_bit_model_has_no_override_in_its_name_that_it_does_not_depend_on():
+    found = names_of("quantization=gptq calibration.num_sequences=32", "quantization=gptq calibration.num_sequences=64")
+    assert found == ["16bit", *(f"gptq-global-2.5 calibration.num_sequences={count}" for count in (32, 64))]
+    assert names_of("quantization=none seed=1 calibration.num_sequences=32", "quantization=none model.seed=1")[0] == "16bit"
+
+
+def test_two_runs_of_one_name_are_refused():
+    """A fixed threshold stands in the name, the quantile that it replaces does not, but is part of the key."""
+    lines = [f"quantization=none pruning=ees pruning.threshold=0.4 pruning.quantile={quantile}" for quantile in (0.3, 0.5)]
+    members = studies.compared([studies.experiment(line.split()) for line in lines])
+    with pytest.raises(ValueError, match=r"report mine: several runs that differ would be called '16bit-ees-0\.4'"):
+        studies.report_artefact("mine", "", members)
+
+
 def test_a_study_under_several_seeds():
     """What draws nothing is there once; a caller's seed wins."""
     lines = ["quantization=none", "quantization=rtn allocation=uniform", "quantization=gptq allocation=uniform"]

@@ -29,10 +29,20 @@ def test_points_and_cells(page):
         np.exp(runs[1].metrics["domains"]["prose"]["nll"] / 2 + runs[1].metrics["domains"]["code"]["nll"] / 2)
     )
     assert points.loc["GPTQ, 2 bits", "change"].startswith("+22.") and points.loc["QESC + PESF 0.3, 3 bits", "experts"] < 2
-    cells = interactive.cells(runs)
-    assert cells["map"].iloc[0] == "bits: QESC + PMQ, 2.5 bits"
-    own = cells[cells["map"] == "selections (%): code"]
-    assert own["value"].tolist() == pytest.approx((100 * np.array(runs[0].metrics["domains"]["code"]["expert_use"])).ravel())
+    maps = interactive.maps(runs)
+    assert next(iter(maps)) == "bits: QESC + PMQ, 2.5 bits"
+    own, used = maps["selections (%): code"], 100 * np.array(runs[0].metrics["domains"]["code"]["expert_use"])
+    assert own["value"].tolist() == pytest.approx(used.ravel(), rel=1e-6)
+    assert own["layer"] == ["0"] * 4 + ["1"] * 4 and own["expert"].tolist() == [0, 1, 2, 3] * 2
+
+
+def test_a_large_models_maps_stay_small(tmp_path):
+    """One map for each method, not for each seed, and no title in every cell."""
+    made = Results(tmp_path, layers=40, experts=128)
+    names = [("16bit", 0), *(("qesc-pmq-2.5", seed) for seed in range(3))]
+    runs = reading.load([made.run(name, seed=seed, title=f"{name} seed={seed}") for name, seed in names], tmp_path)
+    assert list(interactive.maps(runs)) == ["bits: QESC + PMQ, 2.5 bits", *(f"selections (%): {each}" for each in made.domains)]
+    assert len(interactive.draw(runs).data) < 4 * 40 * 128 * 25, "bytes for a cell"
 
 
 def test_looks_are_those_of_the_still_figures(page):
@@ -44,11 +54,10 @@ def test_looks_are_those_of_the_still_figures(page):
     _, runs, _ = page
     text = interactive.draw(runs).data
     assert all(f'"{interactive.MARKERS[marker]}"' in text for marker in ("D", "P")) and "HSpan" in text
-    cells = interactive.cells(runs)
-    bits = cells[cells["kind"] == "bits"]
-    assert bits["words"].tolist() == [str(width) for layer in runs[3].bits for width in layer]
-    assert set(bits.loc[bits["value"] > 2, "ink"]) == {"white"}
-    look = interactive.palette("bits", bits["value"])
+    title, bits = next(iter(interactive.maps(runs).items()))
+    assert bits["words"] == [str(width) for layer in runs[3].bits for width in layer]
+    assert {ink for ink, value in zip(bits["ink"], bits["value"], strict=True) if value > 2} == {"white"}
+    look = interactive.palette(title, bits["value"])
     assert look == {"palette": [interactive.BIT_COLOURS[2], interactive.BIT_COLOURS[3]], "low": 1.5, "high": 3.5}
     level = interactive.levels(runs).iloc[0]
     nll = [runs[0].metrics["domains"][name]["nll"] for name in ("prose", "code")]
@@ -72,7 +81,7 @@ def test_in_a_browser(page, size):
     from selenium.webdriver.chrome.service import Service
     from selenium.webdriver.support.ui import WebDriverWait
 
-    *_, out = page
+    _, runs, out = page
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which("chromium")
     for argument in (
@@ -104,7 +113,10 @@ def test_in_a_browser(page, size):
         interval = find + "return all.find(model => model.type == 'BasicTicker' && model.min_interval == 1) != undefined"
         assert browser.execute_script(interval), "whole widths"
         browser.execute_script(choose, "map", "selections (%): code")
-        assert browser.execute_script(find + "return all.find(m => m.type == 'GroupFilter').group") == "selections (%): code"
+        source = "all.find(m => m.type == 'ColumnDataSource' && m.columns().includes('expert'))"
+        values = browser.execute_script(find + f"return Array.from({source}.get_column('value'))")
+        used = 100 * np.array(runs[0].metrics["domains"]["code"]["expert_use"])
+        assert values == pytest.approx(used.ravel(), rel=1e-6)
         assert browser.execute_script(find + "return all.find(m => m.type == 'LinearColorMapper').palette.length") == 256
         drawn = "return [...document.querySelectorAll('.live')].map(e => e.firstElementChild.getBoundingClientRect().width)"
         widths = browser.execute_script(drawn)

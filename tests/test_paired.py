@@ -87,14 +87,12 @@ def test_what_is_not_known_is_not_called_a_difference():
 
 def run(quantization: dict, allocation: dict, pruning: dict | None = None, name: str = "run", seed: int = 0, target="2 bits"):
     pruning = pruning or {"method": "none"}
+    method = quantization.get("name", quantization["method"])
     artefacts = {"model": "m", "corpus": "c"}
-    series = " ".join(
-        [quantization.get("name", quantization["method"]), allocation["method"], str(pruning), *name.split(" ")[1:]]
-    )
+    series = " ".join([method, allocation["method"], str(pruning), *name.split(" ")[1:]])
     groups = {"quantization": quantization, "allocation": allocation, "pruning": pruning}
-    return SimpleNamespace(
-        **groups, artefacts=artefacts, name=name, seed=seed, series=series, target=target, is_reference=False
-    )
+    own = {"method": method, "is_drawn": method != "rtn", "is_reference": False}
+    return SimpleNamespace(**groups, **own, artefacts=artefacts, name=name, seed=seed, series=series, target=target)
 
 
 RTN, GPTQ, QESC = (
@@ -145,6 +143,28 @@ def test_only_what_differs_in_one_thing_is_compared():
     several = [run(method, UNIFORM, seed=seed) for method in (GPTQ, QESC) for seed in (0, 1)]
     (pair,) = [pair for pair in paired.pairs(several) if pair.step != paired.SIXTEEN]
     assert [one.seed for one in pair.runs] == [one.seed for one in pair.others] == [0, 1]
+    for stage in ("model", "corpus"):
+        other = run(QESC, UNIFORM)
+        other.artefacts[stage] = "another"
+        assert steps([run(GPTQ, UNIFORM), other]) == []
+
+
+def test_common_samples_are_compared_and_what_draws_nothing_with_all():
+    def seeds_of(pair):
+        return [[one.seed for one in side] for side in (pair.runs, pair.others)]
+
+    def under(method, seeds):
+        return [run(method, UNIFORM, seed=seed) for seed in seeds]
+
+    for own, base, expected in (
+        ((0, 1), (1, 2), [[1], [1]]),
+        ((0, 1, 2), (0, 1), [[0, 1], [0, 1]]),
+        ((0,), (0, 1), [[0], [0]]),
+    ):
+        (pair,) = paired.pairs([*under(GPTQ, base), *under(QESC, own)])
+        assert seeds_of(pair) == expected
+    (pair,) = paired.pairs([*under(RTN, [0]), *under(GPTQ, (1, 2))])
+    assert seeds_of(pair) == [[1, 2], [0]], "one run of RTN stands for all samples"
 
 
 def test_the_table_tells_each_step_and_the_way_from_16_bits():
@@ -152,9 +172,13 @@ def test_the_table_tells_each_step_and_the_way_from_16_bits():
     reference.is_reference = True
     runs = [reference, run(RTN, UNIFORM), run(GPTQ, UNIFORM)]
     for one, nll in zip(runs, ([1.0, 2.0], [1.5, 2.7], [1.3, 2.4]), strict=True):
-        vars(one).update(domains=(["a"], []), nll={"a": np.asarray(nll)}, tasks={})
+        vars(one).update(domains=(["a"], []), nll={"a": np.asarray(nll)}, task_scores={})
     found = paired.tabulate(paired.pairs(runs))
     assert found["step"].tolist() == ["quantization", paired.SIXTEEN, paired.SIXTEEN]
     assert found["against"].tolist() == [runs[1].series, reference.series, reference.series]
     assert found["difference"].tolist() == pytest.approx([-0.25, 0.6, 0.35])
     assert found["metric"].tolist() == ["nll"] * 3, "what nobody measured is left out"
+    for row, pair in zip(found.to_dict("records"), paired.pairs(runs), strict=True):
+        one = pair.differences["nll"]
+        assert (row["difference"], row["stderr"], row["freedom"]) == one
+        assert (row["low"], row["high"]) == one.interval and row["within_noise"] == one.is_noise

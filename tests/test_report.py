@@ -1,5 +1,6 @@
 """The report over hand-made artefacts: values of the table, refusals, escaping, and the same bytes twice."""
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -259,7 +260,7 @@ def test_runs_without_timing(results):
 
 
 def test_columns_and_values(study):
-    made, runs, out = study
+    made, _, out = study
     found = pd.read_csv(out / "runs.csv", keep_default_na=False, na_values=[""])
     assert list(found["run"]) == list(STUDY)
     expected = [
@@ -342,7 +343,6 @@ def test_columns_and_values(study):
         "evaluation",
         "latency",
     }
-    pd.testing.assert_frame_equal(table.rows(runs, made.root), table.tabulate(reading.load(runs, made.root)))
 
 
 def test_the_parts_of_the_harm(study):
@@ -505,6 +505,7 @@ def test_scores_that_are_no_accuracies(results):
     out = results.report([run])
     row = pd.read_csv(out / "runs.csv").iloc[0]
     assert row["word_perplexity_wikitext"] == 12.5 and "acc_mean" not in row.index and np.isnan(row["limit"])
+    assert readable.task_table(reading.load([run], results.root))[1] == [["16 bit", "12.50"]], "no percentage"
 
 
 def test_missing_artefact_is_named(results):
@@ -674,8 +675,96 @@ def test_a_row_is_the_mean_over_seeds(results):
     assert by_task[2][1].startswith(f"{100 * (0.9 - 0.15):.1f}")
     (sentence,) = [one for one in compare.summary(found) if one.startswith("PESF 0.3 on GPTQ")]
     assert "+16" in sentence
-    pairs = {(pair.title, pair.against): pair for pair in paired.pairs(found)}
+    pairs = {(pair.runs[0].title, pair.against): pair for pair in paired.pairs(found)}
     assert len(pairs["GPTQ, 2 bits", "RTN"].runs) == 3 and len(pairs["GPTQ, 2 bits", "RTN"].others) == 1
+
+
+def test_a_difference_between_several_seeds_names_both_noises(results):
+    runs = [results.run("16bit"), results.run("gptq-2", 0.1), results.run("rtn-2", 0.2)]
+    text = " ".join(compare.summary(reading.load(runs, results.root)))
+    assert "more than the noise of the test text." in text
+    runs += [results.run("gptq-2", 0.1, seed=1, title="gptq-2 seed=1"), results.run("qesc-2", 0.1001, uneven=True)]
+    text = " ".join(compare.summary(reading.load(runs, results.root)))
+    assert "from QESC: within the noise of the test text and of the calibration samples; RTN" in text
+    assert "more than the noise of the test text and of the calibration samples." in text
+
+
+def test_keys_of_two_groups_are_two_methods(results):
+    titles = [f"gptq-2 {group}.num_sequences=32" for group in ("calibration", "gradients")]
+    found = reading.load([results.run("gptq-2", seed=s, title=title) for s, title in enumerate(titles)], results.root)
+    assert [run.series for run in found] == ["GPTQ num_sequences=32", "GPTQ gradients.num_sequences=32"]
+    assert len(reading.methods(found)) == 2
+    keys = []
+    for group in ("quantization", "allocation", "calibration"):
+        options = [yaml.safe_load(path.read_text()) for path in (ROOT / "conf" / group).glob("*.yaml")]
+        keys += {key for option in options for key in option} - {"defaults", "method", "seed"}
+    assert len(set(keys)) == len(keys), "these three need no group"
+
+
+def test_every_sample_of_a_pruned_model_is_drawn_with_what_it_prunes(results):
+    """The 16-bit model is there once, a quantized one once for each sample."""
+    runs = [results.run("16bit")]
+    for seed in range(3):
+        runs.append(results.run("16bit-pesf-0.3", seed=seed, title=f"16bit-pesf-0.3 calibration.seq_len=64 seed={seed}"))
+        runs += [results.run(name, seed=seed, title=f"{name} seed={seed}") for name in ("qesc-3", "qesc-3-pesf-0.3")]
+    found = reading.load(runs, results.root)
+    assert reading.base_of(found[1], found) is found[0] and reading.base_of(found[6], found) is found[5]
+    figure, data = lines.pruning(found)
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    style.plt.close(figure)
+    inside = data[data["text"].str.contains("corpus")]
+    assert inside.groupby(["checkpoint", "sample"])["pruning"].agg(list).map(tuple).to_dict() == {
+        (title, sample): ("none", "PESF 0.3") for title in ("16 bit", "QESC, 3 bits") for sample in range(3)
+    }
+    assert labels == ["16 bit", "QESC, 3 bits"], "each once"
+    assert "PESF 0.3 on 16 bit computes" in " ".join(compare.summary(found))
+
+
+def test_a_line_is_named_at_the_mean_of_its_seeds(results):
+    runs = [results.run("16bit")]
+    runs += [results.run("gptq-2", above, seed=seed, title=f"gptq-2 seed={seed}") for seed, above in enumerate((0.1, 0.2, 0.6))]
+    figure, data = lines.quality(reading.load(runs, results.root))
+    (name,) = [text for text in figure.axes[0].texts if text.get_text() == "GPTQ"]
+    style.plt.close(figure)
+    own = data[(data["series"] == "GPTQ") & data["text"].str.contains("corpus")]
+    assert name.xy[1] == pytest.approx(np.exp(np.log(own["ppl"]).mean()))
+
+
+def test_our_own_recipe_is_called_by_its_name(results):
+    runs = [results.run("16bit"), results.run("qesc-pmq-2.5")]
+    runs[1]["quantization"]["name"] = "best"
+    figure, data = heatmaps.bits(reading.load(runs, results.root))
+    style.plt.close(figure)
+    assert set(data["allocation"]) == {"PMQ, 2.5 bits (ours, best)"}
+
+
+def test_layers_have_the_models_numbers(results):
+    (run,) = reading.load([results.run("16bit")], results.root)
+    vars(run)["shape"] = dataclasses.replace(run.shape, moe_layers=(3, 5))
+    layer = np.unravel_index(results.use[:2].mean(0).argmin(), (2, results.experts))[0]
+    assert f"(layer {(3, 5)[layer]}, expert" in facts.model([run])["least used expert"]
+
+
+def test_a_single_domain_tells_no_information(tmp_path):
+    made = Results(tmp_path, domains=("prose", "elsewhere"))
+    (run,) = reading.load([made.run("16bit")], tmp_path)
+    figure, _ = heatmaps.expert_use([run])
+    titles = [axis.get_title() for axis in figure.axes]
+    style.plt.close(figure)
+    assert "layer 0" in titles and not any("bit" in title for title in titles)
+
+
+def test_a_type_that_is_not_known_is_not_told(results):
+    run = results.run("gptq-2")
+    path = results.root / run["artefacts"]["latency"] / "latency.json"
+    results.write(path, json.loads(path.read_text()) | {"dtype": None})
+    assert facts.machine(reading.load([run], results.root))["timed on"] == "Some CPU, 2 threads"
+
+
+def test_many_series_of_one_method_all_look_different(results):
+    runs = [results.run("gptq-2", title=f"gptq-2 quantization.damping={number}") for number in range(30)]
+    styles = style.series_styles(reading.load(runs, results.root))
+    assert len({(look["color"], look["marker"], str(look["linestyle"])) for look in styles.values()}) == 30
 
 
 def test_one_block_has_no_error(tmp_path):
@@ -746,3 +835,18 @@ def test_figures_of_task_awareness_show_domains_and_tasks(study):
     row = left_out[(left_out["text"] == "word_swap") & (left_out["layer"] == 1) & (left_out["expert"] == 2)].iloc[0]
     assert row["left_out"] == pytest.approx(1 - made.use[0, 1, 2]) and row["active_slots"] == 0.8
     assert set(left_out["run"]) == {name for name in STUDY if "pesf" in name}
+
+
+def test_pruned_runs_may_have_answered_different_tasks(results):
+    runs = [results.run(name) for name in ("16bit-pesf-0.3", "qesc-3-pesf-0.3")]
+    for run, own in zip(runs, ("piqa", "word_swap"), strict=True):
+        path = results.root / run["artefacts"]["evaluation"] / "tasks.json"
+        tasks = json.loads(path.read_text())
+        tasks["moepress"]["scores"] = {own: tasks["moepress"]["scores"][own]}
+        results.write(path, tasks)
+    figure, data = awareness.left_out(reading.load(runs, results.root))
+    style.plt.close(figure)
+    assert data.groupby("run")["text"].unique().map(list).to_dict() == {
+        "16bit-pesf-0.3": [*DOMAINS, "piqa"],
+        "qesc-3-pesf-0.3": [*DOMAINS, "word_swap"],
+    }

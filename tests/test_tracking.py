@@ -299,6 +299,16 @@ def test_secrets_in_names_and_values_are_hidden(made, tmp_path, monkeypatch):
     assert "tiny-secret-value" not in text and "me:pass" not in text and HIDDEN in text
 
 
+def test_rows_of_one_name_are_both_mirrored(made):
+    report = Found(made[1].parent.parent, f"report/{made[1].name}")
+    for run in report.described["config"]["runs"]:
+        run["run"] = "the same"
+    found, failures = records.of_report(report)
+    rows = [record for record in found if record.job_type == "experiment"]
+    assert len({record.id for record in rows}) == 2 and not failures
+    assert all("quantization/starved_experts" in row for row in rows[1].curves)
+
+
 @settings(max_examples=50)
 @given(st.recursive(st.text() | st.integers() | st.none(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)))
 def test_without_secrets_changes_nothing_else(value):

@@ -22,10 +22,12 @@ class Experiment:
 
     @property
     def beside_label(self) -> list[str]:
-        """The overrides that the label does not tell."""
+        """The overrides that the label does not tell; of a 16-bit model those of the groups that its numbers depend on."""
+        if is_reference(self.config):
+            return [o for o in self.overrides if o.lstrip("+~").startswith(("model", "corpus", "evaluation", "latency"))]
         told = ("quantization", "allocation", "allocation.bits", "allocation.budget")
-        of_all = ("paths.", "tracking", "device", "cores", "out", "objective", "model", "corpus", "experiment", "pruning")
-        return [o for o in self.overrides if o.split("=")[0] not in told and not o.startswith(of_all)]
+        of_none = ("paths.", "tracking", "device", "cores", "out", "objective", "experiment", "pruning")
+        return [o for o in self.overrides if o.split("=")[0] not in told and not o.startswith(of_none)]
 
 
 def experiment(overrides: list[str] | tuple[str, ...]) -> Experiment:
@@ -42,10 +44,16 @@ def experiment(overrides: list[str] | tuple[str, ...]) -> Experiment:
 
 
 def run_names(experiments: list[Experiment]) -> list[str]:
-    """A name for each row: its label, and the overrides beyond it that not all of the compressed ones share."""
-    compressed = [set(e.beside_label) for e in experiments if not is_reference(e.config)]
-    shared = set.intersection(*compressed) if compressed else set()
-    return [" ".join([run_label(e.config), *(o for o in e.beside_label if o not in shared)]) for e in experiments]
+    """A name for each row: its label, and the overrides beyond it that not all of its kind, 16-bit models or compressed ones,
+    share."""
+    listed: dict[bool, list[set[str]]] = {True: [], False: []}
+    for member in experiments:
+        listed[is_reference(member.config)].append(set(member.beside_label))
+    shared = {kind: set.intersection(*found) for kind, found in listed.items() if found}
+    return [
+        " ".join([run_label(e.config), *(o for o in e.beside_label if o not in shared[is_reference(e.config)])])
+        for e in experiments
+    ]
 
 
 def load_study(name: str) -> dict:
@@ -104,14 +112,21 @@ def compared(experiments: list[Experiment]) -> list[Experiment]:
     return found
 
 
-REPORT_VERSION = 5
+REPORT_VERSION = 6
 
 
 def report_artefact(name: str, caption: str, experiments: list[Experiment]) -> Artefact:
-    """The report over many experiments: one folder with the table, the figures and the page."""
+    """The report over many experiments: one folder with the table, the figures and the page. ValueError where two of them
+    would have one name."""
     inputs: dict[str, Artefact] = {}
     runs = []
-    for member, run_name in zip(experiments, run_names(experiments), strict=True):
+    names = run_names(experiments)
+    if twice := [run_name for run_name in dict.fromkeys(names) if names.count(run_name) > 1]:
+        raise ValueError(
+            f"report {name}: several runs that differ would be called {twice[0]!r}, for what they differ in is in no name; "
+            "ask for them one by one, in reports of their own"
+        )
+    for member, run_name in zip(experiments, names, strict=True):
         stages = dict(member.artefacts)
         stages["model"] = artefact("model", member.config)
         stages["corpus"] = artefact("corpus", member.config)

@@ -62,14 +62,14 @@ def both(a: str, b: str, places: list[lookup.Found]) -> tuple[Side, Side]:
 def matching(name: str, report: lookup.Found) -> list[Run]:
     """The runs of a report that a name, a key or a folder means."""
     if runs := lookup.named(name, report):
-        return [reading.listed(run, report.results) for run in runs]
+        return [reading.run_of(run, report.results) for run in runs]
     everything, identity = report.described["config"]["runs"], Path(name).name
     if identity in (report.path.name, report.key):
-        return [reading.listed(everything[-1], report.results)]
+        return [reading.run_of(everything[-1], report.results)]
     stages = ("quantization", "evaluation", "latency")  # which tell runs apart; a model or a corpus is shared
     own = [[run["artefacts"][stage] for stage in stages if stage in run["artefacts"]] for run in everything]
     return [
-        reading.listed(run, report.results)
+        reading.run_of(run, report.results)
         for run, folders in zip(everything, own, strict=True)
         if any(identity in (Path(folder).name, folder[-12:]) for folder in folders)
     ][:1]

@@ -13,7 +13,7 @@ def usage(run: Run) -> tuple[dict[str, dict], int]:
     """What `moepress.evaluation.usage.Usage.summary` says of the run's domains, then of its tasks; and how many are domains."""
     inside, outside = run.domains
     found = {domain: run.metrics["domains"][domain] for domain in inside + outside}
-    tasks = {task: score["usage"] for task, score in run.tasks.items() if "usage" in score}
+    tasks = {task: score["usage"] for task, score in run.task_scores.items() if "usage" in score}
     return found | tasks, len(found)
 
 
@@ -63,8 +63,8 @@ def left_out(runs: list[Run]) -> tuple[Figure, pd.DataFrame] | None:
     pruned = [run for run in first_seeds(runs) if run.is_pruned]
     if not pruned:
         return None
-    first, num_domains = usage(pruned[0])
-    names, shape = list(first), pruned[0].shape
+    _, num_domains = usage(pruned[0])
+    names, shape = list(dict.fromkeys(name for run in pruned for name in usage(run)[0])), pruned[0].shape
     num_layers = len(shape.moe_layers)
     shown = sorted({int(layer) for layer in np.linspace(0, num_layers - 1, min(num_layers, MOST_LAYERS // 2)).round()})
     size = (2.2 + 2.5 * len(shown), (1.1 + 0.25 * len(names)) * len(pruned) + 0.4)
@@ -72,7 +72,9 @@ def left_out(runs: list[Run]) -> tuple[Figure, pd.DataFrame] | None:
     frames = []
     for run, line in zip(pruned, axes, strict=True):
         found, _ = usage(run)
-        without_ULE = np.array([found[name]["left_out"] for name in names])
+        not_asked = {"left_out": np.full((num_layers, shape.num_experts), np.nan), "active_slots": np.nan}
+        asked = [found.get(name, not_asked) for name in names]
+        without_ULE = np.array([one["left_out"] for one in asked])
         for axis, layer in zip(line, shown, strict=True):
             image = mesh(axis, 100 * without_ULE[:, layer], cmap="Oranges", vmin=0, vmax=100)
             axis.set_yticks(range(len(names)), [shorten(name, 22) for name in names])
@@ -82,9 +84,9 @@ def left_out(runs: list[Run]) -> tuple[Figure, pd.DataFrame] | None:
         line[0].set_title(f"{shorten(run.title, 40)}: layer {shape.moe_layers[shown[0]]}", fontsize=9.5)
         place, layer, expert = np.indices(without_ULE.shape)
         numbers = {"layer": np.take(shape.moe_layers, layer.ravel()), "expert": expert.ravel(), "left_out": without_ULE.ravel()}
-        active = [found[name]["active_slots"] for name in names]
+        active = [one["active_slots"] for one in asked]
         text = {"text": np.take(names, place.ravel()), "active_slots": np.take(active, place.ravel())}
-        frames.append(pd.DataFrame({"run": run.name, **text, **numbers}))
+        frames.append(pd.DataFrame({"run": run.name, **text, **numbers}).dropna(subset="left_out"))
     for axis in axes[-1]:
         axis.set_xlabel("expert")
     bar = figure.colorbar(image, ax=axes, pad=0.01, aspect=12 * len(pruned))

@@ -3,11 +3,13 @@
 import html
 import math
 import re
+from collections.abc import Iterable
 from itertools import groupby
 
 import jinja2
 import yaml
 
+from moepress.dag import distill_sequences
 from moepress.report.reading import label
 from moepress.wording import mebibytes
 
@@ -141,7 +143,7 @@ def _values(facts: dict) -> dict:
     quantization, allocation = facts["quantization"], facts["allocation"]
     attention = quantization.get("attention_bits")
     widths = sorted({width for layer in facts["bits"] for width in layer})
-    methods = [label(quantization["method"])]
+    methods = [label(facts.get("preset", quantization["method"]))]
     methods += [label(allocation["method"])] if allocation["method"] != "uniform" else []
     return {
         "name": facts["base_model"].rpartition("/")[2],
@@ -157,8 +159,8 @@ def _values(facts: dict) -> dict:
         "attention": f"{attention} bits" if attention else "16 bits",
         "sixteen": "router, norms, embedding, head" + ("" if attention else ", attention"),
         "widths": [f"{width} bit{'s' if width > 1 else ''}" for width in widths],
-        "rows": bit_rows(facts["bits"], widths),
-        "calibration": calibration(facts["calibration"]),
+        "rows": bit_rows(facts["bits"], widths, facts.get("layers", range(len(facts["bits"])))),
+        "calibration": calibration(facts["calibration"], quantization),
         "command": fenced(facts["command"]),
         "not_told": ", ".join(facts["not_told"]),
         "key": Markdown(re.sub(r"\W", "", facts["key"])),
@@ -167,23 +169,27 @@ def _values(facts: dict) -> dict:
     }
 
 
-def bit_rows(bits: list[list[int]], widths: list[int]) -> list[tuple[str, list[int]]]:
-    """`(layers, experts at each of the widths)`, neighbours that are alike in one row: `("0-2", [0, 6, 2])`."""
+def bit_rows(bits: list[list[int]], widths: list[int], layers: Iterable[int]) -> list[tuple[str, list[int]]]:
+    """`(layers, experts at each of the widths)`, neighbours that are alike in one row: `("0-2", [0, 6, 2])`. layers: the
+    numbers of those that have experts."""
     found = []
-    for counts, members in groupby(enumerate(bits), key=lambda item: [item[1].count(width) for width in widths]):
-        layers = [index for index, _ in members]
-        found.append((f"{layers[0]}" if len(layers) == 1 else f"{layers[0]}-{layers[-1]}", counts))
+    numbered = zip(layers, bits, strict=True)
+    for counts, members in groupby(numbered, key=lambda item: [item[1].count(width) for width in widths]):
+        alike = [layer for layer, _ in members]
+        found.append((f"{alike[0]}" if len(alike) == 1 else f"{alike[0]}-{alike[-1]}", counts))
     return found
 
 
-def calibration(config: dict | None) -> str:
+def calibration(config: dict | None, quantization: dict) -> str:
     if not config:
         return "Without calibration text. The command:"
     sequences, length = config["num_sequences"], config["seq_len"]
     domains = ", ".join(config["domains"]) if config["domains"] else "all domains of its corpus"
+    most = distill_sequences({"calibration": config, "quantization": quantization})
+    tuned = f"; then tuned as a whole on up to {most} such sequences" if most else ""
     return (
         f"Calibrated on {sequences * length:,} tokens ({sequences} sequences of {length}) from {domains}, "
-        f"drawn with seed {config['seed']}. The command:"
+        f"drawn with seed {config['seed']}{tuned}. The command:"
     )
 
 

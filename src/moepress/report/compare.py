@@ -6,7 +6,7 @@ import numpy as np
 
 from moepress.report import paired
 from moepress.report.paired import Difference, increase
-from moepress.report.reading import Run, Speedup, label, methods, reference_of
+from moepress.report.reading import Run, Speedup, base_of, label, methods, reference_of
 from moepress.report.table import mean_over_domains
 from moepress.wording import decimal, mebibytes
 
@@ -121,7 +121,8 @@ def summary(runs: list[Run]) -> list[str]:
 def _sixteen_bit(run: Run) -> str:
     inside, outside = run.domains
     where = f"over {len(inside)} domains" if len(inside) > 1 else f"on {inside[0]}"
-    text = f"At 16 bits the model takes {mebibytes(run.checkpoint_bytes)} and has a perplexity of "
+    which = f" ({' '.join(run.extras)})" if run.extras else ""
+    text = f"At 16 bits the model{which} takes {mebibytes(run.checkpoint_bytes)} and has a perplexity of "
     text += f"{np.exp(mean_over_domains(run.blocks, inside)[0]):.4g} {where}"
     if outside:
         text += f" and of {np.exp(mean_over_domains(run.blocks, outside)[0]):.4g} on text from elsewhere"
@@ -143,19 +144,25 @@ def _size(ranking: list[Place], runs: list[Run]) -> str:
         return f"{text}{best.series} changes perplexity by {cost}."
     if tied:
         names = " and ".join(filter(None, [", ".join(place.series for place in tied[:-1]), tied[-1].series]))
-        noise = "too few blocks to know the noise" if np.isnan(tied[0].gap.stderr) else "within the noise of the test text"
+        noise = "too few blocks to know the noise" if np.isnan(tied[0].gap.stderr) else f"within {_noise(best, *tied)}"
         text += f"{best.series} has the lowest perplexity, {cost}, but is not to be told from {names}: {noise}"
     else:
         text += f"{best.series} is best, perplexity {cost}"
     if behind:
         gap = percent(behind[0].gap, sign=False)
-        text += f"; {behind[0].series} is behind by {gap}, more than the noise of the test text"
+        text += f"; {behind[0].series} is behind by {gap}, more than {_noise(best, behind[0])}"
     outside = [place for place in ranking[1:] if place.out_gap.value < 0 and not place.out_gap.is_noise]
     if outside:
         ahead = min(outside, key=lambda place: place.out_gap.value)
         gap = percent(ahead.out_gap._replace(value=-ahead.out_gap.value), sign=False)
         text += f"; out of domain {ahead.series} is ahead of it by {gap}"
     return text + "."
+
+
+def _noise(*compared: Place) -> str:
+    """What the errors of their differences hold."""
+    samples = " and of the calibration samples" if any(len(place.runs) > 1 for place in compared) else ""
+    return f"the noise of the test text{samples}"
 
 
 def _unequal(rankings: list[list[Place]]) -> list[str]:
@@ -175,7 +182,7 @@ def _shifts(runs: list[Run]) -> list[str]:
     """QESC's purpose: fewer changed selections than GPTQ's with the same widths."""
     pairs = []
     for run in runs:
-        if run.quantization.get("name", run.quantization["method"]) != "qesc" or run.is_pruned:
+        if run.method != "qesc" or run.is_pruned:
             continue
         twin = run.series.replace("QESC", "GPTQ", 1)
         other = [r for r in runs if r.series == twin and r.target == run.target and r.seed == run.seed]
@@ -211,8 +218,8 @@ def _paired(runs: list[Run]) -> list[str]:
 
 def _named(pair: paired.Pair) -> str:
     """`GPTQ for RTN`, `PMQ for uniform`, `PESF for none`."""
-    groups = (getattr(side[0], pair.step) for side in (pair.runs, pair.others))
-    own, base = (group.get("name", group["method"]) for group in groups)
+    sides = (pair.runs[0], pair.others[0])
+    own, base = (run.method if pair.step == "quantization" else getattr(run, pair.step)["method"] for run in sides)
     return f"{label(own)} for {base if base == 'none' else label(base)}"
 
 
@@ -220,8 +227,8 @@ def _pruned(runs: list[Run]) -> list[str]:
     found = []
     for group in methods(run for run in runs if run.is_pruned):
         run = group[0]
-        same = [other for other in runs if not other.is_pruned and other.unpruned == run.unpruned]
-        if same:
+        bases = {base.name: base for member in group if (base := base_of(member, runs))}
+        if same := list(bases.values()):
             cost = percent(increase(group, same, run.domains[0]))
             active = run.shape.top_k * np.mean([member.metrics["active_slots"] for member in group])
             what = f"computes {active:.2f} of {run.shape.top_k} experts per token for {cost} in perplexity"

@@ -17,7 +17,7 @@ PARTS = {
 """Column of a decomposition's blocks -> its name, colour and marker."""
 
 
-def increase(runs: list[Run], reference: Run | None, part: str, domains: list[str]) -> Difference:
+def part_increase(runs: list[Run], reference: Run | None, part: str, domains: list[str]) -> Difference:
     """Mean nll of a part above that of the 16-bit model, in nats per token; see `paired.difference`."""
 
     def nll(run: Run) -> dict[str, np.ndarray]:
@@ -34,7 +34,7 @@ def columns(run: Run, reference: Run | None) -> dict[str, float]:
     """Of runs.csv: delta_nll of each part alone, with its standard error; nan for a run that was not decomposed."""
     found: dict[str, float] = {}
     for part in ("shift_only", "weights_only"):
-        above = NOTHING if run.decomposition is None else increase([run], reference, part, run.domains[0])
+        above = NOTHING if run.decomposition is None else part_increase([run], reference, part, run.domains[0])
         found |= {f"delta_nll_{part}": above.value, f"delta_nll_{part}_stderr": above.stderr}
     return found
 
@@ -55,7 +55,7 @@ def decomposition(runs: list[Run]) -> tuple[Figure, pd.DataFrame] | None:
         for place, ((series, target), members) in enumerate(groups.items()):
             reference = reference_of(members[0], runs)
             for offset, (part, (_, colour, marker)) in zip((-0.22, 0, 0.22), PARTS.items(), strict=True):
-                one = increase(members, reference, part, domains)
+                one = part_increase(members, reference, part, domains)
                 percent, ends = 100 * np.expm1(one.value), 100 * np.expm1(np.array(one.interval))
                 axis.plot(ends, [place + offset] * 2, color=colour, linewidth=2)
                 axis.plot([percent], [place + offset], marker, color=colour, markersize=5)

@@ -7,6 +7,7 @@ import numpy as np
 import yaml
 
 from moepress.artefacts import read_config, read_json
+from moepress.dag import distill_sequences
 from moepress.integrity import PROVENANCE, is_whole
 from moepress.models.specialisation import mutual_information
 from moepress.report.reading import Run
@@ -37,8 +38,8 @@ def model(runs: list[Run]) -> dict[str, str]:
     share_LE = use_DLE.mean(0)
     layer, expert = np.unravel_index(share_LE.argmin(), share_LE.shape)
     facts["least used expert"] = (
-        f"{100 * share_LE.min():.1f} % of its layer's selections (layer {layer}, expert {expert}; an even share is "
-        f"{100 / shape.num_experts:.3g} %), at 16 bits on the test text of the corpus's domains"
+        f"{100 * share_LE.min():.1f} % of its layer's selections (layer {shape.moe_layers[layer]}, expert {expert}; an even "
+        f"share is {100 / shape.num_experts:.3g} %), at 16 bits on the test text of the corpus's domains"
     )
     if len(use_DLE) > 1:
         by_layer = ", ".join(f"{mutual_information(use_DLE[:, layer]):.2f}" for layer in range(use_DLE.shape[1]))
@@ -92,20 +93,20 @@ def calibration(run: Run) -> str | None:
     found = read_config(run.results / folder)["calibration"]
     domains = ", ".join(found["domains"]) if found["domains"] else "all domains"
     size = f"{found['num_sequences']} sequences of {found['seq_len']} tokens"
-    more = described["config"]["quantization"].get("distill_sequences")
-    tuned = f" (the packed model tuned as a whole on up to {more})" if "distillation" in described["inputs"] else ""
+    most = distill_sequences({"calibration": found, "quantization": described["config"]["quantization"]})
+    tuned = f" (the packed model tuned as a whole on up to {most})" if most else ""
     return f"{size} from {domains}, drawn with seed {found['seed']}{tuned}"
 
 
 def methods(runs: list[Run]) -> dict[str, str]:
     facts = {
-        "seeds": f"{listed({run.seed for run in runs})}; a row is the mean over a method's seeds, runs.csv has one for each"
+        "seeds": f"{joined({run.seed for run in runs})}; a row is the mean over a method's seeds, runs.csv has one for each"
     }
     quantized = [run for run in runs if run.is_quantized]
     if quantized:
-        groups = listed({run.quantization["group_size"] for run in quantized})
-        attention = listed({run.quantization.get("attention_bits") or 16 for run in quantized})
-        shared = listed({run.quantization.get("shared_bits") or 16 for run in quantized})
+        groups = joined({run.quantization["group_size"] for run in quantized})
+        attention = joined({run.quantization.get("attention_bits") or 16 for run in quantized})
+        shared = joined({run.quantization.get("shared_bits") or 16 for run in quantized})
         beside = f", shared experts and dense layers at {shared}" if runs[0].has_shared else ""
         facts["grid"] = (
             f"groups of {groups} weights share a scale and a zero point; attention at {attention} bits{beside}, router at 16"
@@ -144,18 +145,18 @@ def machine(runs: list[Run]) -> dict[str, str]:
     found = [read_json(folder / PROVENANCE) for folder in folders if is_whole(folder)]
     facts, timed = {}, [run.latency for run in runs if run.latency["device"]]
     if timed:
-        device, threads, dtype = (listed({one[name] for one in timed}) for name in ("device", "threads", "dtype"))
-        facts["timed on"] = f"{device}, {threads} threads, {dtype}"
+        device, threads, dtype = (joined({one[name] for one in timed} - {None}) for name in ("device", "threads", "dtype"))
+        facts["timed on"] = ", ".join(filter(None, [device, f"{threads} threads", dtype]))
         reads, computes = (max(one[name] for one in timed) / 1e9 for name in ("bandwidth", "flop_rate"))
         facts["the device's limit"] = f"{reads:.3g} GB of memory and {computes:.3g} GFLOP a second, measured beside the times"
     if found:
         names = dict.fromkeys(name for one in found for name in one["versions"])
-        each = [f"{name} {listed({one['versions'].get(name) for one in found} - {None})}" for name in names]
+        each = [f"{name} {joined({one['versions'].get(name) for one in found} - {None})}" for name in names]
         facts["versions"] = ", ".join(each)
-        facts["commit"] = listed({one["git_commit"] for one in found} - {None}) or "not from a checkout"
-        facts["system"] = listed({one["machine"]["system"] for one in found})
+        facts["commit"] = joined({one["git_commit"] for one in found} - {None}) or "not from a checkout"
+        facts["system"] = joined({one["machine"]["system"] for one in found})
     return facts
 
 
-def listed(values: Iterable) -> str:
+def joined(values: Iterable) -> str:
     return ", ".join(sorted(map(str, values), key=lambda value: (len(value), value)))

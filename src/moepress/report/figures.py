@@ -27,7 +27,8 @@ FIGURES = {
         "Quality against size",
         "Lower and further left is better. Each line is one method, its points are the sizes; colours tell the "
         "quantization method, dashes and markers the allocation. Several domains are joined by the "
-        "geometric mean. The dashed level is the 16-bit model. Bars are one standard error of the difference to that "
+        "geometric mean; small dots are single calibration samples, larger marks their mean. The dashed level is the 16-bit "
+        "model. Bars are one standard error of the difference to that "
         "level on the same blocks of text: how sure the distance is, not how hard the text.",
     ),
     "differences": Entry(
@@ -90,8 +91,8 @@ FIGURES = {
         "Expert use by domain",
         "Share of each domain's selections on the test text that go to every expert of the 16-bit model: rows sum to "
         "100 %. The number above a layer is the mutual information of domain and expert, over the domains of the "
-        "corpus (those above the line) counted alike: how much an expert tells of the domain. At 0 bit experts do not "
-        "specialise.",
+        "corpus (those above the line, if they are several) counted alike: how much an expert tells of the domain. At 0 bit "
+        "experts do not specialise.",
     ),
     "similarity": Entry(
         awareness.similarity,

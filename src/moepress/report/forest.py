@@ -46,7 +46,7 @@ def differences(runs: list[Run]) -> tuple[Figure, pd.DataFrame] | None:
         for place in range(1, len(found)):
             if found[place].step != found[place - 1].step:
                 axis.axhline(place - 0.5, color="#bbbbbb", linewidth=0.8)
-    names = [shorten(f"{pair.title} − {pair.against}", 60) for pair in found]
+    names = [shorten(f"{pair.runs[0].title} − {pair.against}", 60) for pair in found]
     axes[0, 0].set_yticks(range(len(found)), names)
     axes[0, 0].set_ylim(len(found) - 0.4, -0.6)
     marks = {"better": (BETTER, BETTER), "worse": (WORSE, WORSE), "within noise": (MUTED, "white")}

@@ -35,7 +35,7 @@ def bits(runs: list[Run]) -> tuple[Figure, pd.DataFrame] | None:
         relative_LE = frequency_LE / frequency_LE.mean(1, keepdims=True)
     for group in mixed.values():
         bits_LE = np.array(group[0].bits)
-        methods = ", ".join(dict.fromkeys(label(run.quantization["method"]) for run in group))
+        methods = ", ".join(dict.fromkeys(label(run.method) for run in group))
         title = f"{label(group[0].allocation['method'])}, {group[0].target} ({methods})"
         frame = _tidy(bits_LE, "bits", group[0].shape.moe_layers).assign(allocation=title)
         if relative_LE is not None and relative_LE.shape == bits_LE.shape:
@@ -155,7 +155,8 @@ def expert_use(runs: list[Run]) -> tuple[Figure, pd.DataFrame] | None:
     figure, axes = plt.subplots(lines, columns, figsize=size, sharex=True, sharey=True, squeeze=False)
     for axis, layer in zip(axes.flat, shown, strict=False):
         image = mesh(axis, 100 * use_DLE[:, layer], cmap="Blues", vmin=0, vmax=100 * use_DLE.max())
-        axis.set_title(f"layer {run.shape.moe_layers[layer]}: {information[layer]:.2f} bit")
+        told = f": {information[layer]:.2f} bit" if len(inside) > 1 else ""  # one domain tells nothing of domains
+        axis.set_title(f"layer {run.shape.moe_layers[layer]}{told}")
         axis.set_yticks(range(len(domains)), [shorten(domain, 22) for domain in domains])
         if inside and outside:
             axis.axhline(len(inside) - 0.5, color=INK, linewidth=1)

@@ -13,12 +13,10 @@ from bokeh.document import Document
 from bokeh.layouts import column
 from bokeh.models import (
     BasicTicker,
-    CDSView,
     ColorBar,
     ColumnDataSource,
     CustomJS,
     FactorRange,
-    GroupFilter,
     HoverTool,
     InlineStyleSheet,
     LinearColorMapper,
@@ -31,7 +29,7 @@ from matplotlib.colors import to_hex, to_rgb
 
 from moepress.report import paired
 from moepress.report.heatmaps import BIT_COLOURS, MOST_NUMBERS
-from moepress.report.reading import Run, methods, reference_of
+from moepress.report.reading import Run, first_seeds, methods, reference_of
 from moepress.report.style import INK as DARK
 from moepress.report.style import series_styles
 from moepress.report.table import mean_over_domains
@@ -51,6 +49,8 @@ SELECT = """
 :host { color: var(--soft); }
 .bk-input { color: var(--ink); background: var(--card); border-color: var(--line); appearance: auto; }
 """
+BITS = "bits: "
+"""How the titles of the maps of widths begin."""
 TOOLS = "pan,wheel_zoom,box_zoom,reset,save"
 
 
@@ -134,7 +134,7 @@ def points(runs: list[Run]) -> pd.DataFrame:
             "" if np.isnan(low) else f"{decimal(100 * np.expm1(change.value), 2)} % [{decimal(low, 2)}, {decimal(high, 2)}]"
         )
         tasks = paired.accurate(own)
-        scores = [np.mean([member.tasks[task]["value"] for task in tasks]) for member in own] if tasks else [np.nan]
+        scores = [np.mean([member.task_scores[task]["value"] for task in tasks]) for member in own] if tasks else [np.nan]
         row["accuracy"], row["shift"] = 100 * np.mean(scores), 100 * np.mean([m.metrics["selection_shift"] for m in own])
         row["experts"] = run.shape.top_k * np.mean([member.metrics["active_slots"] for member in own])
         rows.append(row)
@@ -146,7 +146,7 @@ def levels(runs: list[Run]) -> pd.DataFrame:
     rows = []
     for run in (run for run in runs if run.is_reference):
         ppl, ppl_ood = (np.exp(mean_over_domains(run.blocks, domains)[0]) for domains in run.domains)
-        scores = [run.tasks[task]["value"] for task in paired.accurate([run])]
+        scores = [run.task_scores[task]["value"] for task in paired.accurate([run])]
         rows.append({"ppl": ppl, "ppl_ood": ppl_ood, "accuracy": 100 * np.mean(scores) if scores else np.nan, "shift": 0.0})
     return pd.DataFrame(rows)
 
@@ -209,35 +209,35 @@ def quality(runs: list[Run]):
 # --- layers and experts --------------------------------------------------------------------------------------------------
 
 
-def cells(runs: list[Run]) -> pd.DataFrame:
-    """One row for each layer and expert of everything that can be mapped: the widths of each mixed-precision plan, and how
-    often experts are selected in each domain at 16 bits."""
-    frames, seen = [], set()
-    for run in sorted(runs, key=lambda run: run.width):
+def maps(runs: list[Run]) -> dict[str, dict]:
+    """Title -> the columns of a source with a cell for each layer and expert: the widths of each mixed-precision plan, of the
+    first seed of each method, and how often experts are selected in each domain at 16 bits."""
+    found, seen = {}, set()
+    for run in sorted(first_seeds(runs), key=lambda run: run.width):
         if run.is_mixed and run.artefacts["allocation"] not in seen:
             seen.add(run.artefacts["allocation"])
-            seed = f", seed {run.seed}" if len({other.seed for other in runs}) > 1 else ""
-            frames.append(_cells(f"bits: {run.title}{seed}", "bits", run, np.array(run.bits, dtype=float)))
+            found[f"{BITS}{run.title}"] = _cells(run, np.array(run.bits, dtype=np.uint8), 2)
     base = next((run for run in runs if run.is_reference), runs[0])
     for domain in (name for names in base.domains for name in names):
-        used_LE = 100 * np.array(base.metrics["domains"][domain]["expert_use"])
-        frames.append(_cells(f"selections (%): {domain}", "selections", base, used_LE))
-    return pd.concat(frames, ignore_index=True)
+        used_LE = 100 * np.array(base.metrics["domains"][domain]["expert_use"], dtype=np.float32)
+        found[f"selections (%): {domain}"] = _cells(base, used_LE, used_LE.min() + 0.6 * np.ptp(used_LE))
+    return found
 
 
-def _cells(title: str, kind: str, run: Run, values_LE: np.ndarray) -> pd.DataFrame:
-    layer, expert = np.indices(values_LE.shape)
-    layers = np.take(run.shape.moe_layers, layer.ravel()).astype(str)
-    frame = pd.DataFrame({"map": title, "layer": layers, "expert": expert.ravel(), "value": values_LE.ravel()})
-    if values_LE.size > MOST_NUMBERS:
-        return frame.assign(kind=kind)
-    is_dark = frame["value"] > (2 if kind == "bits" else values_LE.min() + 0.6 * np.ptp(values_LE))
-    return frame.assign(kind=kind, words=frame["value"].map("{:.0f}".format), ink=np.where(is_dark, "white", DARK))
+def _cells(run: Run, values_LE: np.ndarray, darker: float) -> dict:
+    """The columns of one map, numbers as small as they go. Above the value `darker` a cell's number is white; there are numbers
+    in the cells of small maps only."""
+    layer, expert = np.indices(values_LE.shape, dtype=np.uint16)
+    values = values_LE.ravel()
+    columns = {"layer": np.take(run.shape.moe_layers, layer.ravel()).astype(str).tolist(), "expert": expert.ravel()}
+    few = values.size <= MOST_NUMBERS
+    ink = np.where(values > darker, "white", DARK).tolist()
+    return columns | {"value": values} | ({"words": [f"{value:.0f}" for value in values], "ink": ink} if few else {})
 
 
-def palette(kind: str, values: pd.Series) -> dict:
+def palette(title: str, values: np.ndarray) -> dict:
     """`{palette, low, high}` of a colour mapper: for each width the colour of the report's other map, or a ramp."""
-    if kind != "bits":
+    if not title.startswith(BITS):
         return {"palette": list(Oranges256[::-1]), "low": float(values.min()), "high": float(values.max())}
     widths = range(int(values.min()), int(values.max()) + 1)
     return {"palette": [BIT_COLOURS.get(width, DARK) for width in widths], "low": widths[0] - 0.5, "high": widths[-1] + 0.5}
@@ -245,24 +245,24 @@ def palette(kind: str, values: pd.Series) -> dict:
 
 def experts(runs: list[Run]):
     """One map at a time, chosen by its name; a cell tells its layer, expert and value, and has it in it where there is room."""
-    data = cells(runs)
-    names = list(dict.fromkeys(data["map"]))
+    found = maps(runs)
+    names = list(found)
+    widths = np.concatenate([own["value"] for name, own in found.items() if name.startswith(BITS)] or [[]])
     looks = {}
-    for name in names:
-        kind = data.loc[data["map"] == name, "kind"].iloc[0]
-        values = data.loc[data["kind" if kind == "bits" else "map"] == (kind if kind == "bits" else name), "value"]
-        looks[name] = palette(kind, values) | {"interval": int(kind == "bits")}
-    layers = list(dict.fromkeys(data["layer"]))[::-1]
-    source, shown = ColumnDataSource(data.drop(columns="kind").fillna("")), GroupFilter(column_name="map", group=names[0])
+    for name, own in found.items():
+        is_bits = name.startswith(BITS)
+        looks[name] = palette(name, widths if is_bits else own["value"]) | {"interval": int(is_bits)}
+    layers = list(dict.fromkeys(layer for own in found.values() for layer in own["layer"]))[::-1]
+    source = ColumnDataSource(found[names[0]])
     plot = _figure("expert", "layer", height=int(np.clip(110 + 26 * len(layers), 220, 760)), y_range=FactorRange(*layers))
     first = looks[names[0]]
     mapper, ticker = LinearColorMapper(), BasicTicker(min_interval=first["interval"])
     mapper.update(palette=first["palette"], low=first["low"], high=first["high"])
     colour = {"field": "value", "transform": mapper}
-    boxes = plot.rect("expert", "layer", 0.94, 0.94, source=source, view=CDSView(filter=shown), color=colour)
-    if "words" in data:
+    boxes = plot.rect("expert", "layer", 0.94, 0.94, source=source, color=colour)
+    if all("words" in own for own in found.values()):
         look = {"text_color": "ink", "text_align": "center", "text_baseline": "middle", "text_font_size": "12px"}
-        plot.text("expert", "layer", "words", source=source, view=boxes.view, **look)
+        plot.text("expert", "layer", "words", source=source, **look)
     tips = [("layer", "@layer"), ("expert", "@expert"), ("", "@value{0.[00]}")]
     plot.add_tools(HoverTool(renderers=[boxes], tooltips=tips))
     bar = ColorBar(color_mapper=mapper, ticker=ticker, background_fill_alpha=0, major_label_text_color=INK)
@@ -270,9 +270,9 @@ def experts(runs: list[Run]):
     plot.x_range.range_padding = plot.grid.grid_line_alpha = 0
     choice = Select(title="map", value=names[0], options=names, name="map", stylesheets=[InlineStyleSheet(css=SELECT)])
     choose = CustomJS(
-        args={"shown": shown, "mapper": mapper, "ticker": ticker, "looks": looks, "source": source},
+        args={"maps": found, "mapper": mapper, "ticker": ticker, "looks": looks, "source": source},
         code="const {palette, low, high, interval} = looks[cb_obj.value]; mapper.setv({palette, low, high}); "
-        "ticker.min_interval = interval; shown.group = cb_obj.value; source.change.emit();",
+        "ticker.min_interval = interval; source.data = maps[cb_obj.value];",
     )
     choice.js_on_change("value", choose)
     return column(choice, plot, sizing_mode="stretch_width")

@@ -6,9 +6,10 @@ import numpy as np
 import pandas as pd
 from matplotlib import ticker
 from matplotlib.figure import Figure
+from scipy.stats import gmean
 
 from moepress.report.paired import increase
-from moepress.report.reading import Run, first_seeds, reference_of, shift_by_layer
+from moepress.report.reading import Run, base_of, first_seeds, reference_of, shift_by_layer
 from moepress.report.style import MUTED, plt, series_styles, shorten
 from moepress.report.table import mean_over_domains
 
@@ -41,16 +42,16 @@ def quality(runs: list[Run]) -> Drawn:
             style = styles[series]
             rows = rows.sort_values("checkpoint_bytes")
             x = rows["checkpoint_bytes"] / scale
-            marks = {key: style[key] for key in ("color", "marker", "markerfacecolor")}
-            axis.errorbar(x, rows["ppl"], rows["paired_stderr"], linestyle="none", capsize=3, elinewidth=1.2, **marks)
-            line = rows.groupby("target", sort=False)[["checkpoint_bytes", "ppl"]].mean()
-            axis.plot(line["checkpoint_bytes"] / scale, line["ppl"], color=style["color"], linestyle=style["linestyle"])
-            ends.append((x.iloc[-1], rows["ppl"].iloc[-1], series, style["color"]))
+            marks = {"color": style["color"], "linestyle": "none", "marker": ".", "markersize": 4}
+            axis.errorbar(x, rows["ppl"], rows["paired_stderr"], capsize=3, elinewidth=1.2, **marks)
+            line = rows.groupby("target", sort=False).agg({"checkpoint_bytes": "mean", "ppl": gmean})  # over seeds
+            axis.plot(line["checkpoint_bytes"] / scale, line["ppl"], **style)
+            ends.append((line["checkpoint_bytes"].iloc[-1] / scale, line["ppl"].iloc[-1], series, style["color"]))
         levels = data[data["is_reference"] & (data["text"] == panel)]
-        for level in levels["ppl"].unique():
+        for level, name in levels[["ppl", "series"]].drop_duplicates().itertuples(index=False):
             axis.axhline(level, color=MUTED, linestyle=(0, (5, 3)), linewidth=1.2)
             axis.annotate(
-                "16 bit",
+                shorten(name),
                 (0, level),
                 (6, -4),  # below: what is compressed lies above, seldom under it
                 xycoords=("axes fraction", "data"),
@@ -82,25 +83,28 @@ def quality(runs: list[Run]) -> Drawn:
 
 
 def pruning(runs: list[Run]) -> Drawn:
-    """Perplexity against the experts that are computed for each token, a line for each way to prune a checkpoint."""
+    """Perplexity against the experts that are computed for each token, a line for each way to prune a checkpoint and seed."""
+    lines: dict[tuple[str, int], list[Run]] = {}
+    for run in (run for run in runs if run.is_pruned):
+        if base := base_of(run, runs):
+            lines.setdefault((base.name, run.seed), [base]).append(run)
     found = []
-    for base in runs:
-        pruned = [run for run in runs if run.is_pruned and run.unpruned == base.unpruned and run.seed == base.seed]
-        for run in [base, *pruned] if pruned and not base.is_pruned else ():
-            row = {"checkpoint": base.title, "method": run.pruning["method"], "pruning": run.pruning_label or "none"}
-            row["experts_per_token"] = run.shape.top_k * run.metrics["active_slots"]
+    for (_, sample), members in lines.items():
+        for run in members:
+            row = {"checkpoint": members[0].title, "sample": sample, "method": run.pruning["method"]}
+            row |= {"pruning": run.pruning_label or "none", "experts_per_token": run.shape.top_k * run.metrics["active_slots"]}
             found += [row | point for point in _quality_points(run, runs)]
     if not found:
         return None
     data = pd.DataFrame(found)
     texts = list(dict.fromkeys(data["text"]))
     figure, axes = plt.subplots(1, len(texts), figsize=(5.6 * len(texts), 4), squeeze=False)
-    styles = series_styles(runs) | {"16 bit": {"color": MUTED}}
+    styles = series_styles(runs)  # without those of 16-bit models
     names = list(dict.fromkeys(data["pruning"]))
     markers = dict(zip(names, itertools.cycle("oDs^v<>PX*ph8d"), strict=False))
     for axis, text in zip(axes[0], texts, strict=True):
-        for (title, _), rows in data[data["text"] == text].groupby(["checkpoint", "seed"], sort=False):
-            colour = styles[rows["series"].iloc[0]]["color"]
+        for (title, _), rows in data[data["text"] == text].groupby(["checkpoint", "sample"], sort=False):
+            colour = styles.get(rows["series"].iloc[0], {"color": MUTED})["color"]
             rows = rows.sort_values("experts_per_token")
             x, y = rows["experts_per_token"], rows["ppl"]
             look = {
@@ -125,7 +129,8 @@ def pruning(runs: list[Run]) -> Drawn:
                 axis.annotate(words, place, offset, textcoords="offset points", color=colour, fontsize=9.5)
         axis.margins(x=0.25, y=0.15)
         axis.set(title=f"Perplexity, {text}", xlabel="experts computed for each token")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
+    named = dict(zip(*reversed(axes[0, 0].get_legend_handles_labels()), strict=True))  # each once, not by seed
+    handles, labels = list(named.values()), list(named)
     if len(names) > MOST_NAMES:
         handles += [plt.Line2D([], [], linestyle="none", color=MUTED, marker=markers[name], markersize=9) for name in names]
         labels += ["unpruned" if name == "none" else name for name in names]

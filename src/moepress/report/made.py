@@ -25,7 +25,7 @@ def facts(task: Task, shape: Shape) -> dict:
     """Everything that the card of a just written checkpoint (`task.out`, with its size.json) says, as plain JSON values."""
     model = locate(task.inputs["model"])
     groups = settings(task)
-    bits = read_json(task.inputs["allocation"] / "allocation.json")["bits"]
+    allocated = read_json(task.inputs["allocation"] / "allocation.json")
     read = groups.get("calibration") if "calibration" in task.inputs else None
     return {
         "base_model": base_model(groups["model"], model, task.inputs["model"].name.rpartition("-")[0]),
@@ -33,8 +33,10 @@ def facts(task: Task, shape: Shape) -> dict:
         "shape": vars(shape),
         "weights": folders.num_weights(model),
         **read_json(task.out / "size.json"),
-        "bits_nominal": float(np.mean([width for layer in bits for width in layer])),
-        "bits": bits,
+        "bits_nominal": float(np.mean([width for layer in allocated["bits"] for width in layer])),
+        "bits": allocated["bits"],
+        "layers": allocated["layers"],
+        "preset": closest("quantization", groups["quantization"], groups)[0],
         "quantization": task.config["quantization"],
         "allocation": groups["allocation"],
         "calibration": read,

@@ -92,7 +92,7 @@ def nll(domains: list[str]) -> Callable[[Run], dict[str, np.ndarray]]:
 
 def scores(tasks: list[str]) -> Callable[[Run], dict[str, np.ndarray]]:
     """The score of each item of these tasks."""
-    return lambda run: {task: run.scores[task] for task in tasks}
+    return lambda run: {task: run.item_scores[task] for task in tasks}
 
 
 def increase(runs: list[Run], others: list[Run], domains: list[str]) -> Difference:
@@ -101,11 +101,11 @@ def increase(runs: list[Run], others: list[Run], domains: list[str]) -> Differen
 
 
 def accurate(runs: list[Run]) -> list[str]:
-    """Tasks told by an accuracy that all of the runs answered."""
-    common = [set(run.tasks) for run in runs]
+    """Tasks scored by an accuracy that all of the runs answered."""
+    common = [set(run.task_scores) for run in runs]
     return [
         task
-        for task, score in runs[0].tasks.items()
+        for task, score in runs[0].task_scores.items()
         if score["metric"].startswith("acc") and all(task in own for own in common)
     ]
 
@@ -123,10 +123,6 @@ class Pair:
     def against(self) -> str:
         return self.others[0].series
 
-    @property
-    def title(self) -> str:
-        return f"{self.runs[0].series}, {self.runs[0].target}"
-
     @cached_property
     def differences(self) -> dict[str, Difference]:
         """By metric: `nll` and `nll_ood` (nats per token, less is better), `acc` and `acc_<task>` (shares, more is better)."""
@@ -143,11 +139,19 @@ def pairs(runs: list[Run]) -> list[Pair]:
     for step in BASELINES:
         for own in members:
             for others in members:
-                seeds, other_seeds = ({run.seed for run in side} for side in (own, others))
-                # one run stands for all seeds where none of its stages draws anything
-                if is_step(own[0], others[0], step) and (seeds <= other_seeds or other_seeds <= seeds):
-                    found.append(Pair(own, others, step))
+                if is_step(own[0], others[0], step) and (sides := of_the_same_samples(own, others)):
+                    found.append(Pair(*sides, step))
     return found + [Pair(own, [reference], SIXTEEN) for own in members if (reference := reference_of(own[0], runs))]
+
+
+def of_the_same_samples(own: list[Run], others: list[Run]) -> tuple[list[Run], list[Run]] | None:
+    """The runs of both under the seeds that both have; all of them where one side is a single run that nothing was drawn for,
+    which stands for every seed. None where nothing is left."""
+    if any(len(side) == 1 and not side[0].is_drawn for side in (own, others)):
+        return own, others
+    common = {run.seed for run in own} & {run.seed for run in others}
+    left = [[run for run in side if run.seed in common] for side in (own, others)]
+    return (left[0], left[1]) if common else None
 
 
 def is_step(run: Run, other: Run, step: str) -> bool:
@@ -160,8 +164,7 @@ def is_step(run: Run, other: Run, step: str) -> bool:
         return False
     own, base = getattr(run, step), getattr(other, step)
     if step == "quantization":
-        name, base_name = (group.get("name", group["method"]) for group in (own, base))
-        builds_on = base_name == BASELINES[step].get(name)
+        builds_on = other.method == BASELINES[step].get(run.method)
     else:
         plain = BASELINES[step]
         builds_on = base["method"] in (plain[: plain.index(own["method"])] if own["method"] in plain else plain)

@@ -9,6 +9,7 @@ from moepress.report import paired
 from moepress.report.compare import digits, marks, percent
 from moepress.report.paired import Difference, increase
 from moepress.report.reading import Run, methods, reference_of
+from moepress.report.table import is_share
 from moepress.wording import decimal, mebibytes
 
 MARKS = {"best": "★", "tied": "≈", "": ""}
@@ -58,7 +59,7 @@ class Group:
 def groups(runs: list[Run], table: pd.DataFrame) -> list[Group]:
     """A row for each method, the mean over its seeds, by the size asked for, largest first; columns that say nothing in this
     report are left out."""
-    marked, numbers = marks(runs), dict(zip((run.name for run in runs), table.iloc, strict=True))
+    marked, numbers = marks(runs), dict(zip((run.name for run in runs), table.iloc, strict=True))  # names differ
     members = methods(runs)
     rows = [Row(marked[own[0].name], _cells(own, pd.DataFrame([numbers[run.name] for run in own]), runs)) for own in members]
     empty = {heading for heading in rows[0].cells if all(row.cells[heading] == NOTHING for row in rows)}
@@ -141,8 +142,8 @@ def domain_table(runs: list[Run]) -> tuple[list[str], list[list[str | Cell]]]:
 
 def task_table(runs: list[Run]) -> tuple[list[str], list[list[str]]] | None:
     """Scores by task, in percent where they are shares: the headings, and a row for each method; None without tasks."""
-    tasks = list(dict.fromkeys(task for run in runs for task in run.tasks))
-    rows = [[own[0].title, *(_score([run.tasks.get(task) for run in own]) for task in tasks)] for own in methods(runs)]
+    tasks = list(dict.fromkeys(task for run in runs for task in run.task_scores))
+    rows = [[own[0].title, *(_score([run.task_scores.get(task) for run in own]) for task in tasks)] for own in methods(runs)]
     return (["run", *tasks], rows) if tasks else None
 
 
@@ -154,7 +155,7 @@ def paired_table(runs: list[Run]) -> tuple[list[str], list[list[str | Cell]]] | 
     rows: list[list[str | Cell]] = []
     for pair in pairs:
         cells = [_difference(metric, pair.differences.get(metric, paired.NOTHING)) for metric in metrics]
-        rows.append([pair.title, pair.against, *cells])
+        rows.append([pair.runs[0].title, pair.against, *cells])
     names = {"nll": "perplexity", "nll_ood": "out of domain", "acc": "accuracy"}
     return (["method", "against", *(names.get(m, m.removeprefix("acc_")) for m in metrics)], rows) if rows else None
 
@@ -223,7 +224,8 @@ def _score(scores: list[dict | None]) -> str:
     if len(known) < len(scores):
         return ""
     value, error = (pd.Series([score[name] for score in known], dtype=float).mean() for name in ("value", "stderr"))
-    return " ".join(filter(None, _share(value, error))) + ("*" if known[0]["limited"] else "")
+    words = _share(value, error) if is_share(known[0]["metric"]) else (_number(value), "")
+    return " ".join(filter(None, words)) + ("*" if known[0]["limited"] else "")
 
 
 def milliseconds(value: float) -> str:

@@ -15,6 +15,7 @@ import yaml
 
 from moepress import pruning
 from moepress.artefacts import read_json
+from moepress.lookup import Found
 from moepress.models import families, folders
 
 LABELS = {"none": "16 bit", "pmq_code": "PMQ as coded", "hessian": "Hessian"}
@@ -27,6 +28,9 @@ UNTIMED |= {"prefill_ms_16bit": None, "decode_ms_16bit": None}
 UNTIMED |= {"share_prefill": None, "share_decode": None, "versions": {}, "rows": [], "measured": None}
 """What latency.json would say of a run with latency.repeats=0."""
 
+OWN_GROUP = re.compile(r"(quantization|allocation|calibration)\.(?!seed=|method=)(?=\w+=)")
+"""Of an override whose key says enough without its group: none of these three has a key of another one's."""
+
 
 def label(method: str) -> str:
     """A method as people write it."""
@@ -36,7 +40,7 @@ def label(method: str) -> str:
 class Speedup(NamedTuple):
     """How many times as fast as the 16-bit model that was timed in turn with it, and both medians in milliseconds.
 
-    low, high: the 16-bit model's lower quartile over its own upper one, and the upper one over the lower.
+    low: the 16-bit model's lower quartile over this one's upper quartile; high: its upper one over this one's lower.
     """
 
     value: float
@@ -82,6 +86,11 @@ class Run:
         return {stage: folder.rpartition("-")[2] for stage, folder in self.artefacts.items()}
 
     @property
+    def method(self) -> str:
+        """Of the quantization, by its name in conf/quantization/: `best` is a qesc with other settings."""
+        return self.quantization.get("name", self.quantization["method"])
+
+    @property
     def is_quantized(self) -> bool:
         return self.quantization["method"] != "none"
 
@@ -118,6 +127,15 @@ class Run:
         removed = pruning.num_removed(self.pruning.get("ratio", 0), self.shape.num_experts, self.shape.top_k)
         return self.shape.num_experts - removed
 
+    @cached_property
+    def is_drawn(self) -> bool:
+        """Whether a calibration sample, or chance, had a part in it; without, one run stands for all seeds."""
+        upstream: dict[str, Found] = {}
+        for folder in self.artefacts.values():
+            Found(self.results, folder).upstream(upstream)
+        by_chance = self.is_quantized and "seed" in self.allocation
+        return by_chance or any(item.stage == "calibration" for item in upstream.values())
+
     @property
     def unpruned(self) -> tuple[str, str]:
         """Of the run that this one prunes, or of itself: series and target."""
@@ -125,16 +143,15 @@ class Run:
 
     @property
     def extras(self) -> list[str]:
-        """Overrides that the name lists, without their groups and without the seed: `['group_size=64']`."""
-        listed = [part for part in self.name.split(" ")[1:] if not part.startswith("seed=")]
-        return [re.sub(r"^[\w.]+\.(?=\w+=)", "", part) for part in listed]
+        """Overrides that the name lists, without the seed: `['group_size=64', 'gradients.num_sequences=4']`."""
+        return [OWN_GROUP.sub("", part) for part in self.name.split(" ")[1:] if not part.startswith("seed=")]
 
     @property
     def series(self) -> str:
         """What stays the same along one line of a figure: the methods, and overrides that the name lists, but not the
         size and the seed."""
         allocation = self.allocation["method"] if self.is_quantized else "uniform"
-        parts = [label(self.quantization.get("name", self.quantization["method"]))]
+        parts = [label(self.method)]
         parts += [label(allocation)] if allocation != "uniform" else []
         parts += [self.pruning_label] if self.is_pruned else []
         return " ".join([" + ".join(parts), *self.extras])
@@ -171,7 +188,7 @@ class Run:
         return self.json("decomposition", "decomposition.json")["domains"]
 
     @cached_property
-    def tasks(self) -> dict[str, dict]:
+    def task_scores(self) -> dict[str, dict]:
         """Task -> its main score, as moepress.evaluation.harness gives it; none where no tasks were asked for."""
         path = self.folder("evaluation") / "tasks.json"
         return read_json(path)["moepress"]["scores"] if path.is_file() else {}
@@ -182,14 +199,14 @@ class Run:
         return pd.read_parquet(self.folder("evaluation") / "samples.parquet")
 
     @cached_property
-    def scores(self) -> dict[str, np.ndarray]:
+    def item_scores(self) -> dict[str, np.ndarray]:
         """Task -> the score of each item."""
         return {task: own.to_numpy() for task, own in self.samples.groupby("group", sort=False)["score"]}
 
     @property
     def limit(self) -> int | None:
         """evaluation.limit where it left out items of a task."""
-        is_limited = any(score["limited"] for score in self.tasks.values())
+        is_limited = any(score["limited"] for score in self.task_scores.values())
         return self.json("evaluation", "tasks.json")["moepress"]["limit"] if is_limited else None
 
     @cached_property
@@ -295,7 +312,7 @@ def shift_by_layer(metrics: dict) -> list[float]:
     return np.average([domain["selection_shift_by_layer"] for domain in domains], axis=0, weights=weights).tolist()
 
 
-def listed(run: dict, results: Path) -> Run:
+def run_of(run: dict, results: Path) -> Run:
     """A run as a report's configuration lists it."""
     fields = ("seed", "is_reference", "quantization", "allocation", "pruning", "artefacts")
     return Run(name=run["run"], **{field: run[field] for field in fields}, results=results)
@@ -303,7 +320,7 @@ def listed(run: dict, results: Path) -> Run:
 
 def load(runs: list[dict], results: Path) -> list[Run]:
     """The runs that a report's configuration lists. Raises ValueError if they were not measured on the same text."""
-    found = [listed(run, results) for run in runs]
+    found = [run_of(run, results) for run in runs]
     if not found:
         raise ValueError("a report needs at least one run")
     check_same_text(found)
@@ -352,9 +369,10 @@ def check_same_items(runs: list[Run]) -> None:
     """Raise ValueError naming the runs that were asked other items, or in other words, under the same task's name."""
     first: dict[str, Run] = {}
     for run in runs:
-        for task, score in run.tasks.items():
+        for task, score in run.task_scores.items():
             other = first.setdefault(task, run)
-            if score["items_sha256"] != other.tasks[task]["items_sha256"] or score["metric"] != other.tasks[task]["metric"]:
+            known = other.task_scores[task]
+            if score["items_sha256"] != known["items_sha256"] or score["metric"] != known["metric"]:
                 raise ValueError(
                     f"the runs {other.name!r} and {run.name!r} answered different items or prompts of {task}, so one table "
                     "cannot compare them; report them apart, or give them one corpus, evaluation.source, limit and num_fewshot"
@@ -365,6 +383,14 @@ def reference_of(run: Run, runs: Iterable[Run]) -> Run | None:
     """The 16-bit run of the same model, which `run` is measured against."""
     found = [other for other in runs if other.is_reference and other.artefacts["model"] == run.artefacts["model"]]
     return found[0] if found else None
+
+
+def base_of(run: Run, runs: Iterable[Run]) -> Run | None:
+    """What a pruned run prunes: the 16-bit model, or the same checkpoint; where that is not drawn, its only run."""
+    if not run.is_quantized:
+        return reference_of(run, runs)
+    same = [other for other in runs if not other.is_pruned and other.unpruned == run.unpruned]
+    return next((other for other in same if other.seed == run.seed), same[0] if len(same) == 1 else None)
 
 
 def compact_json(value) -> str:

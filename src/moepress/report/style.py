@@ -58,30 +58,34 @@ ALLOCATION_STYLES = {
     "bsp": ("v", (0, (1, 2, 4, 2))),
 }
 OTHER_STYLES = (("s", (0, (1, 1.2))), ("^", (0, (6, 1, 1, 1))), ("v", (0, (3, 1, 1, 1, 1, 1))))
+MARKERS = tuple(marker for marker, _ in ALLOCATION_STYLES.values())
 PRUNED_MARKERS = ("P", "X", "*", "p", "h")
 INK, MUTED = "#222222", "#767676"
 
 
 def series_styles(runs: list[Run]) -> dict[str, dict]:
     """Series -> colour (its quantization's, by name), marker and line (its allocation's); pruned series have hollow
-    markers of their own. A series that would look like one before it takes a colour that is left."""
+    markers of their own. A series that would look like one before it takes a colour that is left, or else a
+    marker."""
     styles, taken, colours = {}, set(), list(OTHER_COLOURS)
     allocations, methods = dict(ALLOCATION_STYLES), dict(METHOD_COLOURS)
     pruned = 0
     for run in sorted(runs, key=lambda run: len(run.extras)):
         if run.series in styles or run.is_reference:
             continue
-        method = run.quantization.get("name", run.quantization["method"])
         allocation = run.allocation["method"] if run.is_quantized else "uniform"
-        if method not in methods:
-            methods[method] = colours.pop(0) if colours else MUTED
+        if run.method not in methods:
+            methods[run.method] = colours.pop(0) if colours else MUTED
         if allocation not in allocations:
             allocations[allocation] = OTHER_STYLES[(len(allocations) - len(ALLOCATION_STYLES)) % len(OTHER_STYLES)]
-        colour, (marker, line) = methods[method], allocations[allocation]
+        colour, (marker, line) = methods[run.method], allocations[allocation]
         if run.is_pruned:
             marker, line, pruned = PRUNED_MARKERS[pruned % len(PRUNED_MARKERS)], ":", pruned + 1
-        if (colour, marker, line) in taken:
-            colour = colours.pop(0) if colours else MUTED
+        markers = PRUNED_MARKERS if run.is_pruned else MARKERS
+        looks = [(colour, marker), *((other, marker) for other in colours)]
+        looks += [(other, shape) for shape in markers for other in (colour, *OTHER_COLOURS)]
+        colour, marker = next((look for look in looks if (*look, line) not in taken), looks[0])
+        colours = [other for other in colours if other != colour]
         taken.add((colour, marker, line))
         face = "white" if run.is_pruned else colour
         styles[run.series] = {"color": colour, "marker": marker, "linestyle": line, "markerfacecolor": face}

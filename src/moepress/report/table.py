@@ -12,17 +12,9 @@ import pandas as pd
 
 from moepress.integrity import PROVENANCE
 from moepress.report import decomposition, paired
-from moepress.report.reading import Run, compact_json, load, reference_of
+from moepress.report.reading import Run, compact_json, reference_of
 
 TIMES = ("prefill_ms", "decode_ms", "prefill_ms_16bit", "decode_ms_16bit")
-
-
-def rows(runs: list[dict], results: Path) -> pd.DataFrame:
-    """The table of the runs that a report's configuration lists, in its order; see `tabulate`.
-
-    runs: `[{run, seed, is_reference, quantization, allocation, pruning, artefacts}]`; results: the folder of artefacts.
-    """
-    return tabulate(load(runs, results))
 
 
 def tabulate(runs: list[Run]) -> pd.DataFrame:
@@ -54,7 +46,7 @@ def row(run: Run, reference: Run | None) -> dict:
     found = {
         "run": run.name,
         "model": Path(run.artefacts["model"]).name.rpartition("-")[0],
-        "method": run.quantization.get("name", run.quantization["method"]),
+        "method": run.method,
         "allocation": run.allocation["method"] if quantized else "none",
         "bits_nominal": float(np.mean([width for layer in run.bits for width in layer])) if quantized else 16.0,
         "bits_effective": 8 * run.checkpoint_bytes / run.num_weights,
@@ -77,7 +69,7 @@ def row(run: Run, reference: Run | None) -> dict:
         found[name], found[f"{name}_stderr"] = above.value, above.stderr
     found |= decomposition.columns(run, reference)
     found |= accuracies(run)
-    if reference and run.tasks and (tasks := paired.accurate([run, reference])):
+    if reference and run.task_scores and (tasks := paired.accurate([run, reference])):
         above = paired.difference([run], [reference], paired.scores(tasks))
         found |= {"delta_acc": above.value, "delta_acc_stderr": above.stderr}
     provenance = run.json("quantization", PROVENANCE) if quantized else {}
@@ -112,17 +104,21 @@ def accuracies(run: Run) -> dict:
     """Columns of the tasks' scores (`acc_<task>`; `<metric>_<task>` of what is no accuracy) with their standard errors."""
     found: dict[str, float] = {}
     accurate = []
-    for task, score in run.tasks.items():
+    for task, score in run.task_scores.items():
         metric = score["metric"].split(",")[0]
-        is_share = metric.startswith(("acc", "exact_match", "pass"))
         value, error = (np.nan if number is None else number for number in (score["value"], score["stderr"]))
-        name = f"{'acc' if is_share else metric}_{task}"
+        name = f"{'acc' if is_share(metric) else metric}_{task}"
         found |= {name: value, f"{name}_stderr": error}
         accurate += [(value, error)] if metric.startswith("acc") else []
     if accurate:
         values, errors = np.array(accurate).T
         found |= {"acc_mean": values.mean(), "acc_mean_stderr": np.sqrt((errors**2).sum()) / len(errors)}
-    return found | ({"limit": run.limit or np.nan} if run.tasks else {})
+    return found | ({"limit": run.limit or np.nan} if run.task_scores else {})
+
+
+def is_share(metric: str) -> bool:
+    """Whether a task's metric is a share of its items."""
+    return metric.startswith(("acc", "exact_match", "pass"))
 
 
 def mean_over_domains(blocks: pd.DataFrame, domains: list[str]) -> tuple[float, float]:

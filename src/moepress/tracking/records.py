@@ -16,7 +16,7 @@ from moepress.models import folders
 from moepress.report.reading import shift_by_layer
 from moepress.secrets import without_secrets
 
-VERSION = 1
+VERSION = 2
 """Raised by hand when records of the same artefacts change, so that they are sent again."""
 MEASURED = {
     "corpus": (("summary.json",),),
@@ -72,17 +72,17 @@ def of_report(report: Found) -> tuple[list[Record], list[str]]:
     for folder, item in items.items():
         generations[folder] = 1 + max((generations.get(upstream, 0) for upstream in inputs(item)), default=0)
     last = generations[report.folder]
-    makers = {
-        folder: partial(of_artefact, item, items, group, generations[folder])
+    makers = [
+        (folder, partial(of_artefact, item, items, group, generations[folder]))
         for folder, item in items.items()
         if item.stage != "report"
-    }
+    ]
     table = pd.read_csv(report.path / "runs.csv").drop(columns="keys")
     for row, run in zip(table.to_dict("records"), report.described["config"]["runs"], strict=True):
-        makers[run["run"]] = partial(of_row, row, run, items, group, last)
-    makers[report.folder] = partial(of_page, report, items, group, last)
+        makers.append((run["run"], partial(of_row, row, run, items, group, last)))
+    makers.append((report.folder, partial(of_page, report, items, group, last)))
     records, failures = [], []
-    for name, make in makers.items():
+    for name, make in makers:
         try:
             records.append(make())
         except (OSError, ValueError, KeyError) as error:
@@ -248,7 +248,7 @@ def by_layer(own: dict[str, Found], layers: tuple[int, ...]) -> list[dict]:
         for found in read_json(own["quantization"].path / "diagnostics.json")["layers"]:
             row = rows.setdefault(found["layer"], {})
             row |= {f"quantization/{name}": value for name, value in found.items() if isinstance(value, float)}
-            row["quantization/experts_without_tokens"] = len(found.get("starved", []))
+            row["quantization/starved_experts"] = len(found.get("starved", []))
             if found.get("expert_errors"):
                 row["quantization/worst_expert_error"] = max(found["expert_errors"])
     if "evaluation" in own:
