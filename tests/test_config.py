@@ -288,11 +288,16 @@ def test_the_16_bit_model_has_no_override_in_its_name_that_it_does_not_depend_on
     assert names_of("quantization=none seed=1 calibration.num_sequences=32", "quantization=none model.seed=1")[0] == "16bit"
 
 
-def test_two_runs_of_one_name_are_refused():
-    """A fixed threshold stands in the name, the quantile that it replaces does not, but is part of the key."""
+def test_what_a_label_leaves_out_tells_two_of_one_name_apart():
+    """A fixed threshold stands in the label, the quantile that it replaces does not, but is part of the key."""
     lines = [f"quantization=none pruning=ees pruning.threshold=0.4 pruning.quantile={quantile}" for quantile in (0.3, 0.5)]
-    members = studies.compared([studies.experiment(line.split()) for line in lines])
-    with pytest.raises(ValueError, match=r"report mine: several runs that differ would be called '16bit-ees-0\.4'"):
+    assert names_of(*lines) == ["16bit", *(f"16bit-ees-0.4 pruning.quantile={quantile}" for quantile in (0.3, 0.5))]
+
+
+def test_two_runs_of_one_name_are_refused():
+    given = ["quantization=gptq", "calibration.num_sequences=32", "calibration.num_sequences=64"]
+    members = studies.compared([studies.experiment(given), studies.experiment([given[0], *given[:0:-1]])])
+    with pytest.raises(ValueError, match=r"report mine: several runs that differ would be called 'gptq-global-2\.5'"):
         studies.report_artefact("mine", "", members)
 
 

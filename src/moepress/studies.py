@@ -45,15 +45,21 @@ def experiment(overrides: list[str] | tuple[str, ...]) -> Experiment:
 
 def run_names(experiments: list[Experiment]) -> list[str]:
     """A name for each row: its label, and the overrides beyond it that not all of its kind, 16-bit models or compressed ones,
-    share."""
+    share; those of one name get whatever they differ in."""
     listed: dict[bool, list[set[str]]] = {True: [], False: []}
     for member in experiments:
         listed[is_reference(member.config)].append(set(member.beside_label))
     shared = {kind: set.intersection(*found) for kind, found in listed.items() if found}
-    return [
+    names = [
         " ".join([run_label(e.config), *(o for o in e.beside_label if o not in shared[is_reference(e.config)])])
         for e in experiments
     ]
+    for name in {name for name in names if names.count(name) > 1}:
+        alike = [i for i, other in enumerate(names) if other == name]
+        common = set.intersection(*(set(experiments[i].overrides) for i in alike))
+        for i in alike:
+            names[i] = " ".join([name, *(o for o in experiments[i].overrides if o not in common and o not in name)])
+    return names
 
 
 def load_study(name: str) -> dict:
