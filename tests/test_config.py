@@ -107,6 +107,21 @@ def test_an_experiment_that_nothing_contradicts_is_taken():
     assert fast["quantization"]["name"] == "fast" and fast == config.values(["experiment=fast", "quantization=fast"])
 
 
+def test_widths_without_measured_errors_are_refused_before_anything_is_measured():
+    """By the rules that read such errors, and by no other."""
+    wide = "allocation.widths=[2,3,8]"
+    for rule in ("pmq", "pmq_code", "hessian", "bsp", "global"):
+        lines = [f"allocation={rule}", wide]
+        with pytest.raises(
+            ValueError, match=r"allocation\.widths=\[2, 3, 8\]: no errors were measured at \[8\]; add them to stat"
+        ):
+            config.values(lines)
+        config.values([*lines, "statistics.widths=[2,3,8]"])
+        config.values([*lines, "quantization=none"])
+    for rule in ("frequency", "weight", "random", "half"):
+        config.values([f"allocation={rule}", wide])
+
+
 def test_hydras_advice_is_left_out():
     for line in ("allocation.bitz=3", "quantization=awq", "hydra.launcher.jbs=3", "hydra/launcher=basik"):
         with pytest.raises(ValueError) as error:

@@ -297,6 +297,17 @@ def test_asymmetric_target_is_the_least_squares_of_the_original_output():
     best = torch.linalg.lstsq(x_hat, x @ w[0].T).solution.T
     assert torch.allclose(asymmetric(w, drift, h, 1e-7, 1.0)[0], best, atol=1e-3)
     assert torch.equal(asymmetric(w, drift, h, 0.01, 0.0), w)
+    known = inverse_factor(h, 0.01)
+    assert torch.equal(asymmetric(w, drift, h, 0.01, 0.5, known), asymmetric(w, drift, h, 0.01, 0.5))
+
+
+def test_one_bit_as_sign_leaves_a_group_of_zeros_at_zero():
+    """Scale 1 and zero point 0, as on every other grid, and not half a step below zero."""
+    w = torch.randn(1, 4, 64, generator=torch.Generator().manual_seed(20))
+    w[0, :, 32:] = 0
+    for found in (grid.rtn(w, [1], 32, grid.Search(0.25, 8, 2, one_bit="sign")), grid.minmax(w, [1], 32)):
+        assert (found.dequantize()[..., 32:] == 0).all() and (found.dequantize()[..., :32] != 0).all()
+        assert found.zeros[0, 0].tolist() == [2, 0] and (found.scales[..., 1] == 1).all()
 
 
 def test_min_max_grid_has_whole_zero_points_and_both_ends():

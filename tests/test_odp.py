@@ -232,8 +232,40 @@ def test_thresholds_are_the_quantiles_of_the_calibration_text(model_folder):
         ({"method": "ood"}, "one of none, pesf, odp, ees, static"),
         ({"method": "odp", "protect": 0.02, "renormalize": True}, "thresholds: not given"),
         ({"method": "ees", "thresholds": [0.1] * 5, "renormalize": True}, "5 of them, but the model has 2"),
+        ({"method": "ees", "threshold": 0.1}, r"pruning\.renormalize is missing, which pruning\.method=ees needs"),
+        (
+            {"method": "pesf", "alpha": 0.3},
+            r"pruning\.renormalize is missing, which pruning\.method=pesf needs; take the policy",
+        ),
+        ({"method": "static"}, r"pruning\.removed is missing, which pruning\.method=static needs"),
+        ({"method": "static", "removed": [[0]]}, r"pruning\.removed: 1 lists, but the model has 2 MoE layers"),
+        ({"method": "static", "removed": [[0], [4]]}, r"pruning\.removed: \[4\] are not all experts of a layer with 4"),
+        ({"method": "static", "removed": [[0], [-1]]}, r"pruning\.removed: \[-1\] are not all experts"),
+        ({"alpha": 0.3}, r"pruning\.method=None: one of none, pesf"),
     ],
 )
 def test_refusals(model_folder, policy, words):
     with pytest.raises(ValueError, match=words):
         load(model_folder, "cpu", pruning=policy)
+
+
+def test_a_model_that_refuses_a_policy_is_as_it_was(model_folder):
+    """Also where only its last layer tells that the policy does not fit, or its attention that it cannot be listened to."""
+    model, _ = load(model_folder, "cpu")
+    ids = torch.randint(1, 250, (2, 12), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        plain = model(input_ids=ids).logits
+        with pytest.raises(ValueError, match=r"pruning\.removed: \[9\]"):
+            attach(model, {"method": "static", "removed": [[0, 1], [9]]})
+        model.config._attn_implementation = "flash_attention_2"
+        with pytest.raises(ValueError, match="cannot be listened to"):
+            attach(model, ODP | {"threshold": 1.0})
+        model.config._attn_implementation = "sdpa"
+        assert torch.equal(model(input_ids=ids).logits, plain)
+    assert not any(getattr(experts, "_is_expert_parallel", False) for experts in experts_of(model))
+
+
+def test_a_policys_file_that_is_not_there(model_folder, tmp_path):
+    for path in (tmp_path, tmp_path / "policy.json"):
+        with pytest.raises(ValueError, match=r"pruning='.*policy\.json': no such file; give the folder of a pruning stage"):
+            load(model_folder, "cpu", pruning=path)

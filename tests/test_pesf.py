@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moepress.evaluation.usage import watched
 from moepress.inference.checkpoint import load
 from moepress.pruning.pesf import pesf
 from moepress.pruning.policy import attach, experts_of
@@ -85,3 +86,14 @@ def test_in_a_model_padding_and_neighbours_do_not_matter(model_folder, experts):
     assert torch.allclose(alone, padded, atol=1e-4)
     assert (kept[0] == 4).any() and pruned.isfinite().all() and not torch.allclose(pruned, plain, atol=1e-3)
     assert torch.allclose(again, plain, atol=1e-5), "removed hooks leave no trace"
+
+
+def test_decoding_is_left_alone(model_folder):
+    """Whatever alpha: a prompt keeps one expert a token, a token that is decoded alone keeps all of its own."""
+    model, _ = load(model_folder, "cpu", pruning={"method": "pesf", "alpha": 9.0, "renormalize": True})
+    ids = torch.randint(1, 250, (2, 6), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode(), watched(model) as (_, kept):
+        model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    prefill, decode = kept[:2], kept[2:]
+    assert all(((slots < 4).sum(1) == 1).all() for slots in prefill)
+    assert len(decode) == 3 * 2 and all((slots < 4).all() for slots in decode)

@@ -300,7 +300,8 @@ def test_more_work_takes_longer(model_folder):
     assert spent("quantization.router_loss=kl")["quantization"] > plain["quantization"]
     best, own = spent("quantization=best"), spent("quantization=best", "quantization.distill_sequences=null")
     assert best["quantization"] > own["quantization"] > plain["quantization"]
-    assert spent("statistics.widths=[2]")["statistics"] < plain["statistics"]
+    assert spent("quantization.asymmetry=0.5")["quantization"] > plain["quantization"]
+    assert spent("allocation.widths=[2,3]", "statistics.widths=[2,3]")["statistics"] < plain["statistics"]
     assert "statistics" not in spent("allocation=uniform", "allocation.bits=3"), "nothing reads them"
     assert spent("evaluation.tasks=none")["evaluation and latency"] < spent()["evaluation and latency"]
     assert set(spent("quantization=none")) == {"model", "evaluation and latency"}

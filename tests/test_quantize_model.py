@@ -1,5 +1,8 @@
 """The layer loop and the packed checkpoint: what was measured is what loads."""
 
+from dataclasses import replace
+from itertools import accumulate
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -7,14 +10,15 @@ from safetensors.torch import load_file, save_file
 from conftest import bytes_outside_experts, write_model
 from moepress import config
 from moepress.inference.checkpoint import load
-from moepress.models import folders
+from moepress.models import folders, streaming
 from moepress.models.limits import DIAGNOSED
 from moepress.models.streaming import ModelStream
 from moepress.models.streams import Streams
 from moepress.quantization import size, writer
-from moepress.quantization.experts import Recipe
-from moepress.quantization.layers import STREAMS, quantize_model
+from moepress.quantization.experts import ExpertInputs, Recipe
+from moepress.quantization.layers import STREAMS, LayerQuantizer, quantize_model
 from moepress.quantization.packing import unpack
+from zoo import write_zoo_model
 
 COMMON = {"group_size": 32, "clip_min": 0.25, "clip_steps": 8, "fit_rounds": 2, "attention_bits": 4}
 FEEDBACK = {"damping": 0.01, "block_size": 16}
@@ -160,13 +164,28 @@ def test_asymmetric_targets_bring_the_experts_nearer_to_the_original_stream(tmp_
 
 @pytest.mark.parametrize("preset", ["gptq_minmax", "gptq_clip", "gptq_mc"])
 def test_baselines_are_what_their_presets_say(model_folder, preset):
-    """Each preset quantizes every width, and what it packs is what its grid allows."""
+    """Each preset quantizes every width, and what it packs is what its grid allows: whole zero points; of min-max, where no
+    feedback has come yet, the scales from end to end; of MC's code 1 bit as a sign, its zero point half a step."""
     values = config.values([f"quantization={preset}", "quantization.group_size=32"])["quantization"]
     recipe = Recipe(**{name: value for name, value in values.items() if name != "name"})
-    (result, *_) = quantize_model(ModelStream(model_folder), TOKENS, [[1, 2, 3, 4]] * 2, recipe)
-    zeros = result.tensors["model.layers.0.mlp.experts.down.zeros"]
-    widest = unpack(zeros[-size.packed_bytes(64, 6) :], 64, 6)
-    assert result.diagnostics["output_error"] < 1 and ((widest % 4 == 0).all() or preset == "gptq_mc")
+    stream, bits = ModelStream(model_folder), [1, 2, 3, 4]
+    experts = stream.layer(0).get_submodule(stream.family.experts)
+    (result, *_) = quantize_model(ModelStream(model_folder), TOKENS, [bits] * 2, recipe)
+    assert result.diagnostics["output_error"] < 1
+    packed = {part: result.tensors[f"model.layers.0.mlp.experts.gate_up.{part}"] for part in ("scales", "zeros")}
+    E, O, G = packed["scales"].shape
+    starts = [0, *accumulate(size.packed_bytes(O * G, size.zero_width(b)) for b in bits)]
+    zeros = [unpack(packed["zeros"][s:], O * G, size.zero_width(b)).view(O, G) for s, b in zip(starts, bits, strict=False)]
+    assert (E, O, G) == (4, 64, 2) and starts[-1] == len(packed["zeros"])
+    if preset == "gptq_mc":
+        assert (zeros[0] == 2).all()
+    else:
+        assert all((zero % 4 == 0).all() for zero in zeros)
+    if preset == "gptq_minmax":
+        for e, width in enumerate(bits):
+            first = experts.gate_up_matrix(e, torch.float32)[:, :32]
+            low, high = first.amin(1).clamp(max=0), first.amax(1).clamp(min=0)
+            assert torch.equal(packed["scales"][e, :, 0], ((high - low) / (2**width - 1)).half())
 
 
 def test_starved_experts_are_named_and_sound(tmp_path):
@@ -195,3 +214,60 @@ def test_nan_in_the_weights_is_refused(tmp_path):
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=r"model\.safetensors.*k_proj.*NaN"):
         list(quantize_model(ModelStream(folder), None, [[3] * 4] * 2, RECIPES["rtn"]))
+
+
+@pytest.mark.parametrize("when", ["before", "after", "both"])
+def test_tokens_are_routed_again_only_where_a_router_is_fitted(model_folder, monkeypatch, when):
+    """For a layer: the original's, then for each fit before and after it, and the shared experts' pass."""
+    count, route = [], ModelStream.route
+    monkeypatch.setattr(ModelStream, "route", lambda *given: (count.append(1), route(*given))[1])
+    recipe = replace(RECIPES["qesc"], router_when=when)
+    found = list(quantize_model(ModelStream(model_folder), TOKENS, [[2] * 4] * 2, recipe))
+    assert len(count) == 2 * {"before": 3, "after": 4, "both": 5}[when]
+    for layer in found:
+        assert layer.diagnostics["router_loss"] <= layer.diagnostics["router_loss_before_fit"]
+    count.clear()
+    plain = list(quantize_model(ModelStream(model_folder), TOKENS, [[2] * 4] * 2, RECIPES["gptq"]))
+    assert len(count) == 2 * 2
+    assert all(layer.diagnostics["selection_shift"] == layer.diagnostics["selection_shift_before_fit"] for layer in plain)
+
+
+def test_a_dense_layer_is_seen_without_a_copy_of_all_hidden_states(tmp_path, monkeypatch):
+    """Its linears see what they see in a whole forward; nothing as large as the hidden states is made for it."""
+    stream = ModelStream(write_zoo_model(tmp_path / "model", "deepseek_v2"))
+    layer, seen = stream.layer(0), []
+    quantizer = LayerQuantizer(stream, layer, 0, RECIPES["rtn"], None, "routed")
+    m = torch.randn(3, 8, stream.shape.hidden_size)
+    hook = layer.mlp.down_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    monkeypatch.setattr(streaming, "TOKENS_AT_ONCE", 8)
+    with monkeypatch.context() as patch, torch.no_grad():
+        patch.setattr(torch, "empty_like", None)
+        quantizer.see_block(m, None)
+    hook.remove()
+    whole = layer.mlp.act_fn(layer.mlp.gate_proj(m)) * layer.mlp.up_proj(m)
+    assert len(seen) == 3 and torch.allclose(torch.cat(seen), whole, atol=1e-6)
+
+
+def slow_drift(inputs, experts, e, gate_up=None):
+    """Token by token over all of them."""
+    total = 0
+    for x_hat, x in zip(inputs.m_TH, inputs.original_TH, strict=True):
+        if gate_up is not None:
+            x_hat, x = experts.hidden(e, x_hat[None], gate_up)[0], experts.hidden(e, x[None])[0]
+        total = total + torch.outer(x - x_hat, x_hat)
+    return total / len(inputs.m_TH)
+
+
+def test_drift_with_all_tokens_is_the_mean_over_all_of_them(model_folder, monkeypatch):
+    """As the curvature is with coverage "all", and in parts of a few tokens."""
+    monkeypatch.setattr("moepress.quantization.experts.TOKENS_AT_ONCE", 13)
+    stream, g = ModelStream(model_folder), torch.Generator().manual_seed(21)
+    layer = stream.layer(0)
+    experts = layer.get_submodule(stream.family.experts)
+    m = torch.randn(2, 20, 64, generator=g)
+    x = (m + 0.1 * torch.randn(2, 20, 64, generator=g)).flatten(0, 1)
+    inputs = ExpertInputs(experts, m.flatten(0, 1), stream.route(layer, m), "all", original_TH=x)
+    gate_up = torch.stack([experts.gate_up_matrix(e, torch.float32).bfloat16().float() for e in range(4)]) * 0.9
+    for e in range(4):
+        assert torch.allclose(inputs.drift(range(4))[e], slow_drift(inputs, experts, e), atol=1e-5)
+        assert torch.allclose(inputs.drift(range(4), gate_up)[e], slow_drift(inputs, experts, e, gate_up[e]), atol=1e-5)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moepress.quantization import grid
-from moepress.quantization.gptq import gptq
+from moepress.quantization.gptq import damped, gptq
 from moepress.quantization.refining import Rows, refine
 
 GRID = grid.Search(clip_min=0.25, clip_steps=8, fit_rounds=2)
@@ -113,6 +113,7 @@ def test_no_step_raises_the_objective(seed, bits, group_size, zero_steps, is_sin
     w, h = problem(seed)
     if is_singular:
         h[:, :, 3] = h[:, 3] = 0
+        damped(h, 0.01)
     how = grid.Search(clip_min=0.25, clip_steps=4, fit_rounds=1, zero_steps=zero_steps)
     q = grid.rtn(w, [bits], group_size, how)
     rows = Rows(w[0], h[0], q.codes[0], q.scales[0], q.zeros[0], 2**bits - 1)
@@ -141,8 +142,8 @@ def test_improves_gptq_in_mixed_widths_and_round_trips():
     assert all(found.codes[e].max() < 2**b for e, b in enumerate(bits))
     assert refine(w, h, start, 0.01, 0, 4) is start
     for e, b in enumerate(bits):  # each matrix: the three steps in turn, under its damped curvature
-        damped = h[e] + 0.01 * h[e].diagonal().mean() * torch.eye(64)
-        rows = Rows(w[e], damped, start.codes[e], start.scales[e], start.zeros[e], 2**b - 1)
+        by_hand = h[e] + 0.01 * h[e].diagonal().mean() * torch.eye(64)
+        rows = Rows(w[e], by_hand, start.codes[e], start.scales[e], start.zeros[e], 2**b - 1)
         for step in (rows.fit_scales, lambda rows=rows: rows.shift_zeros(4), rows.sweep_codes) * 2:
             step()
         assert torch.equal(found.zeros[e].float(), rows.zeros_OG)

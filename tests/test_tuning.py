@@ -1,5 +1,6 @@
 """Tuning against slow, obvious versions: one gradient by hand, one layer that can be repaired exactly, stop and resume."""
 
+import math
 from itertools import product
 from types import SimpleNamespace
 
@@ -14,15 +15,16 @@ from moepress import artefacts, dag, plan
 from moepress.config import resolve
 from moepress.data import sampling
 from moepress.inference import saving
-from moepress.inference.checkpoint import load
+from moepress.inference.checkpoint import load, load_model
 from moepress.inference.packed import PackedLinear, PackedMatrices
-from moepress.models import limits
+from moepress.models import limits, outline
 from moepress.models.streaming import ModelStream
 from moepress.models.streams import Streams
 from moepress.quantization import distilling, grid, writer
+from moepress.quantization.budget import Prediction, is_distilled
 from moepress.quantization.experts import Recipe
-from moepress.quantization.layers import quantize_model
-from moepress.quantization.tuning import Tuned, token_weights
+from moepress.quantization.layers import STREAMS, LayerQuantizer, quantize_model
+from moepress.quantization.tuning import Tuned, descend, token_weights, tune
 from moepress.stages import quantization
 
 COMMON = {"group_size": 32, "clip_min": 0.25, "clip_steps": 4, "fit_rounds": 1, "attention_bits": 4}
@@ -90,6 +92,77 @@ def test_goes_on_from_any_layer_with_the_same_bytes(model_folder, tmp_path):
     assert rest.diagnostics == whole[1].diagnostics
 
 
+def test_descent_is_torchs_adam_with_a_cosine():
+    """Sequence by sequence: batches from one random order after the other, rates relative to what they move."""
+    packed, quantized, x, w = packed_linear()
+    steps, batch, rate, bias = 7, 3, 0.03, torch.linspace(-0.4, 0.5, 8)
+    tuned = Tuned(packed, {"bias": nn.Parameter(bias.clone())})
+
+    def loss_of(y_hat, chosen):
+        return (y_hat - x[chosen] @ w.T).square().mean()
+
+    found = descend(tuned, 20, batch, steps, rate, 5, lambda chosen: loss_of(packed(x[chosen]) + tuned.rest["bias"], chosen))
+
+    q, generator = quantized.dequantize()[0].unflatten(1, (2, 16)), torch.Generator().manual_seed(5)
+    factor, bias = torch.ones(8, 2, requires_grad=True), bias.requires_grad_()
+    size = bias.detach().square().mean().sqrt().item()
+    adam = torch.optim.Adam([{"params": [factor], "lr": rate}, {"params": [bias], "lr": rate * size}], betas=(0.9, 0.95))
+    cosine = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: (1 + math.cos(math.pi * step / steps)) / 2)
+    order = torch.cat([torch.randperm(20, generator=generator) for _ in range(2)])
+    for step, loss in enumerate(found):
+        chosen = order[step * batch : (step + 1) * batch]
+        expected = loss_of(x[chosen] @ (q * factor[..., None]).flatten(1).T + bias, chosen)
+        assert loss == pytest.approx(expected.item(), rel=1e-4)
+        adam.zero_grad()
+        expected.backward()
+        adam.step()
+        cosine.step()
+    assert torch.allclose(tuned.rest["bias"], bias, atol=1e-5) and torch.allclose(tuned.factors[""][0], factor, atol=1e-5)
+    assert (factor - 1).abs().max() > 0.05
+
+
+def test_no_scale_ends_below_a_tenth_of_what_it_was():
+    packed = packed_linear()[0]
+    before, tuned = packed.scales.clone(), Tuned(packed, {})
+    tuned.factors[""][0, 0], tuned.factors[""][0, 1] = -3.0, 0.5
+    found = tuned.finish({})[".scales"]
+    assert torch.equal(found[0, 0], (0.1 * before[0, 0].float()).half())
+    assert torch.equal(found[0, 1], (0.5 * before[0, 1].float()).half()) and torch.equal(found[0, 2:], before[0, 2:])
+
+
+def test_the_target_goes_from_the_quantized_streams_output_to_the_original_streams(model_folder, tmp_path):
+    stream = ModelStream(model_folder)
+    streams = Streams(tmp_path, STREAMS, (*TOKENS.shape, stream.shape.hidden_size))
+    x_hat = streams["x_hat"].copy_(stream.embed(TOKENS) + 0.1)
+    layer, x_next = stream.layer(0), torch.randn(x_hat.shape, generator=torch.Generator().manual_seed(1))
+    found = {}
+    for asymmetry in (0.0, 0.5, 1.0):
+        recipe = Recipe("gptq", **COMMON, **TUNING, tune_asymmetry=asymmetry)
+        target = LayerQuantizer(stream, layer, 0, recipe, streams, "routed").tuning_target
+        with torch.no_grad():
+            found[asymmetry] = target(x_hat, x_next, streams.scratch("m_hat")).clone()
+            output = stream.call(0, layer, x_hat)
+    assert torch.allclose(found[0.0], output, atol=1e-5) and torch.equal(found[1.0], x_next)
+    assert torch.allclose(found[0.5], (output + x_next) / 2, atol=1e-5)
+
+
+def test_the_first_error_is_the_weighted_formula(model_folder):
+    """Before anything has moved, over all sequences in one step: token by token."""
+    stream = ModelStream(model_folder)
+    x_hat, layer = stream.embed(TOKENS), stream.layer(0)
+    target = torch.randn(x_hat.shape, generator=torch.Generator().manual_seed(2)) * torch.logspace(-1, 1, 48)[:, None]
+    with torch.no_grad():
+        y_hat = stream.call(0, layer, x_hat)
+    norms = {name: p for name, p in layer.named_parameters() if p.dim() == 1}
+    first, _ = tune(stream, 0, layer, x_hat, target, Tuned(layer, norms), 2, TOKENS.numel(), 1e-3)
+    sizes, above, below = target.norm(dim=-1), 0.0, 0.0
+    for n, s in product(range(6), range(48)):
+        weight = min(1.0, (sizes.median() / sizes[n, s]).item()) ** 2
+        above += weight * (y_hat[n, s] - target[n, s]).square().sum().item()
+        below += weight * target[n, s].square().sum().item()
+    assert first == pytest.approx(above / below, rel=1e-4)
+
+
 def test_only_scales_are_held_beside_the_packed_weights():
     """Codes stay packed: what Tuned adds is a scale and a factor for every group."""
     packed = packed_linear()[0]
@@ -107,6 +180,29 @@ def written(stream, out):
         modules |= result.modules
     writer.finish(out, stream, recipe.group_size, modules)
     return Streams(out / "streams", ("x",), (*TOKENS.shape, stream.shape.hidden_size))["x"]
+
+
+def test_what_the_last_tuning_holds_is_foretold(model_folder, tmp_path):
+    """All that a step leaves in memory for scales, norms and routers, tensor by tensor."""
+    out = tmp_path / "packed"
+    written(ModelStream(model_folder), out)
+    prediction = Prediction(outline.read(model_folder, "model"), COMMON | {"shared_bits": None})
+    model = load_model(out, "cpu").requires_grad_(False)
+    rest = {name: p for name, p in model.model.named_parameters() if is_distilled(prediction.family, name)}
+    tuned = Tuned(model, rest)
+    adam = torch.optim.Adam(tuned.groups(0.01))
+    tuned.apply()
+    model(input_ids=TOKENS[:1]).logits.sum().backward()
+    adam.step()
+    moved = [*tuned.factors.values(), *rest.values()]
+    moments = [adam.state[p][name] for p in moved for name in ("exp_avg", "exp_avg_sq")]
+    held = [*tuned.scales.values(), *tuned.factors.values(), *tuned.before.values(), *(p.grad for p in moved), *moments]
+    held += [module.scales for module in tuned.packed.values()]
+    groups = sum(scales.numel() for scales in tuned.scales.values())
+    head, expert, linears = model.lm_head.weight.numel(), 3 * 64 * 32, 2 * 64 * 64 + 2 * 64 * 32
+    expected = sum(t.numel() * t.element_size() for t in held) - 2 * groups + 4 * (head + 3 * (expert + linears))
+    assert prediction.tuning_bytes(0) == expected and len(rest) == 2 * 3 + 1
+    assert prediction.tuning_bytes(96) - prediction.tuning_bytes(0) > 96 * 6 * 4 * model.config.vocab_size
 
 
 def test_distilling_brings_the_packed_model_nearer_and_can_be_repeated(model_folder, tmp_path):
@@ -221,9 +317,15 @@ def test_a_model_that_does_not_fit_is_refused_before_any_work(model_folder, monk
     config = resolve(["model=local", f"model.path={model_folder}", "quantization.group_size=32"])
     task = SimpleNamespace(config={"quantization": config["quantization"]})
     stream = ModelStream(model_folder)
-    quantization.check_memory(task, stream, BITS)
-    monkeypatch.setattr(limits, "free_memory", lambda: 1000)
-    with pytest.raises(ValueError, match=r"distill_steps=500.*experiment=fast"):
-        quantization.check_memory(task, stream, BITS)
+    prediction = Prediction(outline.read(model_folder, "model"), config["quantization"])
+    packed, tuning = prediction.loaded_bytes(BITS, "cpu"), prediction.tuning_bytes(1024)
+    monkeypatch.setattr(limits, "free_memory", lambda: packed + tuning)
+    quantization.check_memory(task, stream, BITS, 64)
+    monkeypatch.setattr(limits, "free_memory", lambda: packed + tuning - 1)
+    with pytest.raises(ValueError, match=r"distill_steps=500: .* and its tuning .*experiment=fast"):
+        quantization.check_memory(task, stream, BITS, 64)
+    monkeypatch.setattr(limits, "free_memory", lambda: packed + tuning)
+    with pytest.raises(ValueError, match="its tuning"):
+        quantization.check_memory(task, stream, BITS, 2048)  # a step is a sequence at least
     task.config["quantization"]["distill_steps"] = 0
-    quantization.check_memory(task, stream, BITS)
+    quantization.check_memory(task, stream, BITS, 2048)

@@ -16,7 +16,7 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array, eye_array, kron
 
-from moepress.quantization.size import feasible_range, mixed
+from moepress.quantization.size import check_measured, feasible_range, mixed
 
 
 @dataclass
@@ -73,9 +73,9 @@ def solve(
 ) -> Solution:
     """The cheapest widths within a budget.
 
-    cost: `[experts, widths]`, those of a layer side by side. sizes: of an expert at each width, whole numbers in the budget's
-    unit. keep: widths that at least one expert of each layer takes. gap: relative, at which the solver may stop. Raises
-    ValueError, saying which budgets can be met, where none can.
+    cost: `[N, J]`, of N experts (of layers, where all of one take one width) at J widths, those of a layer side by side. sizes:
+    of an expert at each width, whole numbers in the budget's unit. keep: widths that at least one expert of each layer takes.
+    gap: relative, at which the solver may stop. Raises ValueError, saying which budgets can be met, where none can.
     """
     N, J = cost_NJ.shape
     low, high = (num_layers * bound for bound in feasible_range(N // num_layers, widths, sizes, keep))
@@ -172,9 +172,7 @@ def layer_costs(statistics: dict, widths: list[int]) -> np.ndarray:
 
 def measured(statistics: dict, name: str, widths: list[int], axis: int = 2) -> np.ndarray:
     """A table of statistics.json over all layers, its columns (the widths that were measured) those of `widths`."""
-    missing = sorted(set(widths) - set(statistics["widths"]))
-    if missing:
-        raise ValueError(f"allocation.widths={widths}: no errors were measured at {missing}; add them to statistics.widths")
+    check_measured(widths, statistics["widths"])
     columns = [statistics["widths"].index(width) for width in widths]
     return np.take(np.array([layer[name] for layer in statistics["layers"]]), columns, axis)
 

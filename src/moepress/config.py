@@ -31,8 +31,9 @@ from moepress.evaluation import suites
 from moepress.machine import hardware
 from moepress.models import dense, families, folders, outline
 from moepress.quantization.budget import Prediction, plan_budget
+from moepress.quantization.size import check_measured
 from moepress.schema import SCHEMA
-from moepress.schema.allocation import reads_statistics
+from moepress.schema.allocation import reads_errors, reads_statistics
 from moepress.schema.quantization import quantizer_of_statistics
 from moepress.schema.values import check, check_leaf, check_seed, nearest
 
@@ -101,6 +102,8 @@ def validate(config: dict) -> dict:
     latency["hardware"] = hardware(config["device"]) if latency["hardware"] == "auto" else latency["hardware"]
     for group, classes in SCHEMA.items():
         config[group] = _typed(group, classes, config[group])
+    if reads_errors(config["allocation"]) and config["quantization"]["method"] != "none":
+        check_measured(config["allocation"]["widths"], config["statistics"]["widths"])
 
     check(config["out"] is None or isinstance(config["out"], str), "out", config["out"], "a folder, or null")
     objective = config["objective"]

@@ -21,7 +21,7 @@ from moepress.models.families import FAMILIES, kind_of
 from moepress.models.folders import locate
 from moepress.models.limits import TOKENS_AT_ONCE, curvature_bytes, experts_at_once, kept_bytes
 from moepress.models.outline import Outline
-from moepress.quantization.budget import unpacked_bytes
+from moepress.quantization.budget import Prediction, unpacked_bytes
 from moepress.schema.allocation import reads_gradients, reads_statistics
 
 LIBRARY_BYTES = 700 << 20
@@ -75,8 +75,10 @@ def memory(model: Outline, config: dict, packed_bytes: int, device: str, has: in
         found["gradients"] = layer + max(kept, 3 * 4 * config["calibration"]["seq_len"] * shape.vocab_size)
     if quantized:
         found["quantization"] = layer + max(experts, linears)
-        if config["quantization"].get("distill_steps"):  # the packed model, a layer of it unpacked, some logits
-            found["quantization"] = max(found["quantization"], layer + packed_bytes + 4 * E * model.expert_weights)
+        if config["quantization"].get("distill_steps"):
+            a_step = max(config["quantization"]["tune_tokens"], config["calibration"]["seq_len"])
+            tuning = Prediction(model, config["quantization"]).tuning_bytes(a_step)
+            found["quantization"] = max(found["quantization"], layer + packed_bytes + tuning)
     logits = 3 * 4 * config["evaluation"]["batch_size"] * config["evaluation"]["seq_len"] * shape.vocab_size
     original = unpacked_bytes(model, device)
     is_whole = library + 1.1 * original < has  # as inference/checkpoint.py's `fits`

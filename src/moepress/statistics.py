@@ -4,7 +4,7 @@ One pass over the original model, a layer at a time. Selection frequency phi, ro
 block's output when the expert alone is quantized, are MC's (arXiv 2410.06270); what else the rules of moepress.allocation read
 falls off on the way.
 
-Legend: T tokens, E experts, K selected experts.
+Legend: T tokens, E experts, K selected experts, W widths, M = 2 matrices of an expert.
 """
 
 import torch
@@ -27,12 +27,13 @@ def layer_statistics(
     gradient: Gradient | None = None,
 ) -> dict | None:
     """The statistics of layer `index`, None for a dense one; its output goes to `streams.next("x")`. domains: of each of the N
-    sequences. Lists over experts:
+    sequences. Nested lists:
 
-    tokens; frequency: share of tokens that select the expert (sums to K); weight: mean over all tokens of its routing weight
-    as the model uses it; softmax_weight: the same before top-k renormalisation; errors, weight_errors, traces and, with a
-    gradient, loss_errors as `WidthErrors` has them; selections_by_domain `{domain: [E]}`. And over widths, layer_errors:
-    squared change of the layer's output with all of its experts quantized, against the output's own square.
+    tokens `[E]`, that select the expert; frequency `[E]`: their share of all tokens (sums to K); weight `[E]`: mean over all
+    tokens of its routing weight as the model uses it; softmax_weight `[E]`: the same before top-k renormalisation; errors
+    `[E, W]`, weight_errors `[E, W, M]`, traces `[E, M]` and, with a gradient, loss_errors `[E, W]` as `WidthErrors` has them;
+    selections_by_domain `{domain: [E]}`; layer_errors `[W]`: squared change of the layer's output with all of its experts
+    quantized, over the output's own square.
     """
     m = streams.scratch("m")
     stream.attend(index, layer, streams["x"], streams.next("x"), m)

@@ -103,6 +103,13 @@ def experts_work(model: Outline, tokens: int, settings: dict, method: str) -> tu
     return gate_up, down + quantized, steps * (H + I)
 
 
+def drift_flops(model: Outline, tokens: int) -> float:
+    """What one layer's asymmetric targets cost: `D` of both inputs, the second from both streams, and `W D U^T U`."""
+    H, I, routed = model.shape.hidden_size, model.shape.intermediate_size, tokens * model.shape.top_k
+    seen = 2 * routed * (H**2 + I**2 + 4 * I * H) + 2 * ELEMENT_FLOPS * expert_elements(model, routed)
+    return seen + model.shape.num_experts * 3 * 2 * (2 * I * H**2 + H * I**2)
+
+
 def router_flops(model: Outline, tokens: int, settings: dict) -> float:
     """One layer's router fit, all in float64, which costs twice: each expert's normal equations over the tokens that have it
     among their candidates, or one for all experts; see quantization/router.py."""
@@ -160,6 +167,8 @@ def quantization_work(model: Outline, calibration: dict, settings: dict) -> tupl
     if settings["attention_bits"]:  # scores and values of the attention that runs again
         flops += shape.num_layers * tokens * shape.hidden_size * 4 * (length + ELEMENT_FLOPS)
     num_experts = layers * model.shape.num_experts
+    if settings.get("asymmetry"):
+        flops += layers * drift_flops(model, tokens)
     if method != "rtn" and settings["tune_steps"]:  # forward, and back with an expert's forward anew; twice it is unpacked
         seen = settings["tune_steps"] * max(settings["tune_tokens"], calibration["seq_len"])
         flops += forward_flops(model, tokens, calibration["seq_len"]) + 4 * forward_flops(model, seen, calibration["seq_len"])

@@ -319,6 +319,11 @@ class ModelStream:
         output = layer.get_submodule(self.family.block)(m_NSH)
         return output[0] if isinstance(output, tuple) else output
 
+    def run_block(self, layer: nn.Module, m_NSH: torch.Tensor) -> None:
+        """The MoE block (or MLP) on its input, some sequences at a time, for what watches its modules; no output is kept."""
+        for part in _parts(*m_NSH.shape[:2]):
+            self.block(layer, self._on_device(m_NSH[part]))
+
     def route(self, layer: nn.Module, m_NSH: torch.Tensor) -> Routing:
         """What the router makes of the block's input: the triple that reaches the experts, on the CPU.
 
@@ -329,8 +334,7 @@ class ModelStream:
         hook = router.register_forward_hook(lambda _, __, output: logits.append(output[0].float().cpu()))
         layer.set_submodule(self.family.experts, seen)
         try:
-            for part in _parts(*m_NSH.shape[:2]):
-                self.block(layer, self._on_device(m_NSH[part]))
+            self.run_block(layer, m_NSH)
         finally:
             hook.remove()
             layer.set_submodule(self.family.experts, experts)

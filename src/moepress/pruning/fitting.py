@@ -20,10 +20,12 @@ from moepress.pruning.static import Scores, lowest
 @torch.inference_mode()
 def fit(model, token_ids_NS: torch.Tensor, pruning: dict, progress) -> dict:
     """The policy for `attach`: the group `pruning` with `thresholds` (odp, ees) or `removed` and `scores` (static), each a list
-    over the MoE layers; and under `calibration` the share of the selected slots that it computes on this text (active_slots),
-    of the tokens that it protects (protected_tokens) and of the experts that remain (remaining_experts).
+    over the MoE layers; and under `calibration` the number of tokens that it was fitted to (num_tokens), and of them the share
+    of the selected slots that it computes (active_slots), of the tokens that it protects (protected_tokens), and of the
+    experts that remain (remaining_experts).
 
-    The model has no policy attached. progress: counts sequences.
+    The model has no policy attached. progress: counts sequences. Raises ValueError where nothing can be left out: a model that
+    selects one expert per token (odp, ees), a ratio that leaves fewer experts than a token selects (static).
     """
     policy = dict(pruning)
     if pruning["method"] == "static":

@@ -14,7 +14,14 @@ from moepress.models.families import ATTENTION, FAMILIES
 from moepress.pruning.odp import importance, most_important, odp
 from moepress.pruning.pesf import pesf
 
-METHODS = ("none", "pesf", "odp", "ees", "static")
+NEEDED: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "pesf": ("alpha", "renormalize"),
+    "odp": ("renormalize",),
+    "ees": ("renormalize",),
+    "static": ("removed",),
+}
+"""Method -> keys without which a policy cannot act; the thresholds of odp and ees have two names, see `attach`."""
 
 
 @dataclass
@@ -85,14 +92,28 @@ def attach(model, policy: dict) -> Attached:
     `{"method": "ees", "threshold": ..., "renormalize": ...}`,
     `{"method": "static", "removed": [[...], ...]}` (numbers of the experts of each MoE layer that are gone).
 
-    Raises ValueError naming the key for other methods, and for lists that do not fit the model.
+    Raises ValueError naming the key for other methods, keys that are missing, and lists that do not fit the model, which is
+    then as it was.
     """
-    method = policy["method"]
-    if method not in METHODS:
-        raise ValueError(f"pruning.method={method!r}: one of {', '.join(METHODS)}")
-    attached, batch = Attached(), Batch()
-    if method == "none":
-        return attached
+    method = policy.get("method")
+    if str(method) not in NEEDED:
+        raise ValueError(f"pruning.method={method!r}: one of {', '.join(NEEDED)}")
+    for key in NEEDED[str(method)]:
+        if key not in policy:
+            given = f"pruning.{key} is missing, which pruning.method={method} needs"
+            raise ValueError(f"{given}; take the policy.json of the pruning stage")
+    attached = Attached()
+    try:
+        if method != "none":
+            _attach(model, policy, attached)
+    except BaseException:
+        attached.remove()
+        raise
+    return attached
+
+
+def _attach(model, policy: dict, attached: Attached) -> None:
+    method, batch = policy["method"], Batch()
     layers, family = moe_layers(model), FAMILIES[model.config.model_type]
     rules = {"pesf": _pesf, "odp": _odp, "ees": _odp, "static": _static}[method](policy, len(layers), batch, attached)
 
@@ -127,7 +148,6 @@ def attach(model, policy: dict) -> Attached:
             )
     if policy.get("protect"):
         attached.handles.append(_listen(model, [layer.get_submodule(ATTENTION) for layer in layers], batch))
-    return attached
 
 
 def _pesf(policy: dict, num_layers: int, batch: Batch, attached: Attached) -> list[Callable]:

@@ -7,7 +7,7 @@ from collections import Counter
 from functools import cached_property
 
 from moepress.inference import manifest
-from moepress.models.families import FAMILIES, group_of, in_layer, kind_of, layer_prefix, module_name
+from moepress.models.families import FAMILIES, Family, group_of, in_layer, kind_of, layer_prefix, module_name
 from moepress.models.files import Entry
 from moepress.models.outline import Outline
 from moepress.quantization.size import expert_bytes, feasible_range, packed_bytes, zero_width
@@ -102,6 +102,34 @@ class Prediction:
         """Of all parameters and buffers of the loaded model: what is not packed is float32 on "cpu", as stored on "cuda"."""
         return sum(loaded(entry, device) for shard in self.shards(bits_LE) for entry in shard.values())
 
+    def tuning_bytes(self, tokens: int) -> int:
+        """Of what the tuning of the whole packed model (distilling.py) holds beside it, loaded on "cpu"; whatever the widths.
+        tokens: of one step.
+
+        All float32. For each group of weights, in place of its 16-bit scale: scale, factor, their product, the factor's
+        gradient and Adam's two moments; for each weight of norms and routers what it was, gradient and moments; the 16-bit
+        model's head. Of a step: six times the logits, what enters each layer, one layer's activations; one expert and one
+        layer's linears unpacked, each three times.
+        """
+        shape, narrow = self.shape, [[1] * self.shape.num_experts] * len(self.shape.moe_layers)
+        entries = [entry for shard in self.shards(narrow) for entry in shard.values()]
+        groups = sum(entry.numel for entry in entries if entry.name.endswith(".scales"))
+        rest = sum(entry.numel for entry in entries if is_distilled(self.family, entry.name))
+        head = shape.vocab_size * shape.hidden_size
+        activations = 24 * shape.hidden_size + 8 * shape.top_k * shape.intermediate_size
+        step = tokens * (6 * shape.vocab_size + shape.num_layers * shape.hidden_size + activations)
+        unpacked = 3 * (self.outline.expert_weights + self.widest_linears())
+        return 22 * groups + 16 * rest + 4 * (head + step + unpacked)
+
+    def widest_linears(self) -> int:
+        """Weights of the packed linears outside the experts, of the layer that has most of them."""
+        found: Counter = Counter()
+        for name, entry in self.outline.tensors.items():
+            kind = kind_of(self.family, name, entry.shape, self.group_size)
+            if kind != "expert" and self.quantization.get(f"{kind}_bits"):
+                found[name.split(".")[2]] += entry.numel
+        return max(found.values(), default=0)
+
 
 def packed_entries(name: str, rows: int, columns: int, bits: list[int], group_size: int) -> dict[str, Entry]:
     """The three tensors of packed matrices `[rows, columns]`, one for each of `bits`."""
@@ -113,12 +141,17 @@ def packed_entries(name: str, rows: int, columns: int, bits: list[int], group_si
     return {f"{name}.{part}": Entry(None, f"{name}.{part}", dtype, shape) for part, (dtype, shape) in parts.items()}
 
 
-def is_packed(name: str) -> bool:
+def is_distilled(family: Family, name: str) -> bool:
+    """Whether the tuning of the whole packed model moves this tensor, beside all scales: norms and routers."""
+    return "norm" in name or name.endswith(f".{family.router_path}.{family.router_weight}")
+
+
+def is_packed_part(name: str) -> bool:
     return name.endswith((".codes", ".zeros", ".scales"))
 
 
 def loaded(entry: Entry, device: str) -> int:
-    return 4 * entry.numel if device == "cpu" and not is_packed(entry.name) else entry.nbytes
+    return 4 * entry.numel if device == "cpu" and not is_packed_part(entry.name) else entry.nbytes
 
 
 def unpacked_bytes(outline: Outline, device: str) -> int:
@@ -142,7 +175,8 @@ def json_bytes(value) -> int:
 
 
 def plan_budget(allocation: dict, prediction: Prediction) -> tuple[dict[int, int], float]:
-    """`({width: size of one expert}, total for all experts)`, in bytes where allocation["budget"] is set, else in bits.
+    """`({width: size of one expert}, total for all experts)`: in bytes where allocation["budget"] is set; else each size is the
+    width itself, and the total the average width times the number of experts.
 
     allocation: as in conf/allocation/. Raises ValueError, naming the budgets that can be met, where no allocation meets this.
     """

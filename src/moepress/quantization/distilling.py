@@ -3,8 +3,9 @@
     min  mean_t KL(p_t || p_hat_t)
 
 over the calibration tokens, p from what left the 16-bit model's last layer. What is tuned layer by layer knows each layer's
-output only; here it is weighed by what the model says. The packed model must fit in memory, with one decoder layer unpacked
-(each layer's forward is run again on the way back) and the logits of one step; the 16-bit model need not.
+output only; here it is weighed by what the model says. The packed model must fit in memory with what the tuning holds beside
+it (`Prediction.tuning_bytes`): 22 bytes for each group of weights, the 16-bit model's head, the logits of one step, and of one
+layer its activations and an expert unpacked, for each layer's forward is run again on the way back. The 16-bit model need not.
 
 What rate a model bears falls with its depth, for each of Adam's first steps moves all scales of all layers by the whole rate.
 Where a few steps raise the divergence by half, or all of them at all, the descent starts anew at a quarter of the rate.
@@ -24,6 +25,7 @@ from moepress.inference.checkpoint import load_model
 from moepress.inference.saving import write_shard
 from moepress.models.limits import TRIED
 from moepress.models.streaming import ModelStream
+from moepress.quantization.budget import is_distilled
 from moepress.quantization.tuning import Tuned, descend
 
 
@@ -46,8 +48,7 @@ def distill(
     first of the highest descent that is tried.
     """
     model = load_model(folder, stream.device, torch.float32, verify=False).requires_grad_(False)
-    router = f"{stream.family.router_path}.{stream.family.router_weight}"
-    rest = {name: p for name, p in model.model.named_parameters() if "norm" in name or name.endswith(f".{router}")}
+    rest = {name: p for name, p in model.model.named_parameters() if is_distilled(stream.family, name)}
     dtypes = {name: dtype for shard in model.hf_quantizer.layout.values() for name, dtype in shard.items()}
     tuned = Tuned(model, {f"model.{name}": p for name, p in rest.items() if p.is_floating_point()})
     for layer in model.model.layers:

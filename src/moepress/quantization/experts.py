@@ -4,7 +4,7 @@ Legend: T tokens, H hidden size, I intermediate size, O output rows, E experts, 
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 
 import torch
@@ -67,7 +67,7 @@ class Recipe:
         return grid.Search(**{field.name: getattr(self, field.name) for field in fields(grid.Search)})
 
     def factor(self, h_EII: torch.Tensor) -> torch.Tensor | None:
-        """What several widths of the same matrices share, None where they cannot."""
+        """What `gptq` at any width and `asymmetric` share for the same matrices, None where the columns' order is their own."""
         return None if self.act_order else inverse_factor(h_EII, self.damping)
 
     def quantize(self, w_EOI: torch.Tensor, h_EII: torch.Tensor | None, bits: list[int], factor=None) -> Quantized:
@@ -145,8 +145,9 @@ class ExpertInputs:
         return layer.mean() if self.coverage == "all" else shrunk(routed, layer)
 
     def drift(self, batch: range, gate_up_COH: torch.Tensor | None = None) -> torch.Tensor:
-        """`mean (x - x_hat) x_hat^T` of the experts' own tokens, drawn towards none as their curvature is to the layer's:
-        `[C, H, H]` of the block's input, or with the quantized gate and up `[C, I, I]` of the down projection's."""
+        """`mean (x - x_hat) x_hat^T` over the tokens of each expert's curvature, drawn towards none as that is to the layer's
+        (of all tokens: the plain mean): `[C, H, H]` of the block's input, or with the quantized gate and up `[C, I, I]` of the
+        down projection's."""
         width = self.m_TH.shape[1] if gate_up_COH is None else self.experts.intermediate_size
         found = Curvature(len(batch), width, self.device)
         assert self.original_TH is not None
@@ -156,7 +157,7 @@ class ExpertInputs:
                 if gate_up_COH is not None:
                     x_hat, x = self.experts.hidden(e, x_hat, gate_up_COH[i]), self.experts.hidden(e, x)
                 found.add(i, x_hat, share, x - x_hat)
-        return found.sum_EII / (found.count_E + width)[:, None, None]
+        return found.mean() if self.coverage == "all" else found.sum_EII / (found.count_E + width)[:, None, None]
 
     def output_error(self, e: int, gate_up_OH: torch.Tensor, down_HI: torch.Tensor) -> float:
         """`|q(x) - f(x)|^2 / |f(x)|^2` of expert e with other weights, over at most `SAMPLE` of its tokens; of all tokens where
@@ -167,11 +168,13 @@ class ExpertInputs:
         return ((self.experts.output(e, x, gate_up_OH, down_HI) - y).square().sum() / y.square().sum()).item()
 
     def _tokens(self, e: int) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-        """An expert's tokens, their rows in m and their shares, some at a time."""
-        for start in range(0, len(self.rows[e]), TOKENS_AT_ONCE):
+        """The tokens that an expert's curvature is of, their rows in m and their shares, some at a time."""
+        rows, share = self.rows[e], self.shares[e]
+        if self.coverage == "all":
+            rows = torch.arange(len(self.m_TH))
+        for start in range(0, len(rows), TOKENS_AT_ONCE):
             part = slice(start, start + TOKENS_AT_ONCE)
-            share = self.shares[e]
-            yield self.rows[e][part], None if share is None else share[part].to(self.device)
+            yield rows[part], None if share is None else share[part].to(self.device)
 
 
 def expert_batches(experts: Experts) -> Iterator[range]:
@@ -191,23 +194,27 @@ def quantize_batch(
 ) -> tuple[Quantized, Quantized]:
     """`(gate_up, down)` of a batch of experts at `bits`; h, u: the gate-up curvature and its factor where
     several widths share them; kept: see `down_curvature`. Without inputs: rounded to nearest, no curvature."""
-    gate_up_w = torch.stack([experts.gate_up_matrix(e, torch.float32) for e in batch])
+
+    def stacked(matrix: Callable) -> torch.Tensor:
+        return torch.stack([matrix(e, torch.float32) for e in batch])
+
     if inputs is None:
-        gate_up, down_h = recipe.quantize(gate_up_w, None, bits), None
-        del gate_up_w
-    else:
-        h = inputs.gate_up_curvature(batch) if h is None else h
-        if recipe.asymmetry and inputs.original_TH is not None:
-            gate_up_w = asymmetric(gate_up_w, inputs.drift(batch), h, recipe.damping, recipe.asymmetry)
-        gate_up = recipe.quantize(gate_up_w, h, bits, u)
-        del gate_up_w, h, u
-        down_h = inputs.down_curvature(batch, gate_up.dequantize(), kept)
-    down_w = torch.stack([experts.down_matrix(e, torch.float32) for e in batch])
-    if recipe.asymmetry and inputs is not None and inputs.original_TH is not None:
-        assert down_h is not None
-        drift = inputs.drift(batch, gate_up.dequantize())
-        down_w = asymmetric(down_w, drift, down_h, recipe.damping, recipe.asymmetry)
-    return gate_up, recipe.quantize(down_w, down_h, bits)
+        gate_up = recipe.quantize(stacked(experts.gate_up_matrix), None, bits)
+        return gate_up, recipe.quantize(stacked(experts.down_matrix), None, bits)
+    is_asymmetric = recipe.asymmetry > 0 and inputs.original_TH is not None
+    h = inputs.gate_up_curvature(batch) if h is None else h
+    u = recipe.factor(h) if u is None else u
+    w = stacked(experts.gate_up_matrix)
+    if is_asymmetric:
+        w = asymmetric(w, inputs.drift(batch), h, recipe.damping, recipe.asymmetry, u)
+    gate_up = recipe.quantize(w, h, bits, u)
+    del w, h, u
+    h = inputs.down_curvature(batch, gate_up.dequantize(), kept)
+    u = recipe.factor(h)
+    w = stacked(experts.down_matrix)
+    if is_asymmetric:
+        w = asymmetric(w, inputs.drift(batch, gate_up.dequantize()), h, recipe.damping, recipe.asymmetry, u)
+    return gate_up, recipe.quantize(w, h, bits, u)
 
 
 def quantize_experts(

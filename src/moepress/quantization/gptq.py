@@ -53,28 +53,40 @@ def shrunk(routed: Curvature, prior: Curvature) -> torch.Tensor:
     return routed.sum_EII.div_((routed.count_E + width)[:, None, None])
 
 
-def asymmetric(w_EOI: torch.Tensor, drift_EII: torch.Tensor, h_EII: torch.Tensor, damping: float, strength: float):
+def asymmetric(
+    w_EOI: torch.Tensor,
+    drift_EII: torch.Tensor,
+    h_EII: torch.Tensor,
+    damping: float,
+    strength: float,
+    factor_EII: torch.Tensor | None = None,
+) -> torch.Tensor:
     """The weights to approximate so that the output on the quantized stream's input `x_hat` is the original's on `x`.
 
     `min_Q |W x - Q x_hat|^2` is `min_Q tr((W* - Q) H (W* - Q)^T)` with `W* = W + W D H^-1`, `D = mean (x - x_hat) x_hat^T`
-    (drift) and `H = mean x_hat x_hat^T` (GPTAQ, arXiv 2504.02692). strength: of the change, 0 to 1. All `[E, ., I]`.
+    (drift) and `H = mean x_hat x_hat^T` (GPTAQ, arXiv 2504.02692). strength: of the change, 0 to 1. factor: as of `gptq`. All
+    `[E, ., I]`.
     """
-    u = inverse_factor(h_EII, damping)
+    u = inverse_factor(h_EII, damping) if factor_EII is None else factor_EII
     return w_EOI + strength * (w_EOI @ drift_EII) @ u.transpose(1, 2) @ u
 
 
+def damped(h: torch.Tensor, damping: float) -> torch.Tensor:
+    """`H + damping * mean(diag H) * 1`, in the memory of H, `[..., I, I]`. An input that never occurs has only that on its
+    diagonal, so it is merely rounded; where none occurs the mean counts as 1."""
+    diagonal = h.diagonal(dim1=-2, dim2=-1)
+    mean = diagonal.mean(-1, keepdim=True)
+    diagonal += damping * torch.where(mean > 0, mean, torch.ones_like(mean))
+    return h
+
+
 def inverse_factor(h_EII: torch.Tensor, damping: float) -> torch.Tensor:
-    """Upper triangular U `[E, I, I]` with `(H + damping * mean(diag H) * 1)^-1 = U^T U`; inputs that never occur get a
-    diagonal of their own, so they are merely rounded.
+    """Upper triangular U `[E, I, I]` with `damped(H)^-1 = U^T U`.
 
     With both axes reversed `H = L L^T`, so `U = L^-1` reversed back: no inverse of H is formed.
     """
-    work = h_EII.float().flip(-1, -2)  # one name for each step's result: a large matrix is freed as soon as the next is there
-    diagonal = work.diagonal(dim1=-2, dim2=-1)
-    mean = diagonal.mean(-1, keepdim=True)
-    mean = torch.where(mean > 0, mean, torch.ones_like(mean))
-    diagonal += damping * mean
-    del diagonal
+    # one name for each step's result: a large matrix is freed as soon as the next is there
+    work = damped(h_EII.float().flip(-1, -2), damping)
     work = torch.linalg.cholesky(work)
     invert_lower(work)
     return work.flip(-1, -2)

@@ -102,9 +102,11 @@ def _search(w_OC, top: float, weight_C, how: Search):
 
 
 def sign(w_OC) -> tuple[torch.Tensor, torch.Tensor]:
-    """1 bit as `sign(w) * mean|w|`: a zero point in the middle, the scale from one level to the other."""
+    """1 bit as `sign(w) * mean|w|`: a zero point in the middle, the scale from one level to the other. Of a group of zeros the
+    scale is 1 and the zero point 0, as `fit` has it."""
     scale = (2 * w_OC.abs().mean(-1)).half().float()
-    return torch.where(scale > 0, scale, torch.ones_like(scale)), torch.full_like(scale, ZERO_STEPS / 2)
+    ones, half = torch.ones_like(scale), torch.full_like(scale, ZERO_STEPS / 2)
+    return torch.where(scale > 0, scale, ones), torch.where(scale > 0, half, 0.0)
 
 
 def least_squares(
@@ -146,32 +148,17 @@ def rtn(w_EOI: torch.Tensor, bits: list[int], group_size: int, how: Search) -> Q
     top = top_code(bits, w_EOI.device)
     as_rows = w_EOI.reshape(E, O * (I // group_size), group_size)
     scale, zero = search(as_rows, top, None, how)
-    return _rounded(as_rows, scale, zero, bits, (E, O, I))
-
-
-def minmax(w_EOI: torch.Tensor, bits: list[int], group_size: int) -> Quantized:
-    """Round to nearest between each group's extremes, 1 bit as sign(w) * mean|w|: how MC's code (arXiv 2410.06270) measures its
-    errors, but for its zero points, which it does not round to quarter steps."""
-    E, O, I = w_EOI.shape
-    as_rows = w_EOI.reshape(E, O * (I // group_size), group_size).float()
-    scales, zeros = [], []
-    for rows, width in zip(as_rows, bits, strict=True):
-        if width == 1:
-            mean = rows.abs().mean(-1)
-            scale, zero = fit(-mean, mean, 1.0)
-        else:
-            scale, zero = fit(rows.amin(-1).clamp(max=0), rows.amax(-1).clamp(min=0), 2.0**width - 1)
-        scales.append(scale)
-        zeros.append(zero)
-    return _rounded(as_rows, torch.stack(scales), torch.stack(zeros), bits, (E, O, I))
-
-
-def _rounded(as_rows, scale, zero, bits: list[int], shape: tuple[int, int, int]) -> Quantized:
-    """Groups on given grids, as matrices `[E, O, I]`."""
-    E, O, I = shape
-    top, group_size = top_code(bits, as_rows.device), as_rows.shape[-1]
     step = max(1, ELEMENTS_AT_ONCE // (E * group_size))
     parts = zip(as_rows.split(step, 1), scale.split(step, 1), zero.split(step, 1), strict=True)
     codes = torch.cat([round_to_grid(w.float(), s, z, top)[0].to(torch.uint8) for w, s, z in parts], 1)
     groups = (E, O, I // group_size)
     return Quantized(codes.view(E, O, I), scale.view(groups).half(), zero.view(groups).to(torch.int16), list(bits))
+
+
+MINMAX = Search(clip_min=1.0, clip_steps=1, fit_rounds=0, clip_ends="together", one_bit="sign")
+
+
+def minmax(w_EOI: torch.Tensor, bits: list[int], group_size: int) -> Quantized:
+    """Round to nearest between each group's extremes, 1 bit as sign(w) * mean|w|: how MC's code (arXiv 2410.06270) measures its
+    errors, but for its zero points, which it does not round to quarter steps."""
+    return rtn(w_EOI, bits, group_size, MINMAX)

@@ -50,9 +50,9 @@ def fit(low, high, top, zero_steps):
 
 
 @njit(fastmath=SUMS)
-def squared_error(w_C, weight_C, scale, zero_steps, top):
+def squared_error(w_C, weight_C, scale, zero_quarters, top):
     """`sum weight (scale (round(z) - z))^2`, z the weights in codes."""
-    inverse, shift, total = one / scale, zero_steps / np.float32(ZERO_STEPS), zero
+    inverse, shift, total = one / scale, zero_quarters / np.float32(ZERO_STEPS), zero
     for c in range(len(w_C)):
         z = w_C[c] * inverse + shift
         off = min(max(np.rint(z), zero), top) - z
@@ -61,9 +61,9 @@ def squared_error(w_C, weight_C, scale, zero_steps, top):
 
 
 @njit(fastmath=SUMS)
-def least_squares(w_C, share_C, scale, zero_steps_now, top, zero_steps):
+def least_squares(w_C, share_C, scale, zero_quarters, top, zero_steps):
     """As `grid.least_squares`; share: the weights of the columns, 1 in all."""
-    inverse, shift = one / scale, zero_steps_now / np.float32(ZERO_STEPS)
+    inverse, shift = one / scale, zero_quarters / np.float32(ZERO_STEPS)
     mean_code, mean_w = zero, zero
     for c in range(len(w_C)):
         mean_code += share_C[c] * min(max(np.rint(w_C[c] * inverse + shift), zero), top)
@@ -86,20 +86,20 @@ def search_rows(w_OC, weight_C, share_C, top, ratios, is_apart, fit_rounds, zero
     for o in range(len(w_OC)):
         w_C = w_OC[o]
         low, high = min(zero, w_C.min()), max(zero, w_C.max())
-        best, scale, steps, a, b = np.float32(np.inf), one, zero, one, one
+        best, scale, quarters, a, b = np.float32(np.inf), one, zero, one, one
         for ends in range(3 if is_apart else 1):  # both, low, high
             for ratio in ratios:
                 trial_a, trial_b = a if ends == 2 else ratio, b if ends == 1 else ratio
                 trial = fit(trial_a * low, trial_b * high, top, zero_steps)
                 error = squared_error(w_C, weight_C, trial[0], trial[1], top)
                 if error < best:
-                    best, scale, steps, a, b = error, trial[0], trial[1], trial_a, trial_b
+                    best, scale, quarters, a, b = error, trial[0], trial[1], trial_a, trial_b
         for _ in range(fit_rounds):
-            trial = least_squares(w_C, share_C, scale, steps, top, zero_steps)
+            trial = least_squares(w_C, share_C, scale, quarters, top, zero_steps)
             error = squared_error(w_C, weight_C, trial[0], trial[1], top)
             if error < best:
-                best, scale, steps = error, trial[0], trial[1]
-        scales_O[o], zeros_O[o] = scale, steps
+                best, scale, quarters = error, trial[0], trial[1]
+        scales_O[o], zeros_O[o] = scale, quarters
 
 
 def search(w_EOC: torch.Tensor, top_E1: torch.Tensor, importance_EC: torch.Tensor | None, how) -> tuple:

@@ -35,7 +35,15 @@ STREAMS = ("x", "x_hat")
 
 @dataclass
 class LayerResult:
-    """tensors: the layer's, by module name, packed or 16-bit. modules: module name -> bits."""
+    """tensors: the layer's, by module name, packed or 16-bit. modules: module name -> bits.
+
+    diagnostics: layer, its number; where text is read output_error, `|x_hat - x|^2 / |x|^2` of what leaves the whole quantized
+    layer, over the sequences that both streams have; where the layer is tuned tuning_error, the tuning's relative error, mean
+    over the first and the last tenth of its steps. Of a MoE layer also bits, of each expert; and where text is read, all from
+    before the tuning: tokens, of each expert; starved, experts with fewer tokens than inputs; expert_errors, see
+    `ExpertInputs.output_error`; selection_shift, the share of selected slots that differ from the 16-bit model's,
+    selection_shift_before_fit, the same without any fit; where the router is fitted router_loss and router_loss_before_fit.
+    """
 
     index: int
     tensors: dict[str, torch.Tensor]
@@ -85,15 +93,17 @@ class LayerQuantizer:
         self.tensors: dict[str, torch.Tensor] = {}
         self.modules: dict[str, int | list[int]] = {}
         self.diagnostics: dict = {"layer": index}
+        is_fitted = recipe.method == "qesc" and recipe.router_loss != "none"
+        self.router_when = recipe.router_when if is_fitted else "never"
 
     def run(self, bits: list[int] | None) -> LayerResult:
         """bits: of each expert; None for a dense layer."""
         stream, layer, streams = self.stream, self.layer, self.streams
-        routing = original = target = None
+        routing = original_routing = target = None
         if streams:
             x, x_next, m = (part[self.followed] for part in (streams["x"], streams.next("x"), streams.scratch("m")))
             stream.attend(self.index, layer, x, x_next, m)
-            original = stream.route(layer, m) if bits else None
+            original_routing = stream.route(layer, m) if bits else None
             stream.add_block(layer, x_next, m)
             x_hat, x_hat_next, m_hat = streams["x_hat"], streams.next("x_hat"), streams.scratch("m_hat")
             target = self.tuning_target(x_hat, x_next, m_hat) if self.recipe.tune_steps else None
@@ -101,15 +111,15 @@ class LayerQuantizer:
         self.quantize_linears("attention", lambda: stream.attend(self.index, layer, x_hat, x_hat_next, m_hat))
         if streams:
             stream.attend(self.index, layer, x_hat, x_hat_next, m_hat)
-            if original:
-                routing = self.calibrate_router(m_hat, original, ("before", "both"))
+            if original_routing:
+                routing = self.calibrate_router(m_hat, original_routing, self.router_when in ("before", "both"))
         self.quantize_linears("shared", lambda: self.see_block(m_hat, bits))
         if bits:
             m_hat_TH = m_hat.flatten(0, 1) if streams else None
             m_TH = m.flatten(0, 1) if streams and self.recipe.asymmetry else None
             self.quantize_experts(bits, m_hat_TH, m_TH, routing)
-            if original:
-                self.calibrate_router(m_hat, original, ("after", "both"))
+            if original_routing and self.router_when in ("after", "both"):
+                self.calibrate_router(m_hat, original_routing, fits=True)
         if target is not None:
             self.tune(x_hat, target)
             stream.attend(self.index, layer, x_hat, x_hat_next, m_hat)
@@ -124,7 +134,7 @@ class LayerQuantizer:
         if is_moe:
             self.stream.route(self.layer, m_hat)
         else:
-            self.stream.add_block(self.layer, torch.empty_like(m_hat), m_hat)
+            self.stream.run_block(self.layer, m_hat)
 
     def quantize_linears(self, kind: str, run: Callable) -> None:
         """The layer's linears of a kind, with the curvature of what they see during `run`."""
@@ -143,11 +153,11 @@ class LayerQuantizer:
             else:
                 linear.weight.copy_(quantized.dequantize(self.stream.dtype)[0])
 
-    def calibrate_router(self, m_hat: torch.Tensor, original: Routing, when: tuple[str, ...]) -> Routing:
-        """Fit the router where the recipe says so, at one of these moments; the layer's routing from here on."""
+    def calibrate_router(self, m_hat: torch.Tensor, original: Routing, fits: bool) -> Routing:
+        """The layer's routing from here on, its router fitted or as it is."""
         routing, told = self.stream.route(self.layer, m_hat), self.diagnostics
         told.setdefault("selection_shift_before_fit", self.selection_shift(original, routing))
-        if self.recipe.method == "qesc" and self.recipe.router_loss != "none" and self.recipe.router_when in when:
+        if fits:
             self.fit_router(m_hat.flatten(0, 1), original, routing)
             routing = self.stream.route(self.layer, m_hat)
         told["selection_shift"] = self.selection_shift(original, routing)
@@ -213,7 +223,8 @@ class LayerQuantizer:
         return target
 
     def tune(self, x_hat: torch.Tensor, target: torch.Tensor) -> None:
-        """Tune the layer's scales, and its norms and router where the recipe says so, with its codes fixed."""
+        """Tune the layer's scales with its codes fixed, and where the recipe says so all its vectors (norms, biases, sinks) and
+        its router."""
         stream, recipe, names = self.stream, self.recipe, self.stream.layer_names(self.index)
         router = f"{stream.family.router_path}.{stream.family.router_weight}"
         rest = {n: p for n, p in self.layer.named_parameters() if n in names and (p.dim() == 1 or n == router)}

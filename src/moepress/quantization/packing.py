@@ -1,7 +1,8 @@
 """Codes of any width in exactly their bits, and how many bytes that takes.
 
 A width is the sum of its binary digits' powers of two (3 = 2 + 1, 5 = 4 + 1, 10 = 8 + 2): each power is a stream of fields
-that never cross a byte, lowest field first, lowest part of the code first. Unpacking one field is a shift and a mask.
+that never cross a byte, the first in a byte's lowest bits. The widest stream comes first and holds the codes' highest bits.
+Unpacking one field is a shift and a mask.
 Widths 1, 2, 4 and 8 are one stream; the zero points, in quarter steps, take two bits more than their codes.
 
 Legend: E experts, O output rows, I input columns, G groups of a row.

@@ -13,6 +13,7 @@ Legend: O output rows, I input columns, G groups of a row, B columns of one bloc
 import torch
 
 from moepress.quantization import grid
+from moepress.quantization.gptq import damped
 from moepress.quantization.packing import Quantized
 
 BLOCK = 128
@@ -28,9 +29,7 @@ def refine(
         return start
     parts = []
     for e, bits in enumerate(start.bits):
-        h_II = h_EII[e].float().clone()
-        mean = h_II.diagonal().mean()
-        h_II.diagonal().add_(damping * torch.where(mean > 0, mean, 1.0))
+        h_II = damped(h_EII[e].float().clone(), damping)
         rows = Rows(w_EOI[e].float(), h_II, start.codes[e], start.scales[e], start.zeros[e], 2**bits - 1)
         for _ in range(rounds):
             rows.fit_scales()
@@ -42,7 +41,8 @@ def refine(
 
 
 class Rows:
-    """The rows of one matrix on their grids, all float32: codes `[O, I]`, scales and zero points `[O, G]` (in quarters)."""
+    """The rows of one matrix on their grids, all float32: codes `[O, I]`, scales and zero points `[O, G]` (in quarters), the
+    damped curvature `[I, I]`, its diagonal above 0."""
 
     def __init__(self, w_OI, h_II, codes_OI, scales_OG, zeros_OG, top: int):
         self.w_OI, self.h_II, self.top = w_OI, h_II, top
@@ -107,8 +107,6 @@ class Rows:
             changes_BO = torch.zeros_like(local)
             for j in range(end - start):
                 column, scale, shift = start + j, scale_GO[(start + j) // group_size], shift_GO[(start + j) // group_size]
-                if diagonal[column] <= 0:
-                    continue
                 value = (codes_IO[column] - shift) * scale + local[j] / diagonal[column]
                 code = torch.addcdiv(shift, value, scale).round_().clamp_(0, self.top)
                 changes_BO[j] = (code - codes_IO[column]) * scale

@@ -1,6 +1,7 @@
 """What quantization to each width does to each expert alone: what allocation decides by.
 
-Legend: T tokens, H hidden size, E experts, W widths, M = 2 matrices of an expert, S sampled tokens, G tokens with a gradient.
+Legend: T tokens, H hidden size, E experts, W widths, M = 2 matrices of an expert; here S is tokens of the sample (no positions)
+and G tokens with a gradient (no groups).
 """
 
 from dataclasses import dataclass
@@ -30,7 +31,8 @@ class WidthErrors:
     loss_errors_EW: sum over tokens of (g dz)^2, dz that change and g the gradient of the loss (GEMQ, arXiv 2605.23078); None
     without one.
     weight_errors_EWM: squared error of the weights, M = (gate and up, down). traces_EM: trace of the curvature of their inputs,
-    a mean over all tokens in which those not routed to the expert count 0, by the input's width (HAWQ-V2, arXiv 1911.03852).
+    a mean over all tokens in which those not routed to the expert count 0, divided by the input's width (HAWQ-V2, arXiv
+    1911.03852).
     layer_changes_WSH: of the block's output with all experts at one width, for the tokens sample_S.
     """
 

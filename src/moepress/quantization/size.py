@@ -44,6 +44,13 @@ def feasible_range(num_experts: int, widths: Sequence[int], sizes: Sequence[floa
     return kept + rest * min(sizes), kept + rest * max(sizes)
 
 
+def check_measured(widths: list[int], measured: list[int]) -> None:
+    """ValueError for widths of an allocation at which no errors are measured."""
+    missing = sorted(set(widths) - set(measured))
+    if missing:
+        raise ValueError(f"allocation.widths={widths}: no errors were measured at {missing}; add them to statistics.widths")
+
+
 def mixed(sizes: dict[int, int], total: float, num_experts: int, mixes: bool = True) -> list[int]:
     """Widths of experts that fill a total: the widest that fits all and, if it `mixes`, the next for the first of them."""
     narrow = max((width for width in sizes if sizes[width] * num_experts <= total + 1e-9), default=min(sizes))

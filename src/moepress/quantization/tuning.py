@@ -1,8 +1,9 @@
-"""Tuning a quantized layer with its codes fixed, against the 16-bit layer's output: its scales, norms and router.
+"""Tuning a quantized layer with its codes fixed, against the 16-bit layer's output: its scales, its vectors and its router.
 
 The quantized layer's own forward runs on the quantized stream's hidden states `x_hat`; its target is what the 16-bit layer
-makes of the same. Adam moves a multiplier of every group's scale (and the layer's norms and router), some sequences a step,
-towards
+makes of the same, drawn by `tune_asymmetry` towards the output of the 16-bit layer on its own stream. Adam moves a multiplier
+of every group's scale (and, with `tune_rest`, all of the layer's vectors, which are norms, biases and sinks, and its router),
+some sequences a step, towards
 
     min  sum_t a_t |y_hat_t - y_t|^2,   a_t = min(1, median|y| / |y_t|)^2,
 

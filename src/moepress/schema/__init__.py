@@ -1,4 +1,5 @@
-"""Types and ranges of every configuration value, by groups. The values themselves live in conf/ and nowhere else."""
+"""Types and ranges of every configuration value, by groups. The values themselves live in conf/; an experiment has none from
+anywhere else. (Recipe and grid.Search have defaults for those who call them without a configuration.)"""
 
 from moepress.schema import allocation, measuring, models, pruning, quantization, text
 

@@ -97,6 +97,11 @@ def reads_statistics(allocation: dict) -> bool:
     return allocation["method"] not in ("uniform", "half", "random")
 
 
+def reads_errors(allocation: dict) -> bool:
+    """Whether it depends on errors that are measured there at each of its widths."""
+    return reads_statistics(allocation) and allocation.get("errors") != "nominal"
+
+
 def reads_gradients(allocation: dict) -> bool:
     """Whether it depends on the gradient of the loss there."""
     return allocation["method"] == "global"

@@ -15,6 +15,8 @@ def quantizer_of_statistics(quantization: dict, allocation: dict) -> str:
 
 @dataclass
 class NoQuantization:
+    """group_size is read by nothing: it lets one override serve quantized and 16-bit experiments alike."""
+
     method: str
     group_size: int
 
@@ -87,7 +89,7 @@ class GPTQ(RTN):
             wanted is None or wanted >= 1, "quantization.distill_sequences", wanted, "null for the calibration's, or at least 1"
         )
         check(self.tune_tokens >= 1, "quantization.tune_tokens", self.tune_tokens, "at least 1")
-        expected = "above 0 and at most 0.1 of a scale, a step"
+        expected = "above 0 and at most 0.1, of each scale in one step"
         for name in ("tune_rate", "distill_rate"):
             check(0 < getattr(self, name) <= 0.1, f"quantization.{name}", getattr(self, name), expected)
 

@@ -27,11 +27,11 @@ def run(task: Task) -> None:
     recipe = Recipe(**task.config["quantization"])
     stream = ModelStream(locate(task.inputs["model"]), pick_device(task.runtime["device"]))
     bits = read_json(task.inputs["allocation"] / "allocation.json")["bits"]
-    check_memory(task, stream, bits)
     tokens, coverage = None, "routed"
     if "calibration" in task.inputs:
         tokens = load_file(task.inputs["calibration"] / "tokens.safetensors")["token_ids"]
         coverage = read_config(task.inputs["calibration"])["calibration"]["coverage"]
+    check_memory(task, stream, bits, 0 if tokens is None else tokens.shape[1])
 
     num_layers, folder = stream.shape.num_layers, task.out / "streams"
     start = hidden_states.next_layer(folder)
@@ -68,18 +68,22 @@ def run(task: Task) -> None:
     write_json(task.out / "timing.json", {"quantize_seconds": round(seconds, 3), "layers": timing})
 
 
-def check_memory(task: Task, stream: ModelStream, bits: list[list[int]]) -> None:
-    """ValueError, before any work, for a packed model that is to be tuned as a whole and does not fit in memory."""
+def check_memory(task: Task, stream: ModelStream, bits: list[list[int]], seq_len: int) -> None:
+    """ValueError, before any work, for a packed model that is to be tuned as a whole and does not fit in memory with what the
+    tuning holds beside it."""
     settings = task.config["quantization"]
     if not settings.get("distill_steps"):
         return
-    needed = Prediction(outline.read(stream.folder, "model.path"), settings).loaded_bytes(bits, "cpu")  # float32 on a GPU too
+    prediction = Prediction(outline.read(stream.folder, "model.path"), settings)
+    needed = prediction.loaded_bytes(bits, "cpu")  # float32 on a GPU too
+    tuning = prediction.tuning_bytes(max(settings["tune_tokens"], seq_len))
     on_gpu = torch.device(stream.device).type == "cuda"
     has = torch.cuda.mem_get_info(stream.device)[0] if on_gpu else limits.free_memory()
-    if needed > has:
+    if needed + tuning > has:
         raise ValueError(
-            f"quantization.distill_steps={settings['distill_steps']}: the packed model takes {readable(needed)} of memory, "
-            f"there is {readable(has)}; set it to 0, or take experiment=fast, which never holds more than a layer"
+            f"quantization.distill_steps={settings['distill_steps']}: the packed model takes {readable(needed)} of memory and "
+            f"its tuning {readable(tuning)}, there is {readable(has)}; set it to 0, or take experiment=fast, which never holds "
+            "more than a layer"
         )
 
 
