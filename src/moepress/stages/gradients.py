@@ -18,7 +18,7 @@ WORK = ("streams", "layers.json")
 def run(task: Task) -> None:
     stream = ModelStream(locate(task.inputs["model"]), pick_device(task.runtime["device"]))
     tokens = load_file(task.inputs["calibration"] / "tokens.safetensors")["token_ids"]
-    chosen = spread(len(tokens), min(len(tokens), task.config["gradients"]["num_sequences"])).tolist()
+    chosen = spread(len(tokens), task.config["gradients"]["num_sequences"]).tolist()
     tokens, folder, notes = tokens[chosen], task.out / "streams", task.out / "layers.json"
 
     found = {layer["layer"]: layer for layer in (read_json(notes) if notes.is_file() else [])}
