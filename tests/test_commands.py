@@ -210,6 +210,20 @@ def test_clean_keeps_a_sweep_a_report_and_asks(copied, said, monkeypatch):
     assert folders(place) == before
 
 
+def test_what_a_killed_clean_left_goes_with_the_next_one(copied):
+    place, _ = copied
+    (kept,) = place.glob("calibration/*-????????????")
+    left = kept.with_name(f".{kept.name}.removed")
+    (left / "streams").mkdir(parents=True)
+    known = {f"{path.parent.name}/{path.name}" for path in place.glob("*/*-????????????*")}
+    assert clean.unneeded_paths(place, {name.removesuffix(".partial") for name in known}) == [left]
+    clean.remove(kept, place)
+    assert not kept.exists() and not left.exists(), "nor is it in the way of the same name"
+    left.mkdir()
+    clean.remove(left, place)
+    assert not left.exists()
+
+
 def test_clean_with_yes_wants_to_know_every_study(copied, monkeypatch):
     place, overrides = copied
     before = folders(place)

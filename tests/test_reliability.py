@@ -260,6 +260,16 @@ def test_verify_names_deletes_and_the_run_computes_again(finished, capsys):
     assert "every file as it was left" in capsys.readouterr().out
 
 
+def test_verify_of_other_results_wants_their_name(finished, tmp_path_factory):
+    folder, _ = finished
+    (there,) = folder.glob("results/calibration/*-????????????")
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    elsewhere.joinpath("calibration").mkdir()
+    with pytest.raises(ValueError, match=rf"none of {elsewhere}; give --results={folder / 'results'}"):
+        verify.main([str(there), f"--results={elsewhere}", "--delete"])
+    verify.main([str(there), f"--results={folder / 'results'}"])
+
+
 # --- two at a time ---------------------------------------------------------------------------------------------------
 
 HOLD = """

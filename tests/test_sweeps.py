@@ -133,6 +133,37 @@ def test_three_doors_have_the_same_keys(small, place, monkeypatch):
     assert keys(asked[0]) == keys(by_snakemake) == keys(by_overrides) == keys(by_study)
 
 
+def test_seeds_are_drawn_where_they_change_anything(small):
+    small = [o for o in small if not o.startswith(("quantization=", "allocation="))]
+    study = {"base": [], "experiments": ["quantization=gptq allocation=uniform", "quantization=rtn allocation=uniform"]}
+
+    def drawn(**seeds):
+        found = studies.study_experiments(study | seeds, small)[1:]  # behind the 16-bit model, which has no chance in it
+        return [(m.config["quantization"]["method"], m.config["seed"]) for m in found]
+
+    assert drawn() == drawn(seeds=[0]) == [("gptq", 0), ("rtn", 0)]
+    assert drawn(seeds=[5]) == [("gptq", 5), ("rtn", 0)], "a single seed counts, too"
+    assert drawn(seeds=[0, 1]) == [("gptq", 0), ("gptq", 1), ("rtn", 0)]
+
+
+def test_a_study_that_is_no_yaml_is_refused_by_its_name(tmp_path, monkeypatch):
+    (tmp_path / "conf" / "study").mkdir(parents=True)
+    (tmp_path / "conf" / "study" / "mine.yaml").write_text("name: [a\n")
+    monkeypatch.setattr(studies, "ROOT", tmp_path)
+    with pytest.raises(ValueError, match=r"study=mine: .*mine\.yaml is no YAML of a study: "):
+        studies.load_study("mine")
+
+
+def test_members_with_and_without_a_stage_have_their_own_rows(small, place, monkeypatch):
+    """The artefacts of the one are a part of the other's."""
+    rtn = [*small, "quantization=rtn", "allocation=uniform", "allocation.bits=3", "objective=row"]
+    members = [studies.experiment([*rtn, f"latency.repeats={repeats}"]) for repeats in (0, 1)]
+    done = plan.for_experiments(members)
+    Path(done.report).mkdir(parents=True)
+    monkeypatch.setattr(execution, "rows", lambda report: [{"row": number} for number in range(3)])
+    assert [sweeps.objective(done, member) for member in members] == [1, 2], "behind the 16-bit model's"
+
+
 def test_an_experiment_that_is_asked_for_twice_is_one_row(small):
     rtn = [studies.experiment([*small, "quantization=rtn", "allocation=uniform", f"seed={seed}"]) for seed in (0, 1)]
     assert [member.config["quantization"]["method"] for member in studies.compared(rtn)] == ["none", "rtn"]

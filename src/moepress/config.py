@@ -57,6 +57,8 @@ def values(overrides: list[str] | tuple[str, ...] = ()) -> dict:
             raise ValueError(
                 f"{override!r}: no key can be left out; give it another value, or null where conf/ says that it may be"
             )
+        if override.startswith("+"):  # it would get past what checks keys by their names
+            raise ValueError(f"{override!r}: no key can be added; to set one that there is leave out the +")
         if "=" not in override:
             raise ValueError(without_value(override))
     check_experiment(overrides)

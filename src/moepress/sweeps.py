@@ -122,8 +122,8 @@ def objective(done: Plan, member: studies.Experiment) -> float | tuple[float, ..
     if not Path(done.report).exists():
         raise ValueError(f"no report: {execution.failure(Path(done.results), [Path(done.report).relative_to(done.results)])}")
     own = {stage: item.folder for stage, item in member.artefacts.items()}
-    listed = [run["artefacts"] for run in execution.runs(done)]
-    (number,) = [number for number, artefacts in enumerate(listed) if own.items() <= artefacts.items()]
+    listed = [{stage: run["artefacts"].get(stage) for stage in studies.MEASURED} for run in execution.runs(done)]
+    number = listed.index({stage: own.get(stage) for stage in studies.MEASURED})
     row = execution.rows(Path(done.report))[number]
     names = [wanted] if isinstance(wanted, str) else wanted
     for name in names:
