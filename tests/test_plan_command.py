@@ -411,6 +411,41 @@ def test_memory_that_jobs_ask_for(model_folder, tmp_path, monkeypatch):
     assert planning.memory_mb("evaluation", absent) == planning.SOME_MEMORY_MB
 
 
+def test_memory_is_told_once_a_job_and_without_network(model_folder, text_folder, tmp_path, monkeypatch):
+    planned = planning.for_overrides([*small_experiment(model_folder, text_folder), f"paths.results={tmp_path}"])
+    told = []
+    monkeypatch.setattr(planning, "memory_mb", lambda stage, config: told.append(stage) or 100)
+    (folder,) = (folder for folder, item in planned.artefacts.items() if item.stage == "statistics")
+    job = types.SimpleNamespace(id=folder.split("/")[1])
+    wanted = planned.memory("statistics")
+    assert [wanted(job, 1), wanted(job, 2), wanted(types.SimpleNamespace(id="another-plan's"), 1)] == [100, 200, 16000]
+    assert told == ["statistics"]
+
+    def download(model_id, name, revision, local_files_only):
+        assert local_files_only
+        raise FileNotFoundError(f"no {name} here")
+
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.undo()
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    hub = config.values([*SMALL, "model=hub", "model.id=a/b"])
+    assert planning.memory_mb("evaluation", hub) == planning.SOME_MEMORY_MB
+
+
+def test_a_model_that_is_carved_asks_for_the_gpu(tmp_path):
+    for overrides, gpus in (
+        (["model=carved", "device=cuda"], 1),
+        (["model=tiny", "device=cuda"], 0),
+        (["model=carved", "device=cpu"], 0),
+    ):
+        planned = planning.for_overrides([*overrides, "latency.repeats=0", f"paths.results={tmp_path}"])
+        (model,) = (folder for folder, item in planned.artefacts.items() if item.stage == "model")
+        assert planned.gpus_of_model(types.SimpleNamespace(id=model.split("/")[1])) == gpus
+    assert planned.gpus_of_model(types.SimpleNamespace(id="another-plan's")) == 0
+
+
 def test_all_cores_inside_a_slurm_job(monkeypatch):
     workflow = types.SimpleNamespace(cores=16)
     monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
@@ -446,3 +481,6 @@ def test_each_artefact_is_planned_by_an_experiment_that_needs_it(model_folder, t
     method = {item.stage: planned.configs[folder]["quantization"]["method"] for folder, item in planned.artefacts.items()}
     assert method["statistics"] == method["allocation"] == method["quantization"] == "qesc"
     assert set(planned.configs) == set(planned.artefacts)
+    sixteen = studies.experiment([*given, "quantization=none", "pruning=none"])
+    late = planning.for_experiments([studies.experiment(given), sixteen])
+    assert late.configs[sixteen.artefacts["evaluation"].folder]["quantization"]["method"] == "none", "in whatever order"

@@ -3,6 +3,7 @@
 import re
 import shlex
 from dataclasses import dataclass
+from pathlib import Path
 
 import yaml
 from omegaconf import OmegaConf
@@ -10,7 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from moepress.composing import ROOT, first_lines
 from moepress.config import resolve
-from moepress.dag import Artefact, artefact, is_decomposed, is_reference, make_artefact, reference, run_label
+from moepress.dag import Artefact, artefact, everything, is_decomposed, is_reference, make_artefact, reference, run_label
 from moepress.schema.allocation import reads_statistics
 
 MEASURED = ("evaluation", "latency", "quantization", "allocation", "decomposition")
@@ -24,6 +25,16 @@ class Experiment:
     overrides: tuple[str, ...]
     config: dict
     artefacts: dict[str, Artefact]
+
+    @property
+    def results(self) -> Path:
+        return Path(self.config["paths"]["results"]).expanduser()
+
+    @property
+    def missing(self) -> set[str]:
+        """Stages with something that is yet to be made for it."""
+        needed = everything([*self.artefacts.values()])
+        return {item.stage for folder, item in needed.items() if not (self.results / folder).exists()}
 
     @property
     def beside_label(self) -> list[str]:

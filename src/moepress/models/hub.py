@@ -14,13 +14,13 @@ def download(model_id: str, revision: str) -> Path:
         return Path(snapshot_download(model_id, revision=revision, allow_patterns=patterns))
 
 
-def fetch(model_id: str, revision: str, names: tuple[str, ...]) -> Path:
-    """The folder with some files of a hub model."""
+def fetch(model_id: str, revision: str, names: tuple[str, ...], local: bool = False) -> Path:
+    """The folder with some files of a hub model. local: only if they are here, without asking the hub."""
     from huggingface_hub import hf_hub_download
 
     for name in names:
         with _errors_named(model_id, revision, f": {name}"):
-            path = Path(hf_hub_download(model_id, name, revision=revision))
+            path = Path(hf_hub_download(model_id, name, revision=revision, local_files_only=local))
     return path.parent
 
 
