@@ -225,7 +225,7 @@ def test_a_hub_model_needs_two_files_and_a_connection(deepseek_v3, tmp_path, mon
 
     asked = []
 
-    def download(model_id, name, revision):
+    def download(model_id, name, revision, local_files_only):
         asked.append((model_id, name, revision))
         if model_id == "org/missing":
             raise OSError("no route to the hub")
@@ -411,38 +411,35 @@ def test_memory_that_jobs_ask_for(model_folder, tmp_path, monkeypatch):
     assert planning.memory_mb("evaluation", absent) == planning.SOME_MEMORY_MB
 
 
-def test_memory_is_told_once_a_job_and_without_network(model_folder, text_folder, tmp_path, monkeypatch):
+def test_memory_is_told_once_a_job(model_folder, text_folder, tmp_path, monkeypatch):
     planned = planning.for_overrides([*small_experiment(model_folder, text_folder), f"paths.results={tmp_path}"])
     told = []
     monkeypatch.setattr(planning, "memory_mb", lambda stage, config: told.append(stage) or 100)
     (folder,) = (folder for folder, item in planned.artefacts.items() if item.stage == "statistics")
-    job = types.SimpleNamespace(id=folder.split("/")[1])
+    job, another = (types.SimpleNamespace(id=name) for name in (folder.split("/")[1], "another-plan's"))
     wanted = planned.memory("statistics")
-    assert [wanted(job, 1), wanted(job, 2), wanted(types.SimpleNamespace(id="another-plan's"), 1)] == [100, 200, 16000]
+    assert [wanted(job, 1), wanted(job, 2), wanted(another, 1)] == [100, 200, planning.SOME_MEMORY_MB]
     assert told == ["statistics"]
+
+
+def test_memory_that_jobs_ask_for_needs_no_network(monkeypatch):
+    import huggingface_hub
 
     def download(model_id, name, revision, local_files_only):
         assert local_files_only
         raise FileNotFoundError(f"no {name} here")
 
-    import huggingface_hub
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    monkeypatch.undo()
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     hub = config.values([*SMALL, "model=hub", "model.id=a/b"])
     assert planning.memory_mb("evaluation", hub) == planning.SOME_MEMORY_MB
 
 
 def test_a_model_that_is_carved_asks_for_the_gpu(tmp_path):
-    for overrides, gpus in (
-        (["model=carved", "device=cuda"], 1),
-        (["model=tiny", "device=cuda"], 0),
-        (["model=carved", "device=cpu"], 0),
-    ):
-        planned = planning.for_overrides([*overrides, "latency.repeats=0", f"paths.results={tmp_path}"])
-        (model,) = (folder for folder, item in planned.artefacts.items() if item.stage == "model")
-        assert planned.gpus_of_model(types.SimpleNamespace(id=model.split("/")[1])) == gpus
+    for model, device, gpus in (("carved", "cuda", 1), ("tiny", "cuda", 0), ("carved", "cpu", 0)):
+        overrides = [f"model={model}", f"device={device}", "latency.repeats=0", f"paths.results={tmp_path}"]
+        planned = planning.for_overrides(overrides)
+        (folder,) = (folder for folder, item in planned.artefacts.items() if item.stage == "model")
+        assert planned.gpus_of_model(types.SimpleNamespace(id=folder.split("/")[1])) == gpus
     assert planned.gpus_of_model(types.SimpleNamespace(id="another-plan's")) == 0
 
 
