@@ -33,6 +33,7 @@ from moepress.models import dense, families, folders, outline
 from moepress.quantization.budget import Prediction, plan_budget
 from moepress.schema import SCHEMA
 from moepress.schema.allocation import reads_statistics
+from moepress.schema.pruning import is_fitted
 from moepress.schema.quantization import quantizer_of_statistics
 from moepress.schema.values import check, check_leaf, check_seed, nearest
 
@@ -137,7 +138,7 @@ def reads_calibration(config: dict) -> bool:
     """Whether some stage of the experiment reads the calibration text."""
     method, pruned = config["quantization"]["method"], config["pruning"]["method"]
     is_calibrated = method in ("gptq", "qesc") or (method != "none" and reads_statistics(config["allocation"]))
-    return is_calibrated or pruned not in ("none", "pesf")
+    return is_calibrated or is_fitted(pruned)
 
 
 def check_local_text(config: dict) -> None:
