@@ -233,7 +233,8 @@ def not_of_the_future(paths: Iterable[Path]) -> None:
 
 
 def provenance(task: Task, start: float, seconds: float, startup: float) -> dict:
-    """Where a folder came from and what it cost. startup: CPU seconds spent before the stage began its work."""
+    """Where a folder came from and what it cost since its stage's last start: what was spent before it was stopped is not known
+    any more. startup: CPU seconds spent before the stage began its work."""
     return {
         "stage": task.stage,
         "key": task.key,
