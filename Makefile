@@ -37,7 +37,7 @@ soak: install
 # A sweep on a Slurm of two node daemons on this machine, one of them killed (needs Debian's slurm-wlm and munge); results in a
 # bucket of an S3 server on loopback, the jobs in folders that stand for machines and pods (docs/scale.md).
 cluster-test: install
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev,cluster]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev,cluster,cluster-test]'
 	pytest -q -rs -m cluster tests/cluster
 
 lint: install

@@ -206,7 +206,7 @@ def survive(place: Path, kills: int, rng: random.Random, stages: list[str] | Non
     wanted = [folder for folder, item in found.items() if not stages or item.stage in stages]
     told: dict[str, Counter] = {found[folder].stage: Counter() for folder in wanted}
     for number in range(20 * kills):
-        if sum(each["kills"] for each in told.values()) >= kills:
+        if sum(each["kills"] for each in told.values()) >= kills and all(each["kills"] for each in told.values()):
             break
         stage = min(told, key=lambda name: told[name]["kills"])  # as many for each
         folder = rng.choice([folder for folder in wanted if found[folder].stage == stage])
@@ -214,6 +214,8 @@ def survive(place: Path, kills: int, rng: random.Random, stages: list[str] | Non
         told[stage] += life(rng, task_path(whole, folder), whole / folder, out, log, *cost[folder])
         kills_so_far = sum(each["kills"] for each in told.values())
         print(f"{number + 1} lives, {kills_so_far} kills", file=sys.stderr)
+    else:
+        raise SystemExit(f"too few kills: {kills} were asked for, and one of each stage; {told}")
     for stage, each in sorted(told.items()):
         print(json.dumps({"stage": stage, **each}))
     print(f"{sum(each['kills'] for each in told.values())} kills survived, every byte as in undisturbed runs")

@@ -1,5 +1,6 @@
 """moepress.compress and out=: the command's stages, keys and errors, from Python."""
 
+import shutil
 import sys
 
 import pytest
@@ -66,6 +67,7 @@ def test_a_model_is_a_folder_an_id_or_the_small_one(model_folder, tmp_path, monk
         ({"budget": "1KiB"}, r"allocation\.budget=1KiB: no allocation fits; this model takes from .*MiB"),
         ({"allocation__bitz": 3}, r"bitz.*keys of allocation"),
         ({"study": "default"}, r"study='default': compress takes one experiment"),
+        ({"hydra__launcher__profile": "slurm"}, r"hydra\.launcher\.profile=slurm: of the `moepress` command alone"),
         ({"out": "there", "quantization": "none"}, r"out=there: quantization=none makes no checkpoint"),
     ],
 )
@@ -108,6 +110,36 @@ def test_compress_does_what_the_command_does(model_folder, settings, place, capf
     assert (place / "other" / "config.json").is_file()
 
 
+def test_a_checkpoint_that_was_deleted_is_computed_again(model_folder, settings, place):
+    given = settings | {"quantization": "rtn", "allocation": "uniform", "latency__repeats": 0}
+    found = moepress.compress(model_folder, budget="0.2MiB", **given)
+    before = {path.name: path.read_bytes() for path in found.folder.glob("*.safetensors")}
+    shutil.rmtree(found.folder)
+    again = moepress.compress(model_folder, budget="0.2MiB", out=place / "another", **given)
+    assert again.report == found.report and (place / "another" / "config.json").is_file()
+    assert before == {path.name: path.read_bytes() for path in again.folder.glob("*.safetensors")}
+
+
+def test_an_out_that_is_taken_is_refused_before_the_run(model_folder, settings, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("x")
+    (tmp_path / "file").write_text("x")
+    for out, message in (("mine", r"mine: not empty, and no export of this checkpoint"), ("file", "file: is a file")):
+        with pytest.raises(ValueError, match=message):
+            moepress.compress(model_folder, out=out, **settings)
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_dry_run_is_told_as_such(model_folder, settings, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    lines = [f"{key.replace('__', '.')}={api.override_value(value)}" for key, value in settings.items()]
+    command = ["moepress", "model=local", f"model.path={model_folder}", *lines, "hydra.launcher.arguments=[--dry-run]"]
+    monkeypatch.setattr(sys, "argv", command)
+    cli.main()
+    assert "asked for something else than a run" in capfd.readouterr().err
+
+
 def test_a_stage_that_fails_names_its_log(model_folder, settings, place):
     with pytest.raises(RuntimeError, match=r"calibration\.num_sequences=400.*\(the log: results/logs/calibration/.*\.log\)"):
         moepress.compress(model_folder, **settings | {"calibration__num_sequences": 400})
@@ -121,3 +153,5 @@ def test_out_is_refused_where_there_are_many_checkpoints(place, monkeypatch, cap
         assert "out=there: a s" in str(ended.value) + capsys.readouterr().err
     with pytest.raises(ValueError, match="out=there: snakemake makes the results"):
         plan.from_snakemake({"overrides": "out=there"})
+    with pytest.raises(ValueError, match=r"hydra\.launcher\.jobs=3: of the `moepress` command alone"):
+        plan.from_snakemake({"overrides": "hydra.launcher.jobs=3"})

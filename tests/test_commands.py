@@ -11,6 +11,7 @@ import pytest
 
 from moepress import cli, execution, lookup, studies
 from moepress.commands import clean, compare, results, show
+from moepress.export import export
 from moepress.report import paired, reading
 
 
@@ -146,6 +147,38 @@ def test_words_that_are_no_keys(arguments, message, monkeypatch):
         cli.main()
 
 
+def test_numbers_are_compared_and_published_as_they_were_left(copied):
+    place, _ = copied
+    where = f"--results={place}"
+    (evaluation,), (report,), (checkpoint,) = (
+        place.glob(f"{name}-????????????") for name in ("evaluation/qesc*", "report/*", "quantization/*")
+    )
+    for damaged, refused in (
+        (evaluation / "blocks.parquet", lambda: compare.main(["qesc-pmq-2.5", "16bit", where])),
+        (report / "config.yaml", lambda: compare.main(["qesc-pmq-2.5", "16bit", where])),
+        (report / "runs.csv", lambda: export(checkpoint, place / "out", report)),
+    ):
+        whole = damaged.read_bytes()
+        damaged.write_bytes(whole.replace(whole[-9:], whole[-9:-1] + b"~"))
+        with pytest.raises(ValueError, match=rf"{damaged}: altered, .*; `moepress verify"):
+            refused()
+        damaged.write_bytes(whole)
+
+
+def test_a_damaged_record_is_named_with_a_way_out(copied):
+    place, _ = copied
+    (report,) = place.glob("report/*-????????????")
+    for name, content in (("provenance.json", ""), ("provenance.json", "[1]"), ("config.yaml", "a: [")):
+        whole = (report / name).read_bytes()
+        (report / name).write_text(content)
+        for command in (show, results):
+            with pytest.raises(
+                ValueError, match=rf"{report / name}: (cannot be read|truncated).*; `moepress verify --results={place}`"
+            ):
+                command.main(["qesc-pmq-2.5", f"--results={place}"])
+        (report / name).write_bytes(whole)
+
+
 @pytest.fixture
 def copied(made, tmp_path, monkeypatch):
     """The results again, the overrides that made them, and a folder beside them that is nobody's to remove."""
@@ -208,6 +241,20 @@ def test_clean_keeps_a_sweep_a_report_and_asks(copied, said, monkeypatch):
     monkeypatch.setattr(sys, "stdin", Terminal("no\n"))
     assert "nothing was removed" in said(clean, *overrides, "--study", "s")
     assert folders(place) == before
+
+
+def test_what_a_killed_clean_left_goes_with_the_next_one(copied):
+    place, _ = copied
+    (kept,) = place.glob("calibration/*-????????????")
+    left = kept.with_name(f".{kept.name}.removed")
+    (left / "streams").mkdir(parents=True)
+    known = {f"{path.parent.name}/{path.name}" for path in place.glob("*/*-????????????*")}
+    assert clean.unneeded_paths(place, {name.removesuffix(".partial") for name in known}) == [left]
+    clean.remove(kept, place)
+    assert not kept.exists() and not left.exists(), "nor is it in the way of the same name"
+    left.mkdir()
+    clean.remove(left, place)
+    assert not left.exists()
 
 
 def test_clean_with_yes_wants_to_know_every_study(copied, monkeypatch):

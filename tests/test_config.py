@@ -163,7 +163,7 @@ def test_no_calibration_text_exceeds_its_bound(tmp_path_factory, texts, share):
 def test_a_gpu_that_is_not_there(monkeypatch):
     monkeypatch.setattr(machine.shutil, "which", lambda name: None)
     monkeypatch.setattr(machine.os.path, "exists", lambda path: False)
-    with pytest.raises(ValueError, match=r"device='cuda:1': this machine has no GPU .*device=cpu or auto.*executor=slurm"):
+    with pytest.raises(ValueError, match=r"device='cuda:1': this machine has no GPU .*device=cpu or auto.*profile=slurm"):
         machine.check_gpu("cuda:1")
     machine.check_gpu("auto")
     assert config.values(["device=cuda"])["device"] == "cuda", "a cluster's machines may have one"

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from moepress import cli, dag, studies
+from moepress import artefacts, cli, dag, studies
 from moepress.commands import latency as asking
 from moepress.config import resolve, values
 from moepress.latency import building, device, measuring, shapes, traffic
@@ -17,6 +17,7 @@ from moepress.models.experts import ON_CPU
 from moepress.pruning.policy import attach, experts_of, routers_of
 from moepress.quantization.packing import pack, unpack
 from moepress.quantization.size import zero_width
+from moepress.stages import latency as stage
 
 SHAPE = {
     "model_type": "qwen2_moe",
@@ -329,3 +330,10 @@ def test_a_shape_is_no_experiment():
         studies.experiment(["latency.model=mixtral-8x7b"])
     plain = dag.artefact("latency", resolve([])).key
     assert dag.artefact("latency", resolve(["latency.skew=2"])).key == plain, "read by shapes only"
+
+
+def test_no_times_are_kept_under_another_machines_name(tmp_path):
+    task = artefacts.Task("latency", "0" * 12, {"latency": {"hardware": "another"}}, {}, {"device": "cpu"}, tmp_path)
+    with pytest.raises(ValueError, match=r"'another': this machine is '(.+)', .* give latency\.hardware='\1' \(auto is"):
+        stage.run(task)
+    assert not list(tmp_path.iterdir())

@@ -224,7 +224,7 @@ def test_a_hub_model_needs_two_files_and_a_connection(deepseek_v3, tmp_path, mon
 
     asked = []
 
-    def download(model_id, name, revision):
+    def download(model_id, name, revision, local_files_only):
         asked.append((model_id, name, revision))
         if model_id == "org/missing":
             raise OSError("no route to the hub")
@@ -247,7 +247,7 @@ def test_a_hub_model_of_one_file_is_told_by_its_header(model_folder, tmp_path, m
     for name in ("config.json", "tokenizer.json"):
         shutil.copy(model_folder / name, tmp_path)
 
-    def download(model_id, name, revision):
+    def download(model_id, name, revision, local_files_only):
         if name == "config.json":
             return str(tmp_path / name)
         raise RemoteEntryNotFoundError("404", response=types.SimpleNamespace(headers={}, request=None))
@@ -427,6 +427,38 @@ def test_memory_that_jobs_ask_for(model_folder, tmp_path, monkeypatch):
     assert planning.memory_mb("evaluation", absent) == planning.SOME_MEMORY_MB
 
 
+def test_memory_is_told_once_a_job(model_folder, text_folder, tmp_path, monkeypatch):
+    planned = planning.for_overrides([*small_experiment(model_folder, text_folder), f"paths.results={tmp_path}"])
+    told = []
+    monkeypatch.setattr(planning, "memory_mb", lambda stage, config: told.append(stage) or 100)
+    (folder,) = (folder for folder, item in planned.artefacts.items() if item.stage == "statistics")
+    job, another = (types.SimpleNamespace(id=name) for name in (folder.split("/")[1], "another-plan's"))
+    wanted = planned.memory("statistics")
+    assert [wanted(job, 1), wanted(job, 2), wanted(another, 1)] == [100, 200, planning.SOME_MEMORY_MB]
+    assert told == ["statistics"]
+
+
+def test_memory_that_jobs_ask_for_needs_no_network(monkeypatch):
+    import huggingface_hub
+
+    def download(model_id, name, revision, local_files_only):
+        assert local_files_only
+        raise FileNotFoundError(f"no {name} here")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    hub = config.values([*SMALL, "model=hub", "model.id=a/b"])
+    assert planning.memory_mb("evaluation", hub) == planning.SOME_MEMORY_MB
+
+
+def test_a_model_that_is_carved_asks_for_the_gpu(tmp_path):
+    for model, device, gpus in (("carved", "cuda", 1), ("tiny", "cuda", 0), ("carved", "cpu", 0)):
+        overrides = [f"model={model}", f"device={device}", "latency.repeats=0", f"paths.results={tmp_path}"]
+        planned = planning.for_overrides(overrides)
+        (folder,) = (folder for folder, item in planned.artefacts.items() if item.stage == "model")
+        assert planned.gpus_of_model(types.SimpleNamespace(id=folder.split("/")[1])) == gpus
+    assert planned.gpus_of_model(types.SimpleNamespace(id="another-plan's")) == 0
+
+
 def test_all_cores_inside_a_slurm_job(monkeypatch):
     workflow = types.SimpleNamespace(cores=16)
     monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
@@ -485,3 +517,6 @@ def test_each_artefact_is_planned_by_an_experiment_that_needs_it(model_folder, t
     method = {item.stage: planned.configs[folder]["quantization"]["method"] for folder, item in planned.artefacts.items()}
     assert method["statistics"] == method["allocation"] == method["quantization"] == "qesc"
     assert set(planned.configs) == set(planned.artefacts)
+    sixteen = studies.experiment([*given, "quantization=none", "pruning=none"])
+    late = planning.for_experiments([studies.experiment(given), sixteen])
+    assert late.configs[sixteen.artefacts["evaluation"].folder]["quantization"]["method"] == "none", "in whatever order"

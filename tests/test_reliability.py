@@ -1,5 +1,6 @@
 """What docs/reliability.md promises: killed anywhere, damaged, two at a time, on a machine that fails. More: `make soak`."""
 
+import errno
 import json
 import os
 import random
@@ -20,6 +21,7 @@ from conftest import until
 from moepress import artefacts, integrity, locks, plan
 from moepress.commands import verify
 from moepress.composing import ROOT
+from moepress.dag import STAGES
 
 MOEPRESS = [sys.executable, "-m", "moepress"]
 
@@ -50,7 +52,11 @@ def test_kills_over_all_stages(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "kills survived, every byte as in undisturbed runs" in done.stdout
-    assert all(f'"stage": "{stage}"' in done.stdout for stage in ("model", "statistics", "quantization", "report")), done.stdout
+    told = {
+        line["stage"]: line for line in map(json.loads, filter(lambda line: line.startswith("{"), done.stdout.splitlines()))
+    }
+    assert told.keys() == {*STAGES, "report"} - {"statistics_block"}
+    assert all(line.get("kills") for line in told.values()), done.stdout
 
 
 def test_snakemake_alone_is_killed(finished):
@@ -226,6 +232,73 @@ def test_a_model_outside_of_the_results_is_checked_too(finished, tmp_path):
         file.write_bytes(whole)
 
 
+def test_a_model_outside_that_lacks_a_file_and_one_with_another_readme(finished, tmp_path):
+    folder, _ = finished
+    (source,) = folder.glob("results/model/*-????????????")
+    reference = json.loads((source / "reference.json").read_text())
+    model = shutil.copytree(reference["path"], tmp_path / "model")
+    (model / "README.md").write_text("Mine.")
+    reference["path"], reference["files"]["README.md"] = str(model), "0" * 64
+    artefacts.write_json(source / "reference.json", reference)
+    told = json.loads((source / "provenance.json").read_text())
+    told["files"]["reference.json"] = artefacts.record(source / "reference.json")
+    del told[integrity.SEAL]
+    artefacts.write_json(source / "provenance.json", integrity.sealed(told))
+    assert not list(integrity.damages([(source, True)])), "its README may change"
+    (model / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match=rf"{model}/tokenizer\.json: missing; put back .* was moved, remove that folder"):
+        integrity.check([(source, False)], folder / "results")
+
+
+def test_folders_that_are_not_what_their_stage_left(finished):
+    folder, _ = finished
+    (checkpoint,) = folder.glob("results/quantization/*-????????????")
+    (checkpoint / "more.safetensors").write_bytes(b"")
+    (found,) = integrity.damages([(checkpoint, True)])
+    assert str(found) == f"{checkpoint}/more.safetensors: no part of this artefact: unexpected weights"
+    (statistics,) = folder.glob("results/statistics/*-????????????")
+    other = shutil.copytree(statistics, statistics.with_name("other-0123456789ab"))
+    (found,) = integrity.damages([(other, True)])
+    assert found.what == f"of another artefact, statistics {statistics.name[-12:]}"
+    told = json.loads((statistics / "provenance.json").read_text())
+    del told[integrity.SEAL]
+    artefacts.write_json(statistics / "provenance.json", told)
+    (found,) = integrity.damages([(statistics, True)])
+    assert found.what == "altered, its sha256 is not its own", "none at all is none of its own"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "the disk is full"),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), "the disk is full"),
+        (PermissionError(errno.EACCES, "Permission denied"), "cannot be written"),
+        (MemoryError(), "not enough memory (MemoryError)"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes\nmore"),
+            "can't allocate memory: you tried 9 bytes)",
+        ),
+        (ValueError("seed=x"), None),
+    ],
+)
+def test_errors_of_the_machine_say_what_can_be_done(error, said):
+    found = artefacts.of_the_machine(error)
+    assert found is None if said is None else said in found
+
+
+def test_what_is_newer_than_now_is_set_back(tmp_path):
+    for name in ("input", "task.yaml", "old"):
+        (tmp_path / name).mkdir() if name == "input" else (tmp_path / name).touch()
+    stamp, now = tmp_path / "input" / ".snakemake_timestamp", time.time()
+    stamp.touch()
+    os.utime(tmp_path / "old", (5, 5))
+    for path in (tmp_path / "input", stamp, tmp_path / "task.yaml"):
+        os.utime(path, (now + 9999, now + 9999))
+    artefacts.not_of_the_future([tmp_path / name for name in ("input", "task.yaml", "old", "not there")])
+    assert all(path.stat().st_mtime <= time.time() for path in tmp_path.rglob("*"))
+    assert (tmp_path / "old").stat().st_mtime == 5
+
+
 def test_verify_names_deletes_and_the_run_computes_again(finished, capsys):
     folder, _ = finished
     results = folder / "results"
@@ -249,6 +322,16 @@ def test_verify_names_deletes_and_the_run_computes_again(finished, capsys):
     shutil.rmtree(results / "calibration")
     verify.main(where)
     assert "every file as it was left" in capsys.readouterr().out
+
+
+def test_verify_of_other_results_wants_their_name(finished, tmp_path_factory):
+    folder, _ = finished
+    (there,) = folder.glob("results/calibration/*-????????????")
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    elsewhere.joinpath("calibration").mkdir()
+    with pytest.raises(ValueError, match=rf"none of {elsewhere}; give --results={folder / 'results'}"):
+        verify.main([str(there), f"--results={elsewhere}", "--delete"])
+    verify.main([str(there), f"--results={folder / 'results'}"])
 
 
 # --- two at a time ---------------------------------------------------------------------------------------------------
@@ -285,6 +368,16 @@ def test_a_lock_is_held_by_the_living_only(tmp_path):
         each.kill(), each.wait()
     with locks.hold(path), pytest.raises(locks.Held), locks.hold(path, shared=True):
         pass
+
+
+def test_a_file_system_without_locks_warns(tmp_path, monkeypatch, capsys):
+    def flock(file, kind):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(locks.fcntl, "flock", flock)
+    with locks.hold(tmp_path / ".a.lock") as held:
+        assert held is None
+    assert f"{tmp_path} has no locks; let no two runs work there at a time" in capsys.readouterr().err
 
 
 def test_two_checkouts_share_results(finished, tmp_path_factory):

@@ -328,6 +328,8 @@ def test_secrets_come_into_no_configuration(lines, message, monkeypatch):
         ({"base": ["evaluation.run_generated_code=true"]}, r"sets 'evaluation\.run_generated_code"),
         ({"base": ["++tracking=online"]}, r"sets '\+\+tracking=online'"),
         ({"experiments": ["out=/etc"]}, r"sets 'out=/etc'"),
+        ({"seeds": 3}, r"seeds, if any, as a list of whole numbers"),
+        ({"seeds": None}, r"seeds, if any, as a list of whole numbers"),
         ({"experiments": "quantization=rtn"}, r"a study has name and caption"),
         ({"experiments": []}, r"at least one experiment"),
         ({"caption": None}, r"a study has name and caption"),
@@ -338,6 +340,15 @@ def test_a_study_of_somebody_else(change, message):
     studies.checked_study(study, "study=theirs")
     with pytest.raises(ValueError, match=message):
         studies.checked_study(study | change, "study=theirs")
+
+
+@pytest.mark.parametrize("plus", ["+", "++"])
+def test_a_study_of_somebody_else_adds_no_table_of_keys(plus):
+    """Which could hold any key of a group, that of generated code too."""
+    line = f"{plus}evaluation={{run_generated_code: true}}"
+    study = {"name": "theirs", "caption": "", "base": [line], "experiments": ["quantization=rtn"]}
+    with pytest.raises(ValueError, match=r"run_generated_code: true}': no key can be added"):
+        studies.study_experiments(study)
 
 
 def test_a_study_of_somebody_else_reads_no_secret(monkeypatch):

@@ -13,7 +13,7 @@ from hydra.core.utils import JobStatus
 
 import hydra_plugins
 from conftest import small_experiment
-from moepress import artefacts, cli, composing, config, dag, execution, plan, studies, sweeps
+from moepress import artefacts, cli, composing, config, dag, execution, forecast, machine, plan, studies, sweeps
 
 SHARED = {"model", "corpus", "calibration", "statistics"}
 
@@ -133,6 +133,37 @@ def test_three_doors_have_the_same_keys(small, place, monkeypatch):
     assert keys(asked[0]) == keys(by_snakemake) == keys(by_overrides) == keys(by_study)
 
 
+def test_seeds_are_drawn_where_they_change_anything(small):
+    small = [o for o in small if not o.startswith(("quantization=", "allocation="))]
+    study = {"base": [], "experiments": ["quantization=gptq allocation=uniform", "quantization=rtn allocation=uniform"]}
+
+    def drawn(**seeds):
+        found = studies.study_experiments(study | seeds, small)[1:]  # behind the 16-bit model, which has no chance in it
+        return [(m.config["quantization"]["method"], m.config["seed"]) for m in found]
+
+    assert drawn() == drawn(seeds=[0]) == [("gptq", 0), ("rtn", 0)]
+    assert drawn(seeds=[5]) == [("gptq", 5), ("rtn", 0)], "a single seed counts, too"
+    assert drawn(seeds=[0, 1]) == [("gptq", 0), ("gptq", 1), ("rtn", 0)]
+
+
+def test_a_study_that_is_no_yaml_is_refused_by_its_name(tmp_path, monkeypatch):
+    (tmp_path / "conf" / "study").mkdir(parents=True)
+    (tmp_path / "conf" / "study" / "mine.yaml").write_text("name: [a\n")
+    monkeypatch.setattr(studies, "ROOT", tmp_path)
+    with pytest.raises(ValueError, match=r"study=mine: .*mine\.yaml is no YAML of a study: "):
+        studies.load_study("mine")
+
+
+def test_members_with_and_without_a_stage_have_their_own_rows(small, place, monkeypatch):
+    """The artefacts of the one are a part of the other's."""
+    rtn = [*small, "quantization=rtn", "allocation=uniform", "allocation.bits=3", "objective=row"]
+    members = [studies.experiment([*rtn, f"latency.repeats={repeats}"]) for repeats in (0, 1)]
+    done = plan.for_experiments(members)
+    Path(done.report).mkdir(parents=True)
+    monkeypatch.setattr(execution, "rows", lambda report: [{"row": number} for number in range(3)])
+    assert [sweeps.objective(done, member) for member in members] == [1, 2], "behind the 16-bit model's"
+
+
 def test_an_experiment_that_is_asked_for_twice_is_one_row(small):
     rtn = [studies.experiment([*small, "quantization=rtn", "allocation=uniform", f"seed={seed}"]) for seed in (0, 1)]
     assert [member.config["quantization"]["method"] for member in studies.compared(rtn)] == ["none", "rtn"]
@@ -230,8 +261,64 @@ def test_the_launchers_settings_become_snakemakes_options():
         *("--executor", "slurm", "--jobs", "16", "--workflow-profile", "p", "--keep-going", "--resources", "gpu=4"),
         *("--quiet", "host", "reason"),
     ], "why a cluster refused a job is told"
+    assert execution.Settings(profile="default").options(2)[:2] == ["--cores", "2"], "Snakemake's own default needs a number"
     assert execution.Settings(cores=3).options(2)[:2] == ["--cores", "3"]
     assert execution.Settings().options(2)[:2] == ["--cores", "2"]
+
+
+def test_times_of_a_gpu_elsewhere_want_its_name(small, place, monkeypatch):
+    """Where jobs run elsewhere, `auto` is the machine that submits: without a GPU, no job on one could time under its name."""
+    monkeypatch.setattr(machine, "has_gpu", lambda: False)
+    monkeypatch.setattr(machine.shutil, "which", lambda name: None)
+    machine.hardware.cache_clear()
+    slurm = execution.Settings(profile="slurm")
+    for overrides in (["device=cuda"], ["device=cuda:1"]):
+        with pytest.raises(ValueError, match=r"latency\.hardware=.*'NAME' latency\.threads=N .* or latency\.repeats=0"):
+            execution.planned([*small, *overrides], slurm)
+    assert not list(place.iterdir()), "nothing was written"
+    for overrides in (
+        ["device=cuda", "latency.hardware='H200'"],
+        ["device=cuda", "latency.repeats=0"],
+        ["device=cpu"],
+    ):
+        assert execution.planned([*small, *overrides], slurm).targets
+    with pytest.raises(ValueError, match="this machine has no GPU"):
+        execution.planned([*small, "device=cuda"], execution.Settings(profile="default"))
+    (answer,) = sweeps.Sweep(slurm).launch([[*small, "device=cuda"]])
+    with pytest.raises(sweeps.MemberFailed, match=r"latency\.hardware="):
+        _ = answer.return_value
+    machine.hardware.cache_clear()
+
+
+def test_tuning_that_does_not_fit_in_memory_is_refused_before_any_job(small, place, monkeypatch):
+    tuned = [*small, "quantization=best", "allocation=uniform"]
+    monkeypatch.setattr(forecast.limits, "memory_limit", lambda: 100 << 20)
+    local = execution.Settings()
+    with pytest.raises(ValueError, match=r"quantization\.distill_steps=\d+: .* of memory, .*100\.00MiB; take experiment=fast"):
+        execution.planned(tuned, local)
+    (answer,) = sweeps.Sweep(local).launch([tuned])
+    assert answer.status == JobStatus.FAILED and not list(place.iterdir()), "nothing was written"
+    execution.planned(tuned, execution.Settings(profile="slurm"))
+    execution.planned([*tuned, "quantization.distill_steps=0"], local)
+    (place / "results" / studies.experiment(tuned).artefacts["quantization"].folder).mkdir(parents=True)
+    execution.planned(tuned, local)  # its checkpoint is there
+
+
+def test_a_study_takes_keys_of_the_groups_that_it_chooses(small, place, monkeypatch):
+    """Of groups that nobody else chooses: in the default one there is no such key."""
+    asked = []
+    monkeypatch.setattr(execution, "run", lambda planned, experiments, settings: asked.append((planned, settings)) or 1)
+    study = {"name": "mine", "caption": "", "base": ["pruning=pesf"], "experiments": ["quantization=rtn allocation=uniform"]}
+    monkeypatch.setattr(studies, "load_study", lambda name: study)
+    monkeypatch.setattr(plan, "load_study", lambda name: study)
+    own = [o for o in small if not o.startswith(("quantization=", "allocation="))]
+    with pytest.raises(SystemExit):
+        command(monkeypatch, "study=mine", *own, "pruning.alpha=0.9", "hydra.launcher.jobs=3")
+    planned, settings = asked[0]
+    assert settings.jobs == 3
+    assert {item.config["pruning"]["alpha"] for item in planned.artefacts.values() if item.stage == "pruning"} == {0.9}
+    with pytest.raises(SystemExit, match=r"pruning\.beta=1: pruning=pesf has no key 'beta'"):
+        command(monkeypatch, "study=mine", *own, "pruning.beta=1")
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moepress import execution, plan
-from moepress.machine import check_gpu
+from moepress import execution
 
 
 @dataclass(frozen=True)
@@ -40,8 +39,7 @@ def compress(model: str | Path, out: str | Path | None = None, budget: str | int
     given |= {"allocation.budget": budget} if budget is not None else {}
     given |= {"out": str(out)} if out is not None else {}
     lines = [f"{key}={override_value(value)}" for key, value in given.items()]
-    check_gpu(str(given.get("device", "auto")))
-    planned = plan.for_overrides(lines)
+    planned = execution.with_checkpoint(execution.planned(lines, execution.Settings()))
     began = time.time()
     if execution.run(planned, [lines]):
         raise RuntimeError(execution.failures(planned, began))

@@ -6,7 +6,7 @@ that long stages can go on from it, and the folder gets its name only when it is
 checked against its provenance first. One process at a time works at an artefact, of all that share the results: see `locks`.
 
 A stage's module may have `WORK`, names in its folder that are only there to go on from after a kill; they are removed when the
-stage is through, never before. And `UNREAD`, roles (the part before the dash) of which it reads no weights but their headers.
+stage is through, never before. And `HEADERS_ONLY`, roles (the part before the dash) of whose weights it reads only the headers.
 """
 
 import errno
@@ -188,8 +188,8 @@ def _make(described: dict, inputs: dict[str, Path], out: Path) -> None:
     finished, told = partial / FINISHED, partial / integrity.PROVENANCE
     if not finished.exists() and not told.exists():
         startup = time.process_time()
-        unread = getattr(stage, "UNREAD", ())
-        reads = [(folder, role.partition("-")[0] not in unread) for role, folder in inputs.items()]
+        headers_only = getattr(stage, "HEADERS_ONLY", ())
+        reads = [(folder, role.partition("-")[0] not in headers_only) for role, folder in inputs.items()]
         integrity.check(reads, out.parent.parent)
         stage.run(task)
         cost = {"seconds": round(time.perf_counter() - began, 3), "startup": startup}
@@ -233,7 +233,8 @@ def not_of_the_future(paths: Iterable[Path]) -> None:
 
 
 def provenance(task: Task, start: float, seconds: float, startup: float) -> dict:
-    """Where a folder came from and what it cost. startup: CPU seconds spent before the stage began its work."""
+    """Where a folder came from and what it cost since its stage's last start: what was spent before it was stopped is not known
+    any more. startup: CPU seconds spent before the stage began its work."""
     return {
         "stage": task.stage,
         "key": task.key,

@@ -15,13 +15,12 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf.errors import OmegaConfBaseException
 
-from moepress import execution, integrity, studies
-from moepress import plan as planning
+from moepress import composing, execution, integrity, studies
 from moepress.artefacts import of_the_machine
 from moepress.commands import results
 from moepress.composing import ALONE, ROOT, groups, readable_error, without_value
 from moepress.config import resolve
-from moepress.machine import check_gpu
+from moepress.plan import Plan
 from moepress.schema.values import nearest
 from moepress.sweeps import MemberFailed
 
@@ -40,27 +39,33 @@ COMMANDS = {
 
 @hydra.main(config_path=str(ROOT / "conf"), config_name="config", version_base="1.3")
 def app(config) -> None:
-    """One experiment or study; of a sweep under another launcher than ours, a member."""
-    settings = HydraConfig.get()
-    overrides = list(settings.overrides.task)
+    """One experiment; of a sweep under another launcher than ours, a member."""
+    hydras = HydraConfig.get()
     try:
-        if config.out is not None and settings.mode == RunMode.MULTIRUN:
+        if config.out is not None and hydras.mode == RunMode.MULTIRUN:
             raise ValueError(f"out={config.out}: a sweep has many checkpoints; give out= to a single experiment")
-        launcher = execution.settings_of(settings.launcher)
-        if launcher.is_local:
-            check_gpu(str(config.device))
-        plan, began = planning.for_overrides(overrides), time.time()
-        if execution.run(plan, [overrides], launcher):
-            print(execution.failures(plan, began), file=sys.stderr)
-            sys.exit(1)
-        if config.out is not None:
-            print(f"a copy to publish: {execution.publish(plan, config.out)}", file=sys.stderr)
-        tell(plan, overrides, settings.mode)
+        compute(list(hydras.overrides.task), execution.settings_of(hydras.launcher), config.out, hydras.mode)
     except ValueError as error:
         sys.exit(f"moepress: {error}")
 
 
-def tell(plan: planning.Plan, overrides: list[str], mode: RunMode | None) -> None:
+def compute(overrides: list[str], settings: execution.Settings, out: str | None = None, mode: RunMode | None = RunMode.RUN):
+    """Run an experiment, or with `study=NAME` among the overrides a study, and say what came of it."""
+    plan, began = execution.planned(overrides, settings), time.time()
+    if out is not None:
+        plan = execution.with_checkpoint(plan)
+    if execution.run(plan, [overrides], settings):
+        print(execution.failures(plan, began), file=sys.stderr)
+        sys.exit(1)
+    if not execution.is_done(plan):
+        print(f"moepress: no {plan.report}: hydra.launcher.arguments asked for something else than a run", file=sys.stderr)
+        return
+    if out is not None:
+        print(f"a copy to publish: {execution.publish(plan, out)}", file=sys.stderr)
+    tell(plan, overrides, mode)
+
+
+def tell(plan: Plan, overrides: list[str], mode: RunMode | None) -> None:
     """What came of it, and as the last line the report's folder."""
     if any(override.startswith("study=") for override in overrides):
         report = Path(plan.report)
@@ -141,9 +146,14 @@ def run(arguments: list[str]) -> None:
         return
     refuse_words(arguments)
     check_study(arguments)
-    if not any(argument.startswith("-") for argument in arguments):
-        resolve([a for a in arguments if not a.startswith("study=")])  # before Hydra composes, whose own message says less
-    app()
+    if any(argument.startswith("-") for argument in arguments):
+        app()
+    elif any(argument.startswith("study=") for argument in arguments):  # its experiments may choose the groups of other keys
+        launcher = composing.launcher([a for a in arguments if a.startswith("hydra")])
+        compute([a for a in arguments if not a.startswith("hydra")], execution.settings_of(launcher))
+    else:
+        resolve(arguments)  # before Hydra composes, whose own message says less
+        app()
 
 
 if __name__ == "__main__":

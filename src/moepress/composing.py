@@ -218,6 +218,12 @@ def _composed(overrides: tuple[str, ...], _: tuple[int, int]) -> DictConfig:
         GlobalHydra.instance().hydra = outer
 
 
+def launcher(overrides: list[str]) -> DictConfig:
+    """Hydra's node of the launcher's settings under `hydra.KEY=` overrides; no other key is looked at."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose("config", overrides=overrides, return_hydra_config=True).hydra.launcher
+
+
 @lru_cache(maxsize=4096)
 def _parsed(override: str) -> Override:
     return OverridesParser.create().parse_override(override)

@@ -34,6 +34,7 @@ from moepress.quantization.budget import Prediction, plan_budget
 from moepress.quantization.size import check_measured
 from moepress.schema import SCHEMA
 from moepress.schema.allocation import reads_errors, reads_statistics
+from moepress.schema.pruning import is_fitted
 from moepress.schema.quantization import quantizer_of_statistics
 from moepress.schema.values import check, check_leaf, check_seed, nearest
 
@@ -58,6 +59,8 @@ def values(overrides: list[str] | tuple[str, ...] = ()) -> dict:
             raise ValueError(
                 f"{override!r}: no key can be left out; give it another value, or null where conf/ says that it may be"
             )
+        if override.startswith("+"):  # it would get past what checks keys by their names
+            raise ValueError(f"{override!r}: no key can be added; to set one that there is leave out the +")
         if "=" not in override:
             raise ValueError(without_value(override))
     check_experiment(overrides)
@@ -138,7 +141,7 @@ def reads_calibration(config: dict) -> bool:
     """Whether some stage of the experiment reads the calibration text."""
     method, pruned = config["quantization"]["method"], config["pruning"]["method"]
     is_calibrated = method in ("gptq", "qesc") or (method != "none" and reads_statistics(config["allocation"]))
-    return is_calibrated or pruned not in ("none", "pesf")
+    return is_calibrated or is_fitted(pruned)
 
 
 def check_local_text(config: dict) -> None:

@@ -17,12 +17,12 @@ from moepress.schema.allocation import reads_gradients, reads_statistics
 
 @dataclass(frozen=True)
 class Stage:
-    """version: raised by hand when the stage's meaning changes. reads: the config's groups and keys in its key.
+    """version: raised by hand when the stage's meaning changes. keys: the config's groups and keys in its key.
     inputs: config -> {role: (stage, config)}. label: config -> the readable part of the folder's name. parts: as inputs, of
     what is computed in jobs of its own and only put together here: whatever they are, the bytes are the same."""
 
     version: int
-    reads: tuple[str, ...]
+    keys: tuple[str, ...]
     inputs: Callable[[dict], dict]
     label: Callable[[dict], str]
     parts: Callable[[dict], dict] = lambda c: {}
@@ -170,7 +170,7 @@ _EXPERT_QUANTIZER = (
 )
 
 _STATISTICS_VERSION = 3
-_STATISTICS_READS = ("statistics", *(f"quantization.{name}" for name in _EXPERT_QUANTIZER))
+_STATISTICS_KEYS = ("statistics", *(f"quantization.{name}" for name in _EXPERT_QUANTIZER))
 
 _TEXT = ("seq_len", "num_blocks", "stride", "separator", "domains", "batch_size")
 
@@ -198,13 +198,13 @@ STAGES: dict[str, Stage] = {
     ),
     "statistics_block": Stage(
         _STATISTICS_VERSION,
-        _STATISTICS_READS,
+        _STATISTICS_KEYS,
         _statistics_inputs,
         lambda c: "{}-{}-{}-of-{}".format(c["model"]["name"], c["statistics"]["quantizer"], *c["statistics"]["block"]),
     ),
     "statistics": Stage(
         _STATISTICS_VERSION,
-        _STATISTICS_READS,
+        _STATISTICS_KEYS,
         _statistics_inputs,
         lambda c: f"{c['model']['name']}-{c['statistics']['quantizer']}",
         _statistics_parts,
@@ -226,9 +226,10 @@ NOT_IN_KEY = {
     "latency": ("model", "num_layers", "skew"),
     "statistics": ("blocks",),
 }
-"""Where something lies and how it is called is no part of what it is; its fingerprint is. The decomposition is a stage, and the
-shapes of latency.model have artefacts of their own, see `shape_artefact`. In how many jobs statistics are computed changes no
-number."""
+"""Where something lies and how it is called is no part of what it is; its fingerprint is. Some folders of results have the
+model's name in their labels, though: where a model folder is renamed, those of model, statistics and gradients are made anew
+under the same keys; `model.name=OLD` keeps them (docs/guide.md). The decomposition is a stage, and the shapes of latency.model
+have artefacts of their own, see `shape_artefact`. In how many jobs statistics are computed changes no number."""
 
 
 def artefact(stage: str, config: dict) -> Artefact:
@@ -236,7 +237,7 @@ def artefact(stage: str, config: dict) -> Artefact:
     entry = STAGES[stage]
     inputs = {role: artefact(*source) for role, source in entry.inputs(config).items()}
     sliced: dict = {}
-    for name in entry.reads:
+    for name in entry.keys:
         group, _, key = name.partition(".")
         if not key:
             sliced[group] = {k: v for k, v in config[group].items() if k not in NOT_IN_KEY.get(group, ())}

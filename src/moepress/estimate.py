@@ -23,6 +23,7 @@ from moepress.models.limits import TOKENS_AT_ONCE, curvature_bytes, experts_at_o
 from moepress.models.outline import Outline
 from moepress.quantization.budget import Prediction, unpacked_bytes
 from moepress.schema.allocation import reads_gradients, reads_statistics
+from moepress.schema.pruning import is_fitted
 
 LIBRARY_BYTES = 700 << 20
 """Of a stage that has torch and transformers in memory and no model yet."""
@@ -46,11 +47,6 @@ def has_gradients(config: dict) -> bool:
 
 def gradient_tokens(config: dict) -> int:
     return min(config["gradients"]["num_sequences"], config["calibration"]["num_sequences"]) * config["calibration"]["seq_len"]
-
-
-def is_fitted(config: dict) -> bool:
-    """Whether the pruning policy needs the model and calibration text: PESF's does not."""
-    return config["pruning"]["method"] not in ("none", "pesf")
 
 
 def memory(model: Outline, config: dict, packed_bytes: int, device: str, has: int) -> dict[str, int]:
@@ -85,7 +81,7 @@ def memory(model: Outline, config: dict, packed_bytes: int, device: str, has: in
     found["evaluation at 16 bits"] = (library + original if is_whole else layer) + logits
     if quantized:
         found["evaluation"] = library + packed_bytes + logits
-    if is_fitted(config):  # whole, as it is loaded
+    if is_fitted(config["pruning"]["method"]):  # whole, as it is loaded
         found["pruning"] = library + (packed_bytes if quantized else original) + 4 * TOKENS_AT_ONCE * (8 * H + 4 * I)
     if is_decomposed(config):  # one model after the other: what the first leaves, and the second's files as they are read
         found["decomposition"] = (
@@ -144,7 +140,7 @@ def seconds(model: Outline, config: dict, flops_per_second: float, correction: f
         found["quantization"] = (
             correction * (flops / flops_per_second + STEP_SECONDS * steps) + FOLDER_SECONDS + 2 * COMPILED_SECONDS
         )
-    if is_fitted(config):
+    if is_fitted(config["pruning"]["method"]):
         found["pruning"] = work.pruning_work(model, config) / flops_per_second + FOLDER_SECONDS
     if is_decomposed(config):
         flops, steps = work.decomposition_work(model, config)

@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -20,7 +20,10 @@ from moepress import integrity, locks
 from moepress.artefacts import read_json, write_if_changed
 from moepress.composing import ROOT
 from moepress.dag import Artefact
-from moepress.plan import Plan
+from moepress.forecast import check_memory
+from moepress.machine import check_gpu, check_timing
+from moepress.plan import Plan, asked, make
+from moepress.studies import Experiment
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Settings:
 
     @property
     def is_local(self) -> bool:
-        return self.executor in (None, "local") and self.profile is None
+        return self.executor in (None, "local") and self.profile in (None, "default")
 
     def options(self, cores: int | None) -> list[str]:
         """Of the command line. cores: what the configuration asks for."""
@@ -57,6 +60,38 @@ def settings_of(launcher) -> Settings:
     if not str(launcher.get("_target_")).endswith("SnakemakeLauncher"):
         return Settings()
     return Settings(**{name: value for name, value in OmegaConf.to_container(launcher).items() if name != "_target_"})
+
+
+def planned(overrides: list[str], settings: Settings) -> Plan:
+    """The plan of an experiment, or with `study=NAME` of a study; refused before anything is written where it cannot come to
+    a good end."""
+    name, caption, members = asked(overrides)
+    check_machine(members, settings)
+    if (out := members[-1].config["out"]) is not None:
+        from moepress.export import check_free  # imports pandas, as a report does
+
+        check_free(Path(out).expanduser(), members[-1].artefacts["quantization"].key)
+    return make(name, caption, members)
+
+
+def check_machine(members: Iterable[Experiment], settings: Settings) -> None:
+    """ValueError for what the machine that the jobs run on surely cannot do, as far as that is known here."""
+    for member in members:
+        config = member.config
+        if settings.is_local:
+            check_gpu(config["device"])
+            if "quantization" in member.missing and not settings.storage:  # which may have it
+                check_memory(config)
+        elif "latency" in member.missing:
+            check_timing(config["device"], config["latency"]["hardware"])
+
+
+def with_checkpoint(plan: Plan) -> Plan:
+    """The plan for whoever wants the run's model and policy themselves, beside what the report says of them: those that were
+    deleted since are computed again."""
+    run = runs(plan)[-1]["artefacts"]
+    wanted = [run.get("quantization", run["model"]), *([run["pruning"]] if "pruning" in run else [])]
+    return replace(plan, targets=[*plan.targets, *(f"{plan.results}/{folder}" for folder in wanted)])
 
 
 def is_done(plan: Plan) -> bool:
@@ -81,11 +116,11 @@ def run(plan: Plan, experiments: list[list[str]], settings: Settings | None = No
 def _run(plan: Plan, experiments: list[list[str]], settings: Settings, lock: int | None) -> int:
     # A file, as a command line has no room for a large sweep. `out` is of the command, not of the DAG.
     lines = [" ".join(shlex.quote(o) for o in overrides if not o.startswith("out=")) for overrides in experiments]
-    asked = Path(plan.results) / "tasks" / "asked" / f"{Path(plan.report).name}.json"
-    write_if_changed(asked, json.dumps({"experiments": lines}, indent=1, ensure_ascii=False) + "\n")
-    command = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--configfile", str(asked)]
+    asked_for = Path(plan.results) / "tasks" / "asked" / f"{Path(plan.report).name}.json"
+    write_if_changed(asked_for, json.dumps({"experiments": lines}, indent=1, ensure_ascii=False) + "\n")
+    command = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--configfile", str(asked_for)]
     command += settings.options(plan.cores)
-    command += ["--", "here"] if settings.storage else []
+    command += ["--", *(["here"] if settings.storage else plan.targets)]
     is_stopped = False
     with _terminated_as_interrupted(), locks.snakemake(command, lock) as snakemake:
         while True:
@@ -133,7 +168,7 @@ def _stop(snakemake: subprocess.Popen) -> None:
 
 
 def missing(plan: Plan) -> list[str]:
-    """Folders that the report waits for, itself among them: what is not there, unless all that would read it is."""
+    """Folders that the targets wait for, themselves among them: what is not there, unless all that would read it is."""
     results, found = Path(plan.results), {}
 
     def visit(item: Artefact) -> None:
@@ -142,7 +177,9 @@ def missing(plan: Plan) -> list[str]:
             for upstream in item.reads.values():
                 visit(upstream)
 
-    visit(plan.artefacts[str(Path(plan.report).relative_to(results))])
+    for target in plan.targets:
+        if item := plan.artefacts.get(str(Path(target).relative_to(results))):  # else W&B's note
+            visit(item)
     return list(found)
 
 

@@ -11,6 +11,7 @@ import os
 import shutil
 from pathlib import Path
 
+from moepress import integrity
 from moepress.artefacts import read_json
 from moepress.inference import manifest
 from moepress.report import card
@@ -35,7 +36,7 @@ def export(checkpoint: str | Path, out: str | Path, results: str | Path | None =
     facts = read_json(checkpoint / FACTS)
     text = card.render(facts, measured(Path(results), facts["key"]) if results else None)
     files = [*manifest.read_index(checkpoint)["metadata"]["files"], manifest.INDEX, FACTS]
-    check_replaceable(out, checkpoint, {*files, README})
+    check_replaceable(out, checkpoint, facts["key"], {*files, README})
 
     out.parent.mkdir(parents=True, exist_ok=True)
     beside, old = (out.with_name(f".{out.name}.{kind}-{os.getpid()}") for kind in ("new", "old"))
@@ -66,20 +67,28 @@ def place(source: Path, target: Path) -> None:
     shutil.copyfile(source, target)
 
 
-def check_replaceable(out: Path, checkpoint: Path, files: set[str]) -> None:
-    """Raise ValueError unless `out` is absent, empty, or an earlier export of the same checkpoint and nothing else."""
+def check_free(out: Path, key: str) -> None:
+    """Raise ValueError unless `out` is absent, empty, or an export of the checkpoint `key`: what can be told before there is
+    that checkpoint."""
     if not out.exists():
         return
     if not out.is_dir():
         raise ValueError(f"{out}: is a file; give the name of a folder")
-    if not any(out.iterdir()):
-        return
-    if out.resolve() == checkpoint.resolve():
+    try:
+        is_same = read_json(out / FACTS)["key"] == key
+    except (OSError, ValueError, KeyError, TypeError):
+        is_same = False
+    if any(out.iterdir()) and not is_same:
+        raise ValueError(f"{out}: not empty, and no export of this checkpoint ({key}); give another folder or empty it")
+
+
+def check_replaceable(out: Path, checkpoint: Path, key: str, files: set[str]) -> None:
+    """Raise ValueError unless `out` is absent, empty, or an earlier export of the same checkpoint and nothing else."""
+    check_free(out, key)
+    if out.exists() and out.resolve() == checkpoint.resolve():
         raise ValueError(f"{out}: is the checkpoint itself; give another folder")
-    index = out / manifest.INDEX
-    if not index.is_file() or index.read_bytes() != (checkpoint / manifest.INDEX).read_bytes():
-        raise ValueError(f"{out}: not empty, and no export of {checkpoint.name}; give another folder or empty it")
-    if added := sorted(path.name for path in out.iterdir() if path.name not in files):
+    added = sorted(path.name for path in out.iterdir() if path.name not in files) if out.exists() else []
+    if added:
         raise ValueError(f"{out}: holds {added[0]}, which no export wrote; move it away or give another folder")
 
 
@@ -91,6 +100,8 @@ def measured(report: Path, key: str) -> dict:
     path = report / "runs.csv" if report.is_dir() else report
     if not path.is_file():
         raise ValueError(f"{path}: not there; give a report's folder (results/report/...) or its runs.csv")
+    if integrity.is_whole(path.parent):  # else a table that lies by itself
+        integrity.check([(path.parent, True)], path.parent.parent.parent)
     with path.open(newline="", encoding="utf-8") as file:
         rows: list[dict] = [row | {"keys": json.loads(row["keys"])} for row in csv.DictReader(file)]
     plain = [row for row in rows if row["pruning"] == "none"]

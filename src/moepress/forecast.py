@@ -9,7 +9,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from moepress import dag, estimate, studies
+from moepress import estimate, studies
 from moepress.config import values
 from moepress.machine import hardware, uses_gpu
 from moepress.models import families, hub, limits, outline
@@ -73,14 +73,14 @@ def forecast(overrides: list[str]) -> tuple[str, list[str]]:
     return "\n".join([*lines, *needed, *([] if problems else ["", "it fits"])]), problems
 
 
-def read_model(model: dict) -> Outline:
-    """The outline of the model that the group `model` names."""
+def read_model(model: dict, local: bool = False) -> Outline:
+    """The outline of the model that the group `model` names. local: of a hub model only what is here, without network."""
     if model["kind"] == "tiny":
         return outline.from_recipe(model)
     if model["kind"] == "carved":
         return outline.from_carving(model)
     if model["kind"] == "hub":
-        folder, stored = hub.fetch_sizes(model["id"], model["revision"])
+        folder, stored = hub.fetch_sizes(model["id"], model["revision"], local)
         return outline.from_headers(folder, "model.id", stored) if stored else outline.read_any(folder, "model.id")
     return outline.read_any(Path(model["path"]), "model.path")
 
@@ -138,25 +138,18 @@ def size_table(sizes: list[Size]) -> list[str]:
 def missing_stages(overrides: list[str]) -> set[str] | None:
     """Stages of the experiment with something that is yet to be made; None where its files do not tell."""
     try:
-        member = studies.experiment(overrides)
+        return studies.experiment(overrides).missing
     except (OSError, ValueError):
         return None
-    results = Path(member.config["paths"]["results"]).expanduser()
-    needed = dag.everything(list(member.artefacts.values()))
-    return {item.stage for folder, item in needed.items() if not (results / folder).exists()}
 
 
 def resources(model: Outline, config: dict, asked: Size | None, missing: set[str] | None) -> tuple[list[str], list[str]]:
     """The lines on memory, disk and time, and what is missing."""
-    gpu = estimate.gpu_memory() if uses_gpu(config["device"]) else None
-    on_gpu = gpu is not None
-    what, has = ("memory", limits.memory_limit()) if gpu is None else ("GPU memory", gpu)
-    packed = 0 if asked is None else asked.on_gpu if on_gpu else asked.on_cpu
-    memory = estimate.memory(model, config, packed, "cuda" if on_gpu else "cpu", has)
+    what, has, memory = memory_of(model, config, asked)
     lacking = [(stage, n) for stage, n in memory.items() if n > has]
     problems = [f"{stage} needs {readable(n)} of {what}, this machine has {readable(has)}" for stage, n in lacking]
 
-    results = Path(config["paths"]["results"])
+    results = Path(config["paths"]["results"]).expanduser()
     disk = estimate.disk(model, config, asked.folder if asked else None)
     total, free = sum(disk.values()), estimate.free_disk(results)
     if total > free:
@@ -166,13 +159,40 @@ def resources(model: Outline, config: dict, asked: Size | None, missing: set[str
     rows += [(f"  {stage}", readable(n), "") for stage, n in memory.items()]
     rows += [("disk", readable(total), f"of {readable(free)} free")]
     rows += [(f"  {name}", readable(n), "") for name, n in disk.items()]
-    return aligned([*rows, *time_rows(model, config, on_gpu, missing)], left_last=True), problems
+    return aligned([*rows, *time_rows(model, config, what != "memory", missing)], left_last=True), problems
+
+
+def memory_of(model: Outline, config: dict, asked: Size | None) -> tuple[str, int, dict[str, int]]:
+    """`(what, has, needed)`: which memory the stages run in, its bytes on this machine, and stage -> bytes at its peak."""
+    gpu = estimate.gpu_memory() if uses_gpu(config["device"]) else None
+    what, has = ("memory", limits.memory_limit()) if gpu is None else ("GPU memory", gpu)
+    packed = 0 if asked is None else asked.on_cpu if gpu is None else asked.on_gpu
+    return what, has, estimate.memory(model, config, packed, "cpu" if gpu is None else "cuda", has)
+
+
+def check_memory(config: dict) -> None:
+    """ValueError where the packed model is to be tuned as a whole and this machine has not the memory for it. A hub model that
+    cannot be looked at is left to the stage, which looks again."""
+    if not (steps := config["quantization"].get("distill_steps")):
+        return
+    try:
+        model = read_model(config["model"])
+    except (OSError, ValueError):
+        return
+    asked = asked_size(Prediction(model, config["quantization"]), config["allocation"])
+    what, has, needed = memory_of(model, config, asked)
+    if needed["quantization"] > has:
+        raise ValueError(
+            f"quantization.distill_steps={steps}: tuning the packed model as a whole needs {readable(needed['quantization'])} "
+            f"of {what}, this machine has {readable(has)}; take experiment=fast, which never holds more than a layer"
+        )
 
 
 def time_rows(model: Outline, config: dict, on_gpu: bool, missing: set[str] | None) -> list[tuple[str, str, str]]:
     """Of the whole and of each stage, from this machine's measured speed. missing: see `missing_stages`."""
     speed = estimate.measured_flops()
-    correction = estimate.correction_from(Path(config["paths"]["results"]), speed, hardware(config["device"]))
+    results = Path(config["paths"]["results"]).expanduser()
+    correction = estimate.correction_from(results, speed, hardware(config["device"]))
     spent = estimate.seconds(model, config, speed, correction or 1.0)
     source = f"at {speed / 1e9:.0f} GFLOP/s, measured on the CPU"
     if correction is not None:

@@ -21,9 +21,6 @@ PROVENANCE = "provenance.json"
 REFERENCE = "reference.json"
 SEAL = "sha256"
 ID = re.compile(r"(?P<label>.+)-(?P<key>[0-9a-f]{12})")
-UNSEALED = {"stage", "key", "command", "git_commit", "start", "seconds", "cpu_seconds", "peak_memory_bytes", "device"}
-UNSEALED |= {"machine", "versions", "inputs", "files"}
-"""What provenance.json had before it had a seal: such a one is taken as it is."""
 WEIGHTS = (".safetensors",)
 DECISIVE = (*WEIGHTS, ".json", ".model", ".txt", ".jinja")
 """Files of a model folder outside of the results that decide what the model does; its README may change."""
@@ -81,7 +78,10 @@ def check(folders: Iterable[tuple[Path, bool]], results: Path) -> None:
 
 def way_out(damage: Damage, results: Path) -> str:
     if damage.outside:
-        return f"put back the file that was there when {damage.folder} was made, or give the model as it is now as another run"
+        return (
+            f"put back the file that was there when {damage.folder} was made; if the model was moved, remove that folder, "
+            "which only says where it was; or give the model as it is now as another run"
+        )
     where = "" if results == Path("results") else f" --results={results}"
     return (
         f"`moepress verify{where}` shows all that is damaged, with --delete it removes it, and the same run computes it again"
@@ -161,8 +161,7 @@ def _read(path: Path, folder: Path) -> dict | Damage:
         return Damage(path, "missing", folder)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return Damage(path, f"truncated or altered, it cannot be read ({error})", folder)
-    is_sealed = seal == _seal(found) if seal is not None else found.keys() <= UNSEALED
-    if not told or not is_sealed:
+    if not told or seal != _seal(found):
         return Damage(path, "altered, its sha256 is not its own", folder)
     return found
 

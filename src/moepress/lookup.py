@@ -2,15 +2,17 @@
 name of a run in a report."""
 
 import argparse
+import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from moepress.artefacts import read_json
 from moepress.dag import STAGES
-from moepress.integrity import ID, PROVENANCE, is_whole
+from moepress.integrity import ID, PROVENANCE, Damage, is_whole, way_out
 from moepress.schema.values import nearest
 
 FOLDERS = (*STAGES, "report")
@@ -37,12 +39,24 @@ class Found:
 
     @cached_property
     def described(self) -> dict:
-        """config.yaml: stage, key, config, inputs."""
-        return yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
+        """config.yaml: stage, key, config, inputs. ValueError where it is damaged."""
+        return self._read("config.yaml", yaml.safe_load, {"config", "inputs"})
 
     @cached_property
     def provenance(self) -> dict:
-        return read_json(self.path / PROVENANCE)
+        """ValueError where it is damaged."""
+        return self._read(PROVENANCE, json.loads, {"seconds"})
+
+    def _read(self, name: str, parse: Callable[[str], Any], needs: set[str]) -> dict:
+        why = "truncated or altered"
+        try:
+            found = parse((self.path / name).read_text(encoding="utf-8"))
+            if isinstance(found, dict) and found.keys() >= needs:
+                return found
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            why = str(error).partition("\n")[0]
+        damage = Damage(self.path / name, f"cannot be read ({why})", self.path)
+        raise ValueError(f"{damage}; {way_out(damage, self.results)}")
 
     @property
     def inputs(self) -> dict[str, "Found"]:
@@ -112,7 +126,7 @@ def artefact(name: str, results: Path) -> Found:
 def reports(results: Path) -> list[Found]:
     """The newest first."""
     found = [item for item in artefacts(results) if item.stage == "report"]
-    return sorted(found, key=lambda item: (item.provenance["start"], item.path.stat().st_mtime), reverse=True)
+    return sorted(found, key=lambda item: (item.provenance.get("start", ""), item.path.stat().st_mtime), reverse=True)
 
 
 def named(name: str, place: Found) -> list[dict]:

@@ -30,13 +30,17 @@ def hardware(device: str = "auto") -> str:
     return found.group(1).strip() if found else platform.processor() or platform.machine()
 
 
+def has_gpu() -> bool:
+    drivers = ("/dev/nvidiactl", "/dev/dxg", "/dev/nvhost-gpu", "/dev/kfd")  # NVIDIA, under Windows, on a Jetson; AMD
+    return bool(shutil.which("nvidia-smi") or any(map(os.path.exists, drivers)))
+
+
 def check_gpu(device: str) -> None:
     """ValueError for a GPU where this machine has none, or a torch that knows of none; where stages run here. No import of
     torch."""
     if not device.startswith("cuda"):
         return
-    driver = ("/dev/nvidiactl", "/dev/dxg", "/dev/nvhost-gpu", "/dev/kfd")  # NVIDIA, under Windows, on a Jetson; AMD
-    check(bool(shutil.which("nvidia-smi") or any(map(os.path.exists, driver))), "device", device, NO_GPU)
+    check(has_gpu(), "device", device, NO_GPU)
     found = importlib.util.find_spec("torch")
     version = Path(found.origin).with_name("version.py") if found and found.origin else None
     text = version.read_text(encoding="utf-8") if version and version.is_file() else ""
@@ -46,4 +50,15 @@ def check_gpu(device: str) -> None:
     )
 
 
-NO_GPU = "this machine has no GPU (no nvidia-smi); take device=cpu or auto, or jobs elsewhere: hydra.launcher.executor=slurm"
+NO_GPU = "this machine has no GPU (no nvidia-smi); take device=cpu or auto, or jobs elsewhere: hydra.launcher.profile=slurm"
+
+
+def check_timing(device: str, named: str) -> None:
+    """ValueError for times of a GPU that would be kept under this machine's name, which has none; where stages run elsewhere.
+    named: latency.hardware, which `auto` makes the name of the machine that is asked."""
+    if device.startswith("cuda") and not has_gpu() and named == hardware("cpu"):
+        raise ValueError(
+            f"latency.hardware={named!r} is this machine, which has no GPU, and device={device} is timed elsewhere; give that "
+            "machine's, latency.hardware='NAME' latency.threads=N (NAME as its nvidia-smi --query-gpu=name "
+            "--format=csv,noheader says it), or latency.repeats=0 for no timing"
+        )

@@ -6,6 +6,7 @@ import shlex
 import shutil
 import sys
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 from moepress import estimate, forecast, tracking
@@ -68,11 +69,17 @@ class Plan:
         """Snakemake's `mem_mb` of a job: what `moepress plan` foretells and a half more; each time that it is started again,
         as often as much. Asked of a cluster; here it counts only where `--resources mem_mb=` says what there is."""
 
-        def wanted(wildcards, attempt):
-            folder = f"{stage}/{wildcards.id}"
-            return attempt * (memory_mb(stage, self.configs[folder]) if folder in self.configs else SOME_MEMORY_MB)
+        @cache
+        def at_first(folder: str) -> int:
+            return memory_mb(stage, self.configs[folder]) if folder in self.configs else SOME_MEMORY_MB
 
-        return wanted
+        return lambda wildcards, attempt: attempt * at_first(f"{stage}/{wildcards.id}")
+
+    def gpus_of_model(self, wildcards) -> int:
+        """Snakemake's `gpu` of a job of the stage model: a dense model is carved, and distilled, on the device; the small one
+        is trained on the CPU, and others are only read."""
+        config = self.configs.get(f"model/{wildcards.id}")
+        return self.gpus if config and config["model"]["kind"] == "carved" else 0
 
     def upstream(self, stage: str):
         """Snakemake input function: the folders that a stage's job reads; none for an artefact of another plan."""
@@ -86,9 +93,9 @@ class Plan:
 
 
 def memory_mb(stage: str, config: dict) -> int:
-    """MiB to ask for a job of a stage; for a model whose outline cannot be read yet, SOME_MEMORY_MB."""
+    """MiB to ask for a job of a stage; for a model whose outline cannot be read yet, SOME_MEMORY_MB. Without network."""
     try:
-        model, packed = forecast.read_model(config["model"]), 0
+        model, packed = forecast.read_model(config["model"], local=True), 0
         if config["quantization"]["method"] != "none":
             packed = forecast.asked_size(Prediction(model, config["quantization"]), config["allocation"]).on_cpu
     except (OSError, ValueError):
@@ -121,12 +128,13 @@ def make(name: str, caption: str, experiments: list[Experiment]) -> Plan:
     report = report_artefact(name, caption, experiments)
     configs: dict[str, dict] = {}
     needed = everything([report])
-    for member, row in zip(experiments, report.config["runs"], strict=True):
-        own = [needed[folder] for folder in row["artefacts"].values()]
-        for folder in everything([*member.artefacts.values(), *own]):
+    rows = [(member, row["artefacts"].values()) for member, row in zip(experiments, report.config["runs"], strict=True)]
+    for member, own in rows:  # a member's own artefacts before what others need of them
+        configs |= {folder: member.config for folder in own if folder not in configs}
+    for member, own in rows:
+        for folder in everything([needed[folder] for folder in own]):
             configs.setdefault(folder, member.config)
-    for folder in needed:
-        configs.setdefault(folder, first)
+    configs.setdefault(report.folder, first)
     artefacts = write_tasks([report], configs, results)
     targets = [f"{results}/{report.folder}"]
     mode, settings = first["tracking"]["mode"], tracking.settings_of(first["tracking"])
@@ -150,16 +158,22 @@ def is_large(model: dict) -> bool:
 
 
 def for_overrides(overrides: list[str]) -> Plan:
-    """One experiment beside its 16-bit model, or with `study=NAME` among the overrides that study's experiments."""
+    return make(*asked(overrides))
+
+
+def asked(overrides: list[str]) -> tuple[str, str, list[Experiment]]:
+    """Name, caption and rows of the report: of one experiment beside its 16-bit model, or with `study=NAME` among the overrides
+    of that study's experiments."""
+    refuse_of_hydra(overrides)
     names = [o.partition("=")[2] for o in overrides if o.startswith("study=")]
     rest = [o for o in overrides if not o.startswith("study=")]
     if names:
         refuse_out(rest, "a study has many checkpoints; give out= to a single experiment")
-        return for_study(names[-1], rest)
+        return of_study(names[-1], rest)
     member = experiment(rest)
     if member.config["out"] is not None and member.config["quantization"]["method"] == "none":
         raise ValueError(f"out={member.config['out']}: quantization=none makes no checkpoint; there is nothing to copy")
-    return for_experiments([member])
+    return joined([member])
 
 
 def for_experiments(members: list[Experiment]) -> Plan:
@@ -184,9 +198,16 @@ def refuse_out(overrides: list[str], why: str) -> None:
             raise ValueError(f"{override}: {why}")
 
 
-def for_study(name: str, overrides: list[str]) -> Plan:
+def refuse_of_hydra(overrides: list[str]) -> None:
+    """ValueError for a `hydra.KEY=` that would be passed over in silence: it is of the command's own, which has taken it."""
+    for override in overrides:
+        if override.startswith("hydra"):
+            raise ValueError(f"{override}: of the `moepress` command alone, moepress KEY=VALUE ... {override}")
+
+
+def of_study(name: str, overrides: list[str]) -> tuple[str, str, list[Experiment]]:
     study = load_study(name)
-    return make(study["name"], study["caption"], study_experiments(study, overrides))
+    return study["name"], study["caption"], study_experiments(study, overrides)
 
 
 def from_snakemake(config: dict) -> Plan:
@@ -199,9 +220,11 @@ def from_snakemake(config: dict) -> Plan:
     lines = config.get("experiments", [])
     lines = [lines] if isinstance(lines, str) else list(lines)
     why = "snakemake makes the results; the `moepress` command and moepress.compress copy the checkpoint"
-    refuse_out([*overrides, *(o for line in lines for o in shlex.split(line))], why)
+    everywhere = [*overrides, *(o for line in lines for o in shlex.split(line))]
+    refuse_out(everywhere, why)
+    refuse_of_hydra(everywhere)
     if "experiments" in config:
         if len(lines) == 1:
             return for_overrides([*shlex.split(lines[0]), *overrides])
         return for_experiments([experiment([*shlex.split(line), *overrides]) for line in lines])
-    return for_study(config.get("study", "default"), overrides)
+    return make(*of_study(config.get("study", "default"), overrides))

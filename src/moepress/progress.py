@@ -60,15 +60,15 @@ def line(state: dict) -> str:
     units = f"{unit}s" if len(unit) > 1 else unit
     text = f"{scaled[0]} of {scaled[1]} {units}" if total else f"{scaled[0]} {units}"
     elapsed = state["elapsed"]
-    text += f", {duration(elapsed)} so far"
+    text += f", {clock(elapsed)} so far"
     rate = state["rate"] or ((done - state["initial"]) / elapsed if elapsed else None)
     if total and rate and done < total:
-        text += f", about {duration((total - done) / rate)} left"
+        text += f", about {clock((total - done) / rate)} left"
     postfix = f" ({state['postfix']})" if state["postfix"] else ""
     prefix = f"{state['prefix'].removesuffix(': ')}: " if state["prefix"] else ""
     return f"{prefix}{text}{postfix}"
 
 
-def duration(seconds: float) -> str:
+def clock(seconds: float) -> str:
     """`0:12:40`."""
     return str(timedelta(seconds=round(seconds)))

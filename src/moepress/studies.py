@@ -3,22 +3,38 @@
 import re
 import shlex
 from dataclasses import dataclass
+from pathlib import Path
 
+import yaml
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from moepress.composing import ROOT
+from moepress.composing import ROOT, first_lines
 from moepress.config import resolve
-from moepress.dag import Artefact, artefact, is_decomposed, is_reference, make_artefact, reference, run_label
+from moepress.dag import Artefact, artefact, everything, is_decomposed, is_reference, make_artefact, reference, run_label
 from moepress.schema.allocation import reads_statistics
+
+MEASURED = ("evaluation", "latency", "quantization", "allocation", "decomposition")
+"""Stages that fill a row, as far as an experiment has them."""
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """config: resolved. artefacts: stage -> Artefact of the stages with a row to fill."""
+    """config: resolved. artefacts: stage -> Artefact of those of MEASURED that it has."""
 
     overrides: tuple[str, ...]
     config: dict
     artefacts: dict[str, Artefact]
+
+    @property
+    def results(self) -> Path:
+        return Path(self.config["paths"]["results"]).expanduser()
+
+    @property
+    def missing(self) -> set[str]:
+        """Stages with something that is yet to be made for it."""
+        needed = everything([*self.artefacts.values()])
+        return {item.stage for folder, item in needed.items() if not (self.results / folder).exists()}
 
     @property
     def beside_label(self) -> list[str]:
@@ -67,7 +83,11 @@ def load_study(name: str) -> dict:
     files = {found.stem: found for found in (ROOT / "conf" / "study").glob("*.yaml")}
     if name not in files:
         raise ValueError(f"study={name}: no such file in conf/study/; there is {', '.join(sorted(files))}")
-    return checked_study(OmegaConf.to_container(OmegaConf.load(files[name])), f"study={name}")
+    try:
+        found = OmegaConf.to_container(OmegaConf.load(files[name]))
+    except (yaml.YAMLError, OSError, OmegaConfBaseException) as error:
+        raise ValueError(f"study={name}: {files[name]} is no YAML of a study: {first_lines(error)}") from error
+    return checked_study(found, f"study={name}")
 
 
 NOT_A_STUDYS = re.compile(r"[+~]*(paths|out|hydra|tracking|evaluation\.run_generated_code)\b")
@@ -80,8 +100,9 @@ def checked_study(study, key: str) -> dict:
     lists = texts and all(isinstance(study.get(name), list) for name in ("base", "experiments"))
     if not lists or not all(isinstance(line, str) for line in (*study["base"], *study["experiments"])):
         raise ValueError(f"{key}: a study has name and caption (texts), base and experiments (lists of overrides)")
-    if not study["experiments"] or not all(type(seed) is int for seed in study.get("seeds", [])):
-        raise ValueError(f"{key}: give at least one experiment, and seeds, if any, as a list of whole numbers")
+    seeds = study.get("seeds", [])
+    if not study["experiments"] or not isinstance(seeds, list) or not all(type(seed) is int for seed in seeds):
+        raise ValueError(f"{key}: give at least one experiment, and seeds, if any, as a list of whole numbers: [0, 1]")
     for line in [*study["base"], *shlex.split(" ".join(study["experiments"]))]:
         if NOT_A_STUDYS.match(line):
             raise ValueError(f"{key}: sets {line!r}, which is for whoever runs the study: give it on the command line")
@@ -90,14 +111,15 @@ def checked_study(study, key: str) -> dict:
 
 def study_experiments(study: dict, overrides: list[str] | tuple[str, ...] = ()) -> list[Experiment]:
     """Every experiment of a study: its own overrides over the study's base, the caller's over both; under each of the study's
-    seeds, but once where its artefacts are the same under all.
+    seeds, but once where its artefacts are the same without them.
     The 16-bit models are added as `compared` has it."""
     found: list[Experiment] = []
     for line in study["experiments"]:
         own = [*study["base"], *shlex.split(line)]
+        plain = experiment([*own, *overrides])
         drawn = [experiment([*own, f"seed={seed}", *overrides]) for seed in study.get("seeds", [])]
         different = {member.artefacts["evaluation"].key: member for member in drawn}
-        found += different.values() if len(different) > 1 else [experiment([*own, *overrides])]
+        found += different.values() if different.keys() - {plain.artefacts["evaluation"].key} else [plain]
     return compared(found)
 
 

@@ -14,7 +14,6 @@ from omegaconf import OmegaConf
 from moepress import dag, execution, plan, studies
 from moepress.commands import results as results_table
 from moepress.execution import Settings
-from moepress.machine import check_gpu
 from moepress.plan import Plan
 
 
@@ -42,8 +41,7 @@ class Sweep:
             refuse_whole(overrides)
             try:
                 member = studies.experiment(overrides)
-                if self.settings.is_local:
-                    check_gpu(member.config["device"])
+                execution.check_machine([member], self.settings)
                 asked[number] = member
             except ValueError as error:
                 failures[number] = str(error)
@@ -65,7 +63,7 @@ class Sweep:
         for number, overrides in enumerate(jobs):
             returned = JobReturn(overrides=overrides, task_name="moepress")
             if number in asked:
-                returned.cfg, returned.working_dir = OmegaConf.create(asked[number].config), str(results_of(asked[number]))
+                returned.cfg, returned.working_dir = OmegaConf.create(asked[number].config), str(asked[number].results)
             is_whole = number in answers
             returned.status = JobStatus.COMPLETED if is_whole else JobStatus.FAILED
             returned.return_value = answers[number] if is_whole else MemberFailed(f"{names[number]}: {failures[number]}")
@@ -79,7 +77,7 @@ class Sweep:
         self.members = [*self.members, *whole.values()]
         for number in asked.keys() - whole.keys():
             needed = dag.everything([*asked[number].artefacts.values()])
-            failures[number] = execution.failure(results_of(asked[number]), needed)
+            failures[number] = execution.failure(asked[number].results, needed)
         if whole and failures and not Path(done.report).exists():  # its plan has those that failed, so make one without
             done = self.run([])
         if whole and Path(done.report).exists():
@@ -103,12 +101,8 @@ def refuse_whole(overrides: list[str]) -> None:
             raise ValueError(f"{override}: a study is many experiments already; run it without --multirun")
 
 
-def results_of(member: studies.Experiment) -> Path:
-    return Path(member.config["paths"]["results"]).expanduser()
-
-
 def is_whole(member: studies.Experiment) -> bool:
-    return all((results_of(member) / item.folder).exists() for item in member.artefacts.values())
+    return all((member.results / item.folder).exists() for item in member.artefacts.values())
 
 
 def objective(done: Plan, member: studies.Experiment) -> float | tuple[float, ...] | None:
@@ -122,8 +116,8 @@ def objective(done: Plan, member: studies.Experiment) -> float | tuple[float, ..
     if not Path(done.report).exists():
         raise ValueError(f"no report: {execution.failure(Path(done.results), [Path(done.report).relative_to(done.results)])}")
     own = {stage: item.folder for stage, item in member.artefacts.items()}
-    listed = [run["artefacts"] for run in execution.runs(done)]
-    (number,) = [number for number, artefacts in enumerate(listed) if own.items() <= artefacts.items()]
+    listed = [{stage: run["artefacts"].get(stage) for stage in studies.MEASURED} for run in execution.runs(done)]
+    number = listed.index({stage: own.get(stage) for stage in studies.MEASURED})
     row = execution.rows(Path(done.report))[number]
     names = [wanted] if isinstance(wanted, str) else wanted
     for name in names:

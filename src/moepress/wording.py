@@ -21,17 +21,18 @@ def count(number: float) -> str:
 
 
 def duration(seconds: float) -> str:
+    """`12 min`, in the largest unit that leaves two digits."""
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def readable(num_bytes: float, rounded=round) -> str:
-    """`1.25GiB`, `312.40MiB`, in a form that allocation.budget takes."""
+    """`1.25GiB`, `312.40MiB`: as allocation.budget takes it, for the command. Reports have `mebibytes`."""
     unit, name = (2**30, "GiB") if num_bytes >= 2**30 else (2**20, "MiB")
     return f"{rounded(100 * num_bytes / unit) / 100:.2f}{name}"
 
 
 def mebibytes(count: float) -> str:
-    """Bytes for people: three digits with the largest binary unit."""
+    """`1.25 GiB`, `312 MiB`: three digits with the largest binary unit, for reports and cards."""
     for unit, scale in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20)):
         if count >= scale:
             value = count / scale

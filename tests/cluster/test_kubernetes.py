@@ -20,7 +20,7 @@ import s3
 def test_an_experiment_in_pods(tmp_path, model_folder, text_folder):
     """Every job's command line works in an empty folder with nothing but an image and a bucket; the results come back whole."""
     for module in ("moto.server", "snakemake_storage_plugin_s3", "snakemake_executor_plugin_kubernetes"):
-        pytest.importorskip(module, reason=f"no {module} here: pip install '.[cluster]'")
+        pytest.importorskip(module, reason=f"no {module} here: pip install '.[cluster,cluster-test]'")
     checkout = tmp_path / "checkout"
     for name in ("src", "conf", "workflow"):
         shutil.copytree(ROOT / name, checkout / name)

@@ -1,4 +1,5 @@
 # The plan that every rule asks for its inputs. It is made by the library: no logic here.
+# The rules' `conda:` are there for `snakemake --lint`, which wants an environment named: jobs run in the one that Snakemake runs in.
 from moepress import buckets, patches
 from moepress.locks import inside_snakemake
 from moepress.plan import all_cores, from_snakemake

@@ -25,6 +25,7 @@ rule model:
         "../../environment.yml"
     threads: ALL_CORES
     resources:
+        gpu=PLAN.gpus_of_model,
         mem_mb=PLAN.memory("model"),
     params:
         task=PLAN.task("model"),

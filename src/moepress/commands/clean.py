@@ -1,6 +1,7 @@
 """moepress clean: the artefacts that nothing needs any more, with their sizes; removed after asking."""
 
 import argparse
+import re
 import shlex
 import shutil
 import sys
@@ -101,21 +102,36 @@ def expanded(line: str) -> list[list[str]]:
 
 
 def unneeded_paths(results: Path, needed: set[str]) -> list[Path]:
-    """Whole artefacts and unfinished ones that are not needed. Links are left alone: what they name may lie elsewhere."""
+    """Whole artefacts and unfinished ones that are not needed, and what a removal left that was killed. Links are left alone:
+    what they name may lie elsewhere."""
     found = []
     for stage in lookup.FOLDERS:
         for path in sorted((results / stage).glob("*")):
             name = path.name.removesuffix(".partial")
             inside = not path.is_symlink() and path.resolve().is_relative_to(results.resolve())
-            if lookup.ID.fullmatch(name) and path.is_dir() and inside and f"{stage}/{name}" not in needed:
+            if not path.is_dir() or not inside:
+                continue
+            is_unneeded = lookup.ID.fullmatch(name) and f"{stage}/{name}" not in needed
+            if is_unneeded or is_half_removed(path):
                 found.append(path)
     return found
+
+
+def is_half_removed(path: Path) -> bool:
+    """Whether `remove` was killed at it."""
+    name = path.name.removesuffix(".removed")
+    return name != path.name and bool(re.fullmatch(rf"\.{lookup.ID.pattern}(\.partial)?", name))
 
 
 def remove(path: Path, results: Path) -> None:
     """An artefact with its task, its log and the note that it was mirrored."""
     stage, name = path.parent.name, path.name.removesuffix(".partial")
+    if is_half_removed(path):
+        shutil.rmtree(path)
+        return
     beside = path.with_name(f".{path.name}.removed")
+    if beside.exists():  # of a removal that was killed
+        shutil.rmtree(beside)
     path.rename(beside)  # whole or absent, at every moment
     shutil.rmtree(beside)
     notes = [results / "logs" / stage / f"{name}.log", results / "tasks" / stage / f"{name}.yaml"]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moepress import lookup
+from moepress import integrity, lookup
 from moepress.commands import results
 from moepress.report import paired, reading
 from moepress.report.reading import Run
@@ -28,6 +28,8 @@ def main(arguments: list[str]) -> None:
     given = parser.parse_args(arguments)
     places = [lookup.report(given.report, given.results)] if given.report else lookup.reports(given.results)
     (runs, here), (others, there) = both(given.a, given.b, places)
+    reports, texts = [here.path, there.path], [run.folder("evaluation") for run in (*runs, *others)]
+    integrity.check([(folder, True) for folder in dict.fromkeys((*reports, *texts))], given.results)
     reading.check_same_text([*runs, *others])
     reading.check_same_items([*runs, *others])
     parts = (

@@ -27,10 +27,8 @@ def main(arguments: list[str]) -> None:
     tracking = values()["tracking"]
     project, entity = given.project or tracking["project"], given.entity or tracking["entity"]
     group = group_of(given.study, given.results)
-    try:
-        from moepress.tracking import workspace
-    except ImportError as error:
-        raise ValueError(f"dashboards need the package wandb-workspaces ({error}); `pip install wandb-workspaces`") from error
+    from moepress.tracking import workspace  # imports W&B's, which takes long
+
     if given.print:
         print(json.dumps(workspace.specification(workspace.build(entity or "", project, group)), indent=1))
         return

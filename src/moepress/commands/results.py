@@ -28,7 +28,8 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
         "moepress results",
         description="Print the table of a report.",
-        epilog="The table shows the columns that matter most; --csv prints all of runs.csv. speed: times the 16-bit model's.",
+        epilog="The table shows the columns that matter most; --csv prints all of runs.csv. prefill, decode: how many times as "
+        "fast as the 16-bit model.",
     )
     parser.add_argument(
         "report", nargs="?", help="its folder, id, key or label, or a run's name: the newest that has it (default: the newest)"

@@ -28,7 +28,7 @@ def lines(found: Found) -> Iterator[str]:
     made = found.provenance
     yield str(found.path)
     rows = [
-        ("made", f"{made['start']}, in {duration(made['seconds'])}"),
+        ("made", f"from {made['start']} on, in {duration(made['seconds'])} (since its last start, if it was stopped)"),
         ("command", " ".join(made["command"])),
         ("commit", made["git_commit"] or "unknown: outside a checkout"),
         ("machine", f"{made['device']}, {made['machine']['cores']} cores, {made['machine']['system']}"),

@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> None:
     lookup.add_results(parser)
     given = parser.parse_args(arguments)
     results = given.results
-    found = [lookup.artefact(name, results).path for name in given.what] or lookup.folders(results)
+    found = [chosen(name, results) for name in given.what] or lookup.folders(results)
     found_damages = damages(found)
     for damage in found_damages:
         print(damage)
@@ -49,10 +49,19 @@ def main(arguments: list[str]) -> None:
         print("".join(f"  {folder}\n" for folder in made), end="")
     if damaged and not given.delete:
         print(
-            "--delete removes them, and the run that needs them makes them again; --only-damaged keeps what was made from them"
+            "--delete removes them, and the run that needs them makes them again; with --only-damaged what was made from them "
+            "stays, and a run whose report is whole makes them again only where it is asked for a copy (out=, compress)"
         )
     if not given.delete or not all([removed(folder, results) for folder in [*made, *damaged]]) or outside:
         sys.exit(1)
+
+
+def chosen(name: str, results: Path) -> Path:
+    """The folder of an artefact of these results: what was made from it, and what is removed with it, is looked for there."""
+    found = lookup.artefact(name, results)
+    if found.results.resolve() != results.resolve():
+        raise ValueError(f"{name}: none of {results}; give --results={found.results}, whose artefact it is")
+    return found.path
 
 
 def damages(found: list[Path]) -> list[Damage]:

@@ -17,19 +17,22 @@ def download(model_id: str, revision: str) -> Path:
         return Path(snapshot_download(model_id, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))
 
 
-def fetch_sizes(model_id: str, revision: str) -> tuple[Path, dict[str, Entry]]:
+def fetch_sizes(model_id: str, revision: str, local: bool = False) -> tuple[Path, dict[str, Entry]]:
     """What tells the sizes of a hub model: the folder with config.json and the index; of one without an index, whose weights
-    are a lone file, that file's tensors by their stored names. Raises ValueError for a model that cannot be had."""
+    are a lone file, that file's tensors by their stored names. local: from files that are here, without asking the hub.
+
+    Raises ValueError for a model that cannot be had.
+    """
     from huggingface_hub import get_safetensors_metadata, hf_hub_download
     from huggingface_hub.errors import RemoteEntryNotFoundError
 
     with _errors_named(model_id, revision, ": config.json"):
-        folder = Path(hf_hub_download(model_id, "config.json", revision=revision)).parent
+        folder = Path(hf_hub_download(model_id, "config.json", revision=revision, local_files_only=local)).parent
     if list(folder.glob("*.safetensors")):
         return folder, {}
     with _errors_named(model_id, revision, f": {INDEX}"):
         try:
-            hf_hub_download(model_id, INDEX, revision=revision)
+            hf_hub_download(model_id, INDEX, revision=revision, local_files_only=local)
             return folder, {}
         except RemoteEntryNotFoundError:
             files = get_safetensors_metadata(model_id, revision=revision).files_metadata.values()

@@ -90,7 +90,8 @@ MIRRORED = (
     *("corpus", "model", "calibration", "gradients", "statistics", "allocation", "quantization", "pruning", "evaluation"),
     *("decomposition", "latency", "report"),
 )
-"""What is an artifact at W&B: `dag.STAGES`, which knows of this module and not the other way round, and the report."""
+"""What is an artifact at W&B: `dag.STAGES` without the blocks of statistics, and the report. Written out, for that module knows
+this one and not the other way round."""
 
 
 @dataclass

@@ -6,6 +6,11 @@ from dataclasses import dataclass
 from moepress.schema.values import check
 
 
+def is_fitted(method: str) -> bool:
+    """Whether a policy needs the model and calibration text: PESF's threshold follows each sequence."""
+    return method not in ("none", "pesf")
+
+
 @dataclass
 class NoPruning:
     method: str

@@ -8,7 +8,7 @@ from moepress.models import outline
 from moepress.models.folders import locate
 from moepress.quantization.budget import Prediction, plan_budget
 
-UNREAD = ("model",)
+HEADERS_ONLY = ("model",)
 
 
 def run(task: Task) -> None:

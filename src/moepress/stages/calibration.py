@@ -8,7 +8,7 @@ from moepress.artefacts import Task
 from moepress.data import sampling
 from moepress.models.folders import locate
 
-UNREAD = ("model",)
+HEADERS_ONLY = ("model",)
 
 
 def run(task: Task) -> None:

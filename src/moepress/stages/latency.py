@@ -20,7 +20,10 @@ def run(task: Task) -> None:
     config = task.config["latency"]
     here = hardware(task.runtime["device"])
     if config["hardware"] != here:
-        raise ValueError(f"latency.hardware={config['hardware']!r}: this machine is {here!r}; set it so, or leave it auto")
+        raise ValueError(
+            f"latency.hardware={config['hardware']!r}: this machine is {here!r}, and times are kept under its name; give "
+            f"latency.hardware={here!r} (auto is the machine where the command runs, not a cluster's), or latency.repeats=0"
+        )
     torch.set_num_threads(config["threads"])
     device = pick_device(task.runtime["device"])
     models, texts, facts = layers_of_a_shape(task, device) if config.get("model") else checkpoints(task, device)

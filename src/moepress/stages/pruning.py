@@ -6,7 +6,7 @@ follows each sequence.
 
 from moepress.artefacts import Task, write_json
 
-UNREAD = ("model",)
+HEADERS_ONLY = ("model",)
 
 
 def run(task: Task) -> None:

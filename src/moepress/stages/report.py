@@ -3,7 +3,7 @@
 from moepress.artefacts import Task
 from moepress.report import figures, page, reading, table
 
-UNREAD = ("model", "quantization")
+HEADERS_ONLY = ("model", "quantization")
 
 
 def run(task: Task) -> None:
