@@ -26,12 +26,12 @@ def duration(seconds: float) -> str:
 
 
 def readable(num_bytes: float, rounded=round) -> str:
-    """`1.25GiB`, `312.40MiB`: as allocation.budget takes it, for the command. Reports have `mebibytes`."""
+    """`1.25GiB`, `312.40MiB`: as allocation.budget takes it, for the command. Reports have `rounded_bytes`."""
     unit, name = (2**30, "GiB") if num_bytes >= 2**30 else (2**20, "MiB")
     return f"{rounded(100 * num_bytes / unit) / 100:.2f}{name}"
 
 
-def mebibytes(count: float) -> str:
+def rounded_bytes(count: float) -> str:
     """`1.25 GiB`, `312 MiB`: three digits with the largest binary unit, for reports and cards."""
     for unit, scale in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20)):
         if count >= scale:

@@ -11,7 +11,7 @@ import yaml
 
 from moepress.dag import distill_sequences
 from moepress.report.reading import label
-from moepress.wording import mebibytes
+from moepress.wording import rounded_bytes
 
 CARD = """\
 # {{ name }} in {{ nominal }} bits
@@ -151,8 +151,8 @@ def _values(facts: dict) -> dict:
         "methods": " + ".join(methods),
         "nominal": f"{facts['bits_nominal']:.4g}",
         "effective": f"{facts['bits_effective']:.3f}",
-        "size": mebibytes(facts["checkpoint_bytes"]),
-        "size16": mebibytes(2 * facts["weights"]),
+        "size": rounded_bytes(facts["checkpoint_bytes"]),
+        "size16": rounded_bytes(2 * facts["weights"]),
         "weights": f"{facts['weights']:,}",
         "shape": facts["shape"],
         "group_size": quantization["group_size"],
@@ -206,7 +206,7 @@ def _measured(results: dict, facts: dict) -> dict:
     shift = _with_error(100 * results["selection_shift"], 100 * results["selection_shift_stderr"])
     rest = [
         ("selected experts that changed", f"{shift} %"),
-        ("weight files", f"{mebibytes(facts['checkpoint_bytes'])}, the 16-bit model's {mebibytes(results['bytes16'])}"),
+        ("weight files", f"{rounded_bytes(facts['checkpoint_bytes'])}, the 16-bit model's {rounded_bytes(results['bytes16'])}"),
     ]
     if results.get("delta_nll") is not None:
         ratio = math.exp(results["delta_nll"])

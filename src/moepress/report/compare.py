@@ -8,7 +8,7 @@ from moepress.report import paired
 from moepress.report.paired import Difference, increase
 from moepress.report.reading import Run, Speedup, base_of, label, methods, reference_of
 from moepress.report.table import mean_over_domains
-from moepress.wording import decimal, mebibytes
+from moepress.wording import decimal, rounded_bytes
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def places(runs: list[Run]) -> dict[str, list[Place]]:
     for target in dict.fromkeys(run.target for run in measured):
         sizes = by_size([run for run in measured if run.target == target])
         for members in sizes:
-            title = target if len(sizes) == 1 else f"{target}, {mebibytes(max(run.checkpoint_bytes for run in members))}"
+            title = target if len(sizes) == 1 else f"{target}, {rounded_bytes(max(run.checkpoint_bytes for run in members))}"
             found[title] = ranked(members, runs)
     return found
 
@@ -122,7 +122,7 @@ def _sixteen_bit(run: Run) -> str:
     inside, outside = run.domains
     where = f"over {len(inside)} domains" if len(inside) > 1 else f"on {inside[0]}"
     which = f" ({' '.join(run.extras)})" if run.extras else ""
-    text = f"At 16 bits the model{which} takes {mebibytes(run.checkpoint_bytes)} and has a perplexity of "
+    text = f"At 16 bits the model{which} takes {rounded_bytes(run.checkpoint_bytes)} and has a perplexity of "
     text += f"{np.exp(mean_over_domains(run.blocks, inside)[0]):.4g} {where}"
     if outside:
         text += f" and of {np.exp(mean_over_domains(run.blocks, outside)[0]):.4g} on text from elsewhere"
@@ -138,7 +138,7 @@ def _size(ranking: list[Place], runs: list[Run]) -> str:
     cost = percent(best.delta)
     if best.runs[0].domains[1]:
         cost += f" ({percent(best.out_delta)} out of domain)"
-    text = f"At {best.runs[0].target} ({mebibytes(best.runs[0].checkpoint_bytes)}{smaller}) "
+    text = f"At {best.runs[0].target} ({rounded_bytes(best.runs[0].checkpoint_bytes)}{smaller}) "
     tied, behind = ([place for place in ranking[1:] if place.is_tied == is_tied] for is_tied in (True, False))
     if len(ranking) == 1:
         return f"{text}{best.series} changes perplexity by {cost}."
@@ -170,7 +170,7 @@ def _unequal(rankings: list[list[Place]]) -> list[str]:
     sizes: dict[str, list[str]] = {}
     for ranking in rankings:
         run = ranking[0].runs[0]
-        sizes.setdefault(run.target, []).append(mebibytes(run.checkpoint_bytes))
+        sizes.setdefault(run.target, []).append(rounded_bytes(run.checkpoint_bytes))
     return [
         f"At {target} the checkpoints take {', '.join(own[:-1])} and {own[-1]}: methods are ranked within one of these sizes."
         for target, own in sizes.items()

@@ -7,7 +7,7 @@ from moepress.dag import STAGES
 from moepress.lookup import Found
 from moepress.report.readable import Cell, seconds
 from moepress.report.reading import Run
-from moepress.wording import mebibytes
+from moepress.wording import rounded_bytes
 
 
 def tabulate(runs: list[Run]) -> pd.DataFrame:
@@ -58,4 +58,4 @@ def _cells(stage: str, row: pd.Series, total: float) -> list[str | Cell]:
     processor = "" if np.isnan(row["cpu_seconds"]) else seconds(row["cpu_seconds"])
     took = (seconds(row["seconds"]), share)
     count = f"{row['artefacts']:.0f} artefact{'s' if row['artefacts'] > 1 else ''}"
-    return [(stage, count), took, processor, mebibytes(row["peak_memory_bytes"])]
+    return [(stage, count), took, processor, rounded_bytes(row["peak_memory_bytes"])]

@@ -10,7 +10,7 @@ from moepress.report.compare import digits, marks, percent
 from moepress.report.paired import Difference, increase
 from moepress.report.reading import Run, methods, reference_of
 from moepress.report.table import is_share
-from moepress.wording import decimal, mebibytes
+from moepress.wording import decimal, rounded_bytes
 
 MARKS = {"best": "★", "tied": "≈", "": ""}
 BEST = "★ lowest perplexity at its size (of checkpoints whose bytes agree within 1 %)."
@@ -88,7 +88,7 @@ def _cells(own: list[Run], table: pd.DataFrame, runs: list[Run]) -> dict[str, Ce
         "out of domain": (_number(ppl["ppl_ood"]), changes[1]),
         "accuracy": _accuracy(row) if "acc_mean" in row else NOTHING,
         "bits": (f"{row['bits_nominal']:.3g}", f"{row['bits_effective']:.2f} on disk"),
-        "size": (mebibytes(row["checkpoint_bytes"]), smaller),
+        "size": (rounded_bytes(row["checkpoint_bytes"]), smaller),
         "changed selections": _share(row["selection_shift"], row["selection_shift_stderr"]) if compressed else NOTHING,
         "experts per token": (f"{row['activated_experts']:.2f}", ""),
         "prefill": _time(row, "prefill", compressed),
