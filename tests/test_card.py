@@ -13,8 +13,9 @@ import yaml
 
 from moepress import dag, studies
 from moepress.export import export
-from moepress.report import card, reading
+from moepress.report import card
 from moepress.report import made as made_from
+from moepress.report.run import label
 from test_format import FIRST, change_json, flip, loaded, logits
 
 
@@ -57,7 +58,7 @@ def test_the_card_calls_a_method_by_its_name_and_tells_all_that_it_read(checkpoi
     facts = json.loads((checkpoint / "card.json").read_text())
     assert facts["preset"] == "qesc"
     text = card.render(facts | {"preset": preset, "quantization": own, "calibration": config["calibration"]})
-    assert f": {reading.label(name)} + PMQ." in text
+    assert f": {label(name)} + PMQ." in text
     assert ("then tuned as a whole on up to 1000 such sequences. The command" in text) == (name == "best")
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from moepress import integrity, lookup
 from moepress.commands import results
 from moepress.report import paired, reading
-from moepress.report.reading import Run
+from moepress.report.run import Run
 from moepress.report.table import tabulate
 from moepress.wording import aligned, decimal
 

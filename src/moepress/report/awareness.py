@@ -5,7 +5,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from moepress.report.heatmaps import MOST_LAYERS, mesh
-from moepress.report.reading import Run, first_seeds
+from moepress.report.reading import first_seeds
+from moepress.report.run import Run
 from moepress.report.style import INK, plt, shorten
 
 

@@ -10,7 +10,7 @@ import jinja2
 import yaml
 
 from moepress.dag import distill_sequences
-from moepress.report.reading import label
+from moepress.report.run import label
 from moepress.wording import rounded_bytes
 
 CARD = """\

@@ -6,7 +6,8 @@ import numpy as np
 
 from moepress.report import paired
 from moepress.report.paired import Difference, increase
-from moepress.report.reading import Run, Speedup, base_of, label, methods, reference_of
+from moepress.report.reading import base_of, methods, reference_of
+from moepress.report.run import Run, Speedup, label
 from moepress.report.table import mean_over_domains
 from moepress.wording import decimal, rounded_bytes
 

@@ -6,7 +6,7 @@ import pandas as pd
 from moepress.dag import STAGES
 from moepress.lookup import Found
 from moepress.report.readable import Cell, seconds
-from moepress.report.reading import Run
+from moepress.report.run import Run
 from moepress.wording import rounded_bytes
 
 

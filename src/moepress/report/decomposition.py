@@ -6,7 +6,8 @@ from matplotlib import ticker
 from matplotlib.figure import Figure
 
 from moepress.report.paired import NOTHING, Difference, difference
-from moepress.report.reading import Run, methods, reference_of
+from moepress.report.reading import methods, reference_of
+from moepress.report.run import Run
 from moepress.report.style import INK, plt, series_styles, shorten
 
 PARTS = {

@@ -10,7 +10,7 @@ from moepress.artefacts import read_config, read_json
 from moepress.dag import distill_sequences
 from moepress.integrity import PROVENANCE, is_whole
 from moepress.models.specialisation import mutual_information
-from moepress.report.reading import Run
+from moepress.report.run import Run
 
 SIZES = ("folder_bytes", "loaded_bytes")
 SPLITS = ("train", "calibration", "test")

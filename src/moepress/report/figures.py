@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from moepress.report import awareness, decomposition, forest, heatmaps, lines, scores, timing
-from moepress.report.reading import Run
+from moepress.report.run import Run
 from moepress.report.style import RC, plt, save
 
 

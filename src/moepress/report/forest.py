@@ -5,7 +5,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from moepress.report import paired
-from moepress.report.reading import Run
+from moepress.report.run import Run
 from moepress.report.style import INK, MUTED, plt, shorten
 
 BETTER, WORSE = "#0072b2", "#d55e00"

@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from moepress.models.specialisation import mutual_information
-from moepress.report.reading import Run, first_seeds, label
+from moepress.report.reading import first_seeds
+from moepress.report.run import Run, label
 from moepress.report.style import INK, plt, shorten
 
 BIT_COLOURS = {1: "#f0efe6", 2: "#a9d6c5", 3: "#4fa3b5", 4: "#1f5f99", 8: "#142a4f"}

@@ -29,7 +29,8 @@ from matplotlib.colors import to_hex, to_rgb
 
 from moepress.report import paired
 from moepress.report.heatmaps import BIT_COLOURS, MOST_NUMBERS
-from moepress.report.reading import Run, first_seeds, methods, reference_of
+from moepress.report.reading import first_seeds, methods, reference_of
+from moepress.report.run import Run
 from moepress.report.style import INK as DARK
 from moepress.report.style import series_styles
 from moepress.report.table import mean_over_domains

@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 from scipy.stats import gmean
 
 from moepress.report.paired import increase
-from moepress.report.reading import Run, base_of, first_seeds, reference_of, shift_by_layer
+from moepress.report.reading import base_of, first_seeds, reference_of
+from moepress.report.run import Run, shift_by_layer
 from moepress.report.style import MUTED, plt, series_styles, shorten
 from moepress.report.table import mean_over_domains
 

@@ -9,7 +9,7 @@ import pandas as pd
 
 from moepress.report import compare, costs, facts, interactive, readable
 from moepress.report.figures import FIGURES
-from moepress.report.reading import Run
+from moepress.report.run import Run
 from moepress.report.template import PAGE
 
 POINTS_TO_PIXELS = 1.17

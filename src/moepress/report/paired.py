@@ -14,7 +14,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from moepress.report.reading import Run, methods, reference_of
+from moepress.report.reading import methods, reference_of
+from moepress.report.run import Run
 
 CONFIDENCE = 0.95
 SIXTEEN = "16 bits"

@@ -8,7 +8,8 @@ import pandas as pd
 from moepress.report import paired
 from moepress.report.compare import digits, marks, percent
 from moepress.report.paired import Difference, increase
-from moepress.report.reading import Run, methods, reference_of
+from moepress.report.reading import methods, reference_of
+from moepress.report.run import Run
 from moepress.report.table import is_share
 from moepress.wording import decimal, rounded_bytes
 

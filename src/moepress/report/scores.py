@@ -3,7 +3,8 @@
 import pandas as pd
 from matplotlib.figure import Figure
 
-from moepress.report.reading import Run, methods
+from moepress.report.reading import methods
+from moepress.report.run import Run
 from moepress.report.style import MUTED, plt, series_styles, shorten
 from moepress.report.table import is_share
 

@@ -10,7 +10,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from moepress.report.reading import Run
+from moepress.report.run import Run
 
 RC: dict = {
     "figure.dpi": 100,

@@ -12,7 +12,8 @@ import pandas as pd
 
 from moepress.integrity import PROVENANCE
 from moepress.report import decomposition, paired
-from moepress.report.reading import Run, compact_json, reference_of
+from moepress.report.reading import reference_of
+from moepress.report.run import Run, compact_json
 
 TIMES = ("prefill_ms", "decode_ms", "prefill_ms_16bit", "decode_ms_16bit")
 

@@ -6,7 +6,8 @@ import pandas as pd
 from matplotlib import ticker
 from matplotlib.figure import Figure
 
-from moepress.report.reading import Run, first_seeds
+from moepress.report.reading import first_seeds
+from moepress.report.run import Run
 from moepress.report.style import METHOD_COLOURS, MUTED, OTHER_COLOURS, plt, shorten
 
 COLOURS = [colour for name, colour in METHOD_COLOURS.items() if name != "none"] + list(OTHER_COLOURS)

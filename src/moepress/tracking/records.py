@@ -13,7 +13,7 @@ import pandas as pd
 from moepress.artefacts import read_json
 from moepress.lookup import Found
 from moepress.models import folders
-from moepress.report.reading import shift_by_layer
+from moepress.report.run import shift_by_layer
 from moepress.secrets import without_secrets
 
 VERSION = 2
