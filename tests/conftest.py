@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import sys
 import time
 
@@ -15,6 +16,9 @@ import torch
 
 if not torch.cuda.is_available():  # read when triton is first imported, whoever does it
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# A shell starts what is to run in the background with Ctrl-C ignored, and what the tests start, and stop, would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def write_model(folder, *, layers=2, hidden=64, intermediate=32, experts=4, top_k=2, seed=0, dtype="bfloat16", vocab=300):
