@@ -438,7 +438,7 @@ def test_memory_is_told_once_a_job(model_folder, text_folder, tmp_path, monkeypa
     assert told == ["statistics"]
 
 
-def test_memory_that_jobs_ask_for_needs_no_network(monkeypatch):
+def test_memory_of_jobs_and_before_a_run_needs_no_network(monkeypatch):
     import huggingface_hub
 
     def download(model_id, name, revision, local_files_only):
@@ -448,6 +448,7 @@ def test_memory_that_jobs_ask_for_needs_no_network(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     hub = config.values([*SMALL, "model=hub", "model.id=a/b"])
     assert planning.memory_mb("evaluation", hub) == planning.SOME_MEMORY_MB
+    forecast.check_memory(config.values(["model=hub", "model.id=a/b"]))
 
 
 def test_a_model_that_is_carved_asks_for_the_gpu(tmp_path):

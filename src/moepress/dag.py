@@ -13,6 +13,7 @@ from pathlib import Path
 
 from moepress import pruning
 from moepress.schema.allocation import reads_gradients, reads_statistics
+from moepress.schema.pruning import is_fitted
 
 
 @dataclass(frozen=True)
@@ -117,9 +118,9 @@ def distill_sequences(c: dict) -> int | None:
 
 def _pruning_inputs(c):
     """PESF has nothing to fit; the others are fitted on what is pruned."""
-    if c["pruning"]["method"] == "pesf":
-        return _model(c)
-    return {"checkpoint": _checkpoint(c)["checkpoint"], "calibration": ("calibration", c)}
+    if is_fitted(c["pruning"]["method"]):
+        return {"checkpoint": _checkpoint(c)["checkpoint"], "calibration": ("calibration", c)}
+    return _model(c)
 
 
 def _evaluation_inputs(c):

@@ -171,12 +171,12 @@ def memory_of(model: Outline, config: dict, asked: Size | None) -> tuple[str, in
 
 
 def check_memory(config: dict) -> None:
-    """ValueError where the packed model is to be tuned as a whole and this machine has not the memory for it. A hub model that
-    cannot be looked at is left to the stage, which looks again."""
+    """ValueError where the packed model is to be tuned as a whole and this machine has not the memory for it. A hub model of
+    which nothing is here yet is left to the stage, which looks again: no network at the start of every run."""
     if not (steps := config["quantization"].get("distill_steps")):
         return
     try:
-        model = read_model(config["model"])
+        model = read_model(config["model"], local=True)
     except (OSError, ValueError):
         return
     asked = asked_size(Prediction(model, config["quantization"]), config["allocation"])

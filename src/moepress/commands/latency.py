@@ -9,6 +9,7 @@ from moepress.composing import ROOT
 from moepress.config import values
 from moepress.machine import check_gpu
 from moepress.models import families
+from moepress.schema.pruning import is_fitted
 from moepress.schema.values import nearest
 from moepress.wording import aligned, readable
 
@@ -59,7 +60,7 @@ def planned(config: dict) -> dag.Artefact:
         raise ValueError(f"allocation.budget={allocation['budget']}: give allocation.bits, the mean of the experts' widths")
     if not config["latency"]["repeats"]:
         raise ValueError("latency.repeats=0: nothing would be timed; give at least 1")
-    if pruning["method"] not in ("none", "pesf") and pruning.get("threshold") is None:
+    if is_fitted(pruning["method"]) and pruning.get("threshold") is None:
         raise ValueError(f"pruning={pruning['method']}: is fitted to real weights; take pesf, or ees with pruning.threshold")
     families.check_group_size(families.shape_of(shape, "latency.model"), quantization["group_size"])
     return dag.shape_artefact(config, shape)

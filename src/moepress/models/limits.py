@@ -44,12 +44,16 @@ def kept_bytes(tokens: int, I: int, widths: int) -> int:
     return needed if needed <= KEPT else 0
 
 
+def fits_router(settings: dict) -> bool:
+    """Whether quantization re-fits the routers. settings: of conf/quantization/."""
+    return settings["method"] == "qesc" and settings.get("router_loss") != "none"
+
+
 def followed(settings: dict) -> int:
     """One calibration sequence in so many is followed through the 16-bit model: every one where its hidden states decide
     anything. settings: of conf/quantization/."""
-    fits_router = settings["method"] == "qesc" and settings["router_loss"] != "none"
     tunes_towards_it = settings["tune_steps"] > 0 and settings["tune_asymmetry"] > 0
-    reads = fits_router or settings["asymmetry"] > 0 or tunes_towards_it or settings["distill_steps"] > 0
+    reads = fits_router(settings) or settings["asymmetry"] > 0 or tunes_towards_it or settings["distill_steps"] > 0
     return 1 if reads else DIAGNOSED
 
 

@@ -22,7 +22,7 @@ from torch import nn
 from moepress.inference.packed import PackedExperts, PackedLinear
 from moepress.models.experts import Experts
 from moepress.models.families import layer_prefix
-from moepress.models.limits import TOKENS_AT_ONCE, WORKSPACE, followed, num_candidates
+from moepress.models.limits import TOKENS_AT_ONCE, WORKSPACE, fits_router, followed, num_candidates
 from moepress.models.streaming import DTYPES, ModelStream, Routing
 from moepress.models.streams import Streams
 from moepress.quantization.experts import ExpertInputs, Recipe, quantize_experts
@@ -93,8 +93,7 @@ class LayerQuantizer:
         self.tensors: dict[str, torch.Tensor] = {}
         self.modules: dict[str, int | list[int]] = {}
         self.diagnostics: dict = {"layer": index}
-        is_fitted = recipe.method == "qesc" and recipe.router_loss != "none"
-        self.router_when = recipe.router_when if is_fitted else "never"
+        self.router_when = recipe.router_when if fits_router(vars(recipe)) else "never"
 
     def run(self, bits: list[int] | None) -> LayerResult:
         """bits: of each expert; None for a dense layer."""

@@ -8,6 +8,7 @@ from matplotlib import ticker
 from matplotlib.figure import Figure
 from scipy.stats import gmean
 
+from moepress.models.limits import fits_router
 from moepress.report.paired import increase
 from moepress.report.reading import base_of, first_seeds, reference_of
 from moepress.report.run import Run, shift_by_layer
@@ -250,8 +251,7 @@ def router_fit(runs: list[Run]) -> Drawn:
     """What re-fitting the router repairs in each layer, on the calibration text; a panel for each QESC checkpoint."""
     found, seen = [], set()
     for run in sorted(first_seeds(runs), key=lambda run: run.width):
-        is_fitted = run.quantization["method"] == "qesc" and run.quantization.get("router_loss") != "none"
-        if not is_fitted or run.is_pruned or run.artefacts["quantization"] in seen:
+        if not fits_router(run.quantization) or run.is_pruned or run.artefacts["quantization"] in seen:
             continue
         seen.add(run.artefacts["quantization"])
         for layer in run.diagnostics:

@@ -5,13 +5,14 @@ follows each sequence.
 """
 
 from moepress.artefacts import Task, write_json
+from moepress.schema.pruning import is_fitted
 
 HEADERS_ONLY = ("model",)
 
 
 def run(task: Task) -> None:
     pruning = task.config["pruning"]
-    write_json(task.out / "policy.json", pruning if pruning["method"] == "pesf" else fitted(task, pruning))
+    write_json(task.out / "policy.json", fitted(task, pruning) if is_fitted(pruning["method"]) else pruning)
 
 
 def fitted(task: Task, pruning: dict) -> dict:
