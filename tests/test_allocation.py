@@ -102,7 +102,7 @@ def cost_by_hand(method, layer, e, j):
     }[method]
 
 
-BY_LAYER = ["pmq", "pmq_code", "frequency", "weight", "hessian"]
+BY_LAYER = [method for method in METHODS if method not in ("uniform", "half", "random", "bsp", "global")]
 
 
 @pytest.mark.parametrize("in_bytes", [False, True])

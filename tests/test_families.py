@@ -1,5 +1,6 @@
 """Every family: the walk is the model, the chain ends in a checkpoint that loads as what was measured."""
 
+import dataclasses
 import itertools
 import json
 
@@ -9,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from conftest import bytes_outside_experts
 from moepress import allocation
+from moepress.composing import ROOT
 from moepress.inference.checkpoint import load_model
 from moepress.models import families, folders
 from moepress.models.streaming import ModelStream
@@ -47,13 +49,25 @@ def zoo(tmp_path_factory):
     return folder
 
 
-def test_the_zoo_is_complete():
+def test_the_zoo_and_the_documentation_are_complete():
     assert set(ZOO) == set(families.HANDLED)
+    told = (ROOT / "docs" / "families.md").read_text()
+    assert not [family for family in families.HANDLED if f"| `{family}` |" not in told], "a row for each"
+
+
+def test_a_name_on_disk_that_no_rename_meets_is_told_beside_the_missing_one(zoo, monkeypatch):
+    bare = dataclasses.replace(families.FAMILIES["ernie4_5_moe"], renames=())
+    monkeypatch.setitem(families.FAMILIES, "ernie4_5_moe", bare)
+    own = r"lacks the tensor .*1\.mlp\.gate\.moe_statics\.e_.*; it has the unknown tensor .*1\.mlp\.moe_statics\.e_"
+    with pytest.raises(ValueError, match=own):
+        list(ModelStream(zoo("ernie4_5_moe")).check())
 
 
 @pytest.mark.parametrize("family", ZOO)
 def test_names_and_shapes_of_every_tensor_are_what_the_configuration_says(zoo, family):
     assert len(list(ModelStream(zoo(family)).check())) == 3
+    experts = ModelStream(zoo(family)).shape.num_experts
+    assert experts <= 8, f"{experts} experts are transformers' default: CONFIGS has the number under a key that it passes over"
     stream = ModelStream(zoo(family))
     name = max(name for name, entry in stream.entries.items() if name.startswith("model.layers.1.") and entry.path)
     del stream.entries[name]
@@ -89,12 +103,16 @@ def test_the_walk_is_the_model(zoo, family):
             assert torch.allclose(ours, expected, atol=1e-4, rtol=1e-3)
             scores = stream.selection_scores(layer, routing.logits)
             best = (routing.indices == scores.argmax(-1, keepdim=True)).any(-1).float().mean()
-            assert best == 1 or (family == "deepseek_v3" and best > 0.7), (
-                "the choice goes by these scores (there by group first)"
-            )
+            by_group = stream.family.correction and getattr(stream.config, "n_group", 1) > 1
+            assert best == 1 or (by_group and best > 0.7), "the choice goes by other scores: see Family.scores and .correction"
         x = stream.add_block(layer, residual, m)
         assert torch.allclose(x, outputs[index], atol=1e-4, rtol=1e-3)
     assert not triples, "no MoE layer is passed over"
+
+
+def off_by(loaded, measured):
+    """About 1e-5 is another order of sums (a layer that adds more than attention and block); more is another model."""
+    return f"the packed model is what was measured, to the bit; off by {(loaded - measured).abs().max():.1e}"
 
 
 @torch.inference_mode()
@@ -128,7 +146,7 @@ def test_the_chain(zoo, family, tmp_path):
     seen = []
     model.model.norm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     model(TOKENS)
-    assert torch.equal(seen[0], last["x_hat"]), "the packed model is what was measured, to the bit"
+    assert torch.equal(seen[0], last["x_hat"]), off_by(seen[0], last["x_hat"])
     original = load_model(zoo(family), "cpu", torch.float32)
     original.model.norm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     original(TOKENS)

@@ -738,6 +738,13 @@ def test_our_own_recipe_is_called_by_its_name(results):
     assert set(data["allocation"]) == {"PMQ, 2.5 bits (ours, best)"}
 
 
+def test_only_static_removal_takes_experts_away_for_good(results):
+    runs = [results.run("16bit"), results.run("qesc-3-pesf-0.3"), results.run("qesc-3-pesf-0.7")]
+    runs[1]["pruning"] = {"method": "drop", "ratio": 0.5, "renormalize": True}
+    runs[2]["pruning"] = {"method": "static", "criterion": "reap", "ratio": 0.5}
+    assert [run.remaining_experts for run in reading.load(runs, results.root)] == [4, 4, 2]
+
+
 def test_layers_have_the_models_numbers(results):
     (run,) = reading.load([results.run("16bit")], results.root)
     vars(run)["shape"] = dataclasses.replace(run.shape, moe_layers=(3, 5))

@@ -11,8 +11,10 @@ from moepress.inference.checkpoint import load, load_model
 from moepress.models.families import FAMILIES
 from moepress.pruning import label
 from moepress.pruning.fitting import fit
-from moepress.pruning.policy import attach, experts_of, moe_layers
+from moepress.pruning.policy import NEEDED, attach, experts_of, moe_layers
 from moepress.pruning.static import Scores, lowest
+from moepress.schema import SCHEMA
+from moepress.schema.pruning import is_fitted
 from zoo import ZOO, write_zoo_model
 
 TOKENS = torch.randint(1, 250, (3, 20), generator=torch.Generator().manual_seed(0))
@@ -120,6 +122,11 @@ def test_labels_tell_every_value():
     assert label(odp) == "ODP median 2%" and label(odp | {"threshold": 0.4, "protect": 0}) == "ODP 0.4 0%"
     assert label(odp | {"method": "ees", "quantile": 0.3, "renormalize": False}) == "EES q0.3 raw"
     assert label({"method": "static", "criterion": "reap", "ratio": 0.25}) == "static REAP 0.25"
+    assert label({"method": "drop", "ratio": 0.25, "renormalize": False}) == "drop 0.25 raw", "one without words of its own"
+
+
+def test_every_policy_of_the_schema_can_be_attached():
+    assert set(NEEDED) == set(SCHEMA["pruning"]), "pruning/policy.py says what each needs"
 
 
 @pytest.mark.parametrize("pruning", [["pruning=odp", "pruning.protect=0.1"], ["pruning=static"]])
@@ -154,3 +161,4 @@ def test_only_what_is_fitted_depends_on_the_checkpoint():
             found = dag.artefact("pruning", config.resolve([f"pruning={method}", f"quantization={quantization}"]))
             keys[method, quantization] = found.key
     assert keys["pesf", "gptq"] == keys["pesf", "qesc"] and keys["odp", "gptq"] != keys["odp", "qesc"]
+    assert not is_fitted("drop"), "nor is any that is not said to be"

@@ -123,12 +123,14 @@ class ModelStream:
             yield
 
     def _compare(self, expected: dict, found: dict) -> None:
+        unknown = sorted(found.keys() - expected.keys() - {"lm_head.weight"})
         for name, shape in expected.items():
             if name not in found:
-                raise ValueError(f"{self.folder}: the checkpoint lacks the tensor {name}")
+                instead = f"; it has the unknown tensor {unknown[0]}" if unknown else ""
+                raise ValueError(f"{self.folder}: the checkpoint lacks the tensor {name}{instead}")
             if tuple(found[name]) != tuple(shape):
                 raise ValueError(f"{self.folder}: the tensor {name} is {[*found[name]]}, config.json makes it {[*shape]}")
-        if unknown := sorted(found.keys() - expected.keys() - {"lm_head.weight"}):
+        if unknown:
             raise ValueError(f"{self.folder}: the checkpoint has the unknown tensor {unknown[0]}")
 
     def names_outside_layers(self) -> list[str]:

@@ -23,8 +23,10 @@ def label(pruning: dict) -> str:
         return f"static {criterion.upper() if criterion == 'reap' else criterion} {pruning['ratio']:g}"
     if method == "pesf":
         words = f"PESF {pruning['alpha']:g}"
-    else:
+    elif method in ("odp", "ees"):
         quantile = "median" if pruning["quantile"] == 0.5 else f"q{pruning['quantile']:g}"
         words = f"{method.upper()} {quantile if pruning['threshold'] is None else format(pruning['threshold'], 'g')}"
         words += f" {100 * pruning['protect']:g}%" if method == "odp" else ""
+    else:
+        words = " ".join([method, *(str(value) for key, value in pruning.items() if key not in ("method", "renormalize"))])
     return words if pruning.get("renormalize", True) else f"{words} raw"

@@ -122,8 +122,9 @@ class Run:
     @property
     def remaining_experts(self) -> int:
         """Routed experts of a layer that some token may select: fewer than the model's where some are removed for good."""
-        removed = pruning.num_removed(self.pruning.get("ratio", 0), self.shape.num_experts, self.shape.top_k)
-        return self.shape.num_experts - removed
+        if self.pruning["method"] != "static":
+            return self.shape.num_experts
+        return self.shape.num_experts - pruning.num_removed(self.pruning["ratio"], self.shape.num_experts, self.shape.top_k)
 
     @cached_property
     def is_drawn(self) -> bool:

@@ -7,8 +7,8 @@ from moepress.schema.values import check
 
 
 def is_fitted(method: str) -> bool:
-    """Whether a policy needs the model and calibration text: PESF's threshold follows each sequence."""
-    return method not in ("none", "pesf")
+    """Whether `pruning/fitting.py` fits it to the model and calibration text: PESF's threshold follows each sequence."""
+    return method in ("odp", "ees", "static")
 
 
 @dataclass
