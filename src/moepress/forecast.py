@@ -2,7 +2,7 @@
 
 moepress plan model=hub model.id=Qwen/Qwen3-30B-A3B allocation.budget=12GiB
 
-Imports no torch, and reads config.json, the index and headers only.
+Imports no torch, and reads config.json, the index, headers and a small local text only.
 """
 
 import sys
