@@ -1,5 +1,6 @@
 """moepress.compress and out=: the command's stages, keys and errors, from Python."""
 
+import errno
 import shutil
 import sys
 
@@ -8,7 +9,7 @@ import torch
 
 import moepress
 from conftest import SMALL
-from moepress import api, cli, plan
+from moepress import api, cli, export, plan
 from moepress.config import values
 
 
@@ -85,6 +86,15 @@ def test_a_folder_that_is_no_model(place):
         moepress.compress("/data/nothing")
 
 
+def test_a_model_without_a_tokenizer_is_refused_before_it_is_read(model_folder, settings, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = shutil.copytree(model_folder, tmp_path / "model")
+    (model / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match=r"model\.path='.*/model': no tokenizer\.json in it; save"):
+        moepress.compress(model, **settings)
+    assert not (tmp_path / "results").exists()
+
+
 def test_compress_does_what_the_command_does(model_folder, settings, place, capfd, monkeypatch):
     given = settings | {"quantization": "rtn", "allocation": "uniform", "latency__repeats": 0}
     found = moepress.compress(model_folder, out=place / "copy", budget="0.2MiB", **given)
@@ -109,6 +119,16 @@ def test_compress_does_what_the_command_does(model_folder, settings, place, capf
     assert said.out.splitlines()[-1] == str(found.report)
     assert (place / "other" / "config.json").is_file()
 
+    # where it cannot be written after all, it is `out` that is named
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(export, "place", full)
+    monkeypatch.setattr(sys, "argv", [*command[:4], "out=third", *command[5:]])
+    with pytest.raises(SystemExit, match=r"moepress: out=third: cannot be written \(.*No space left.* is computed is kept"):
+        cli.main()
+    assert "Error executing job" not in capfd.readouterr().err
+
 
 def test_a_checkpoint_that_was_deleted_is_computed_again(model_folder, settings, place):
     given = settings | {"quantization": "rtn", "allocation": "uniform", "latency__repeats": 0}
@@ -125,7 +145,11 @@ def test_an_out_that_is_taken_is_refused_before_the_run(model_folder, settings, 
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")
     (tmp_path / "file").write_text("x")
-    for out, message in (("mine", r"mine: not empty, and no export of this checkpoint"), ("file", "file: is a file")):
+    for out, message in (
+        ("mine", r"mine: not empty, and no export of this checkpoint"),
+        ("file", "file: is a file"),
+        ("file/below", r"file/below: cannot be made, for .*/file is no folder that can be written; give another folder"),
+    ):
         with pytest.raises(ValueError, match=message):
             moepress.compress(model_folder, out=out, **settings)
     assert not (tmp_path / "results").exists()

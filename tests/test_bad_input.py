@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -157,6 +158,11 @@ def test_no_number_may_be_nonsense():
         (["quantization=null"], r"quantization=null: give one name; quantization is one of"),
         (["seed=-1"], r"seed=-1: a whole number"),
         (["allocation.budget=1.2.3GiB"], r"allocation\.budget='1\.2\.3GiB'"),
+        (["model=local", "model.path=/data/Modell ü (1)"], r"""'model\.path="/data/Modell ü \(1\)"'$"""),
+        (["model=local", "model.path=~/x"], rf"""token recognition error at: '~'; .*'model\.path="{Path.home()}/x"'$"""),
+        (["model=/data/x"], r"model=/data/x: no such choice; .*; a folder of your own is model=local model\.path=/data/x"),
+        (["corpus=notes/"], r"a folder of your own is corpus=local corpus\.path=notes/"),
+        (["corpus=local", "corpus.fractions=train:1"], r"corpus\.fractions='train:1': Cannot assign str"),
         (["seed=" + "[" * 3000], "nested too deeply|seed="),
         (["out=" + "x" * 30000], "out=x.*at most 20000 characters"),
     ],

@@ -133,7 +133,7 @@ def test_a_budget_is_a_bound_on_the_folder_and_says_what_can_be_met(wide, method
     sizes, total = plan_budget(allocation | {"budget": smallest}, prediction)  # the budget that was named can be met
     assert total >= sum(sizes[width] for layer in least for width in layer)
     below = prediction.folder_bytes(least) - 100
-    with pytest.raises(ValueError, match=rf"allocation\.budget={below}: no allocation fits"):
+    with pytest.raises(ValueError, match=rf"allocation\.budget={below} bytes: no allocation fits"):
         plan_budget(allocation | {"budget": str(below)}, prediction)
 
 

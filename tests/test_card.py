@@ -40,6 +40,15 @@ def test_the_card_says_what_the_folder_is(checkpoint, model_folder):
     assert str(model_folder.parent) not in body + json.dumps(facts), "no path of this machine"
 
 
+def test_the_card_says_how_many_weights_share_a_scale_where_rows_are_odd():
+    assert card.groups({"hidden_size": 256, "intermediate_size": 128}, 128) == "128 weights share a scale and a zero point"
+    gpt_oss = {"hidden_size": 2880, "intermediate_size": 2880}
+    assert card.groups(gpt_oss, 128) == "64 weights share a scale and a zero point: 128 does not divide all rows"
+    assert card.groups({"hidden_size": 96, "intermediate_size": 80}, 128).startswith(
+        "32 weights, of an expert's down projection 16, share"
+    )
+
+
 def test_the_cards_command_makes_the_same_checkpoint(made):
     overrides, _, checkpoint = made
     command = shlex.split(json.loads((checkpoint / "card.json").read_text())["command"])

@@ -109,6 +109,12 @@ def test_damage_is_refused_by_name_on_both_ways(copy, damage):
             way(copy)
 
 
+def test_a_gpu_that_is_not_there_is_named(checkpoint, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="device='cuda': torch finds no GPU here"):
+        moepress.load(checkpoint, "cuda")
+
+
 def test_load_refuses_what_transformers_cannot_hand_to_us(copy):
     (copy / manifest.INDEX).unlink()
     with pytest.raises(ValueError, match=r"index\.json: missing"):

@@ -165,6 +165,24 @@ def test_what_the_machine_lacks(model_folder, tmp_path, monkeypatch, capsys):
     assert "it fits" not in capsys.readouterr().out
 
 
+def test_a_budget_with_room_for_wider_experts_is_told(model_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = ["model=local", f"model.path={model_folder}", *SMALL]
+    text, _ = forecast.forecast([*given, "allocation.budget=1GiB"])
+    (note,) = (line for line in text.splitlines() if "has room for experts of more than 4 bits" in line)
+    wider = [word.strip("'") for word in note.split(": ")[1].split("' ")]
+    text, _ = forecast.forecast([*given, "allocation.budget=1GiB", *wider])
+    assert "(asked, 8.00 bit)" in text and "has room" not in text
+    tight = sizes_of(text)["4"] - 2000
+    assert "has room" not in forecast.forecast([*given, f"allocation.budget={tight}"])[0]
+
+
+def test_a_text_that_the_run_would_refuse_is_refused(model_folder, text_folder):
+    given = [*small_experiment(model_folder, text_folder), "calibration.num_sequences=100000"]
+    with pytest.raises(ValueError, match=r"calibration\.num_sequences=100000 .* raise corpus\.fractions\.calibration"):
+        forecast.forecast(given)
+
+
 def test_what_is_there_already_takes_no_time(model_folder, text_folder, tmp_path):
     given = [*small_experiment(model_folder, text_folder), f"paths.results={tmp_path}"]
     for item in dag.everything(list(studies.experiment(given).artefacts.values())).values():

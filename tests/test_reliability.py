@@ -273,6 +273,7 @@ def test_folders_that_are_not_what_their_stage_left(finished):
         (OSError(errno.ENOSPC, "No space left on device"), "the disk is full"),
         (RuntimeError("I/O error: No space left on device (os error 28)"), "the disk is full"),
         (PermissionError(errno.EACCES, "Permission denied"), "cannot be written"),
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory"), "cannot be written"),
         (MemoryError(), "not enough memory (MemoryError)"),
         (
             RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes\nmore"),

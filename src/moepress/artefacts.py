@@ -137,7 +137,7 @@ def of_the_machine(error: BaseException) -> str | None:
 
     if is_one_of(errno.ENOSPC, errno.EDQUOT):
         return f"the disk is full ({text}); free some space or set paths.results"
-    if is_one_of(errno.EROFS, errno.EACCES, errno.EPERM):
+    if is_one_of(errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR):
         return f"cannot be written ({text}); make it writable or set paths.results"
     allocation = ("can't allocate memory", "not enough memory", "out of memory", "std::bad_alloc", "Cannot allocate memory")
     if isinstance(error, MemoryError) or is_one_of(errno.ENOMEM) or any(words in text for words in allocation):

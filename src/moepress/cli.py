@@ -47,6 +47,10 @@ def app(config) -> None:
         compute(list(hydras.overrides.task), execution.settings_of(hydras.launcher), config.out, hydras.mode)
     except ValueError as error:
         sys.exit(f"moepress: {error}")
+    except OSError as error:  # Hydra would print all overrides above what main says of it
+        if (why := of_the_machine(error)) is None:
+            raise
+        sys.exit(f"moepress: {why}")
 
 
 def compute(overrides: list[str], settings: execution.Settings, out: str | None = None, mode: RunMode | None = RunMode.RUN):

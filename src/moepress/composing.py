@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -17,7 +18,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.resolvers.oc import env as plain_environment
 
-from moepress.schema.values import nearest
+from moepress.schema.values import LONGEST, nearest
 
 ROOT = next(p for p in (Path(__file__).parents[2], Path(__file__).parent) if (p / "conf").is_dir())
 """The folder with conf/, workflow/ and the Snakefile: the checkout, or the installed package."""
@@ -114,13 +115,27 @@ def readable_error(error: Exception, overrides: list[str] | tuple[str, ...]) -> 
     return f"{f'{key}: ' if key else ''}{said}{of_hydra}"
 
 
+def in_quotes(override: str) -> str:
+    """The way out where Hydra's grammar stops at a character of a text, such as a path's `~`, `(` or `ü`: quotes inside of the
+    shell's; nothing where these do not help."""
+    key, _, value = override[:LONGEST].partition("=")
+    quoted = f'{key}="{os.path.expanduser(value)}"'  # a shell leaves the ~ behind a = as it is
+    try:
+        _parsed(quoted)
+    except HydraException:
+        return ""
+    return f"; if it is a text, it needs quotes of its own within the shell's: {shlex.quote(quoted)}"
+
+
 def _unknown_choice(overrides: list[str] | tuple[str, ...]) -> str | None:
     """What is wrong with the first choice of a group that there is not."""
     for override in overrides:
         group, is_set, option = override.partition("=")
         known, option = options(group), option.strip("'\"")
         if is_set and "." not in group and known and option not in known and not group.startswith("hydra"):
-            return f"{group}={option[:100]}: no such choice{nearest(option, known)}; {group} is one of {', '.join(known)}"
+            said = f"{group}={option[:100]}: no such choice{nearest(option, known)}; {group} is one of {', '.join(known)}"
+            is_path = "/" in option and "local" in known
+            return f"{said}; a folder of your own is {group}=local {group}.path={option[:100]}" if is_path else said
     return None
 
 
@@ -184,7 +199,7 @@ def composed(overrides: list[str] | tuple[str, ...]) -> DictConfig:
         try:
             parsed.append(_parsed(override))
         except HydraException as error:
-            raise ValueError(f"{override[:200]!r}: {readable_error(error, overrides)}") from error
+            raise ValueError(f"{override[:200]!r}: {readable_error(error, overrides)}{in_quotes(override)}") from error
     for one in parsed:
         value = one.value()
         is_name = re.fullmatch(r"[\w./-]{1,100}", str(getattr(value, "text", value))) and isinstance(value, str | QuotedString)

@@ -203,6 +203,9 @@ def with_files(config: dict) -> dict:
     model = None
     if config["model"]["kind"] == "local":
         model, config["model"]["fingerprint"] = _model(config["model"]["path"], _stamp(config["model"]["path"]))
+        is_there = (Path(config["model"]["path"]) / "tokenizer.json").is_file()
+        missing = "no tokenizer.json in it; save the model's fast tokenizer there"
+        check(is_there, "model.path", config["model"]["path"], missing)
         if config["model"]["name"] == "local":
             config["model"]["name"] = Path(config["model"]["path"]).resolve().name
     elif config["model"]["kind"] == "tiny":
@@ -270,7 +273,8 @@ def _typed(group: str, classes, values: dict) -> dict:
     except OmegaConfBaseException as error:
         name = error.full_key or next((name for name, value in values.items() if not _fits(classes, name, value)), None)
         key = f"{group}.{name}" if name else group
-        raise ValueError(f"{key}: {first_lines(error)}") from error
+        given = f"={str(values[name])[:100]!r}" if name in values else ""
+        raise ValueError(f"{key}{given}: {first_lines(error)}") from error
 
 
 def _fits(schema_class, name: str, value) -> bool:

@@ -253,12 +253,16 @@ def value(text: str):
 def publish(plan: Plan, out: str | Path) -> Path:
     """A copy of the run's checkpoint in the folder `out`, ready to publish, with what was measured of it.
 
-    Raises ValueError naming an `out` that holds something else.
+    Raises ValueError naming an `out` that holds something else or cannot be written.
     """
     from moepress.export import export
 
-    pruned = "pruning" in last_run(plan)  # what was measured then is not the checkpoint's own
-    return export(last_run(plan)["quantization"], Path(out).expanduser(), None if pruned else Path(plan.report))
+    run = last_run(plan)
+    pruned = "pruning" in run  # what was measured then is not the checkpoint's own
+    try:
+        return export(run["quantization"], Path(out).expanduser(), None if pruned else Path(plan.report))
+    except OSError as error:
+        raise ValueError(f"out={out}: cannot be written ({error}); give another folder; what is computed is kept") from error
 
 
 def policy(plan: Plan) -> dict | None:

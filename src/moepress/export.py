@@ -68,8 +68,11 @@ def place(source: Path, target: Path) -> None:
 
 
 def check_free(out: Path, key: str) -> None:
-    """Raise ValueError unless `out` is absent, empty, or an export of the checkpoint `key`: what can be told before there is
-    that checkpoint."""
+    """Raise ValueError unless `out` can be made and is absent, empty, or an export of the checkpoint `key`: what can be told
+    before there is that checkpoint."""
+    above = next(folder for folder in out.absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise ValueError(f"{out}: cannot be made, for {above} is no folder that can be written; give another folder")
     if not out.exists():
         return
     if not out.is_dir():

@@ -2,7 +2,7 @@
 
 moepress plan model=hub model.id=Qwen/Qwen3-30B-A3B allocation.budget=12GiB
 
-Imports no torch, and reads config.json, the index and headers only.
+Imports no torch, and reads config.json, the index, headers and a small local text only.
 """
 
 import sys
@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moepress import estimate, studies
-from moepress.config import values
+from moepress.config import check_local_text, values
 from moepress.machine import hardware, uses_gpu
 from moepress.models import families, hub, limits, outline
 from moepress.models.outline import Outline
 from moepress.quantization.budget import Prediction, plan_budget, unpacked_bytes
 from moepress.quantization.size import mixed
-from moepress.schema.values import WIDTHS
+from moepress.schema.values import WIDTHS, parse_bytes
 from moepress.wording import aligned, count, duration, readable
 
 USAGE = """moepress plan [KEY=VALUE ...]: what the experiment `moepress KEY=VALUE ...` will take
@@ -61,6 +61,8 @@ def forecast(overrides: list[str]) -> tuple[str, list[str]]:
         if override.startswith(("-", "study=")):
             raise ValueError(f"{override}: plan takes the KEY=VALUE of one experiment; see moepress plan --help")
     config = values(overrides)
+    if config["corpus"]["kind"] == "local":
+        check_local_text(config)
     model = read_model(config["model"])
     sizes = []
     if config["quantization"]["method"] != "none":
@@ -68,7 +70,7 @@ def forecast(overrides: list[str]) -> tuple[str, list[str]]:
         prediction = Prediction(model, config["quantization"])
         sizes = [*uniform_sizes(prediction), asked_size(prediction, config["allocation"])]
     asked = sizes[-1] if sizes else None
-    lines = [*describe(model, config), "", *size_table(sizes)]
+    lines = [*describe(model, config), "", *size_table(sizes), *unspent(config["allocation"], sizes)]
     needed, problems = resources(model, config, asked, missing_stages(overrides))
     return "\n".join([*lines, *needed, *([] if problems else ["", "it fits"])]), problems
 
@@ -133,6 +135,21 @@ def size_table(sizes: list[Size]) -> list[str]:
     rows = [("experts at", "folder", "bits/weight", "loaded on CPU", "on GPU")]
     rows += [(s.label, readable(s.folder), f"{s.bits:.3f}", readable(s.on_cpu), readable(s.on_gpu)) for s in sizes]
     return [*aligned(rows), ""]
+
+
+def unspent(allocation: dict, sizes: list[Size]) -> list[str]:
+    """A note where a budget has room for wider experts than the allocation may give. sizes: first those of WIDTHS."""
+    widest = max(allocation.get("widths", WIDTHS))
+    if not sizes or allocation["budget"] is None or widest == max(WIDTHS):
+        return []
+    if parse_bytes(allocation["budget"]) < sizes[WIDTHS.index(widest) + 1].folder:
+        return []
+    wider = [*allocation["widths"], *(width for width in WIDTHS if width > widest)]
+    return [
+        f"allocation.budget={allocation['budget']} has room for experts of more than {widest} bits: "
+        f"'allocation.widths={wider}' 'statistics.widths={wider}'",
+        "",
+    ]
 
 
 def missing_stages(overrides: list[str]) -> set[str] | None:

@@ -17,7 +17,9 @@ from moepress.models.streaming import ModelStream
 
 
 def pick_device(device: str) -> str:
-    """`auto` is cuda where there is one."""
+    """`auto` is cuda where there is one; ValueError for one where there is none."""
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device={device!r}: torch finds no GPU here; take device='cpu' or 'auto'")
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
@@ -48,7 +50,7 @@ def load(
     `pruning.policy.attach`); or the pruning stage's folder, or its policy.json.
     verify: hash every file of a packed folder and compare; False compares only names, sizes and headers.
     Raises ValueError naming a file that is missing, unexpected, truncated, altered or of a newer format, and weights that
-    are missing, left over or of the wrong shape: transformers alone would go on with random ones.
+    are missing, left over or of the wrong shape: transformers alone would go on with random ones; and a GPU that is not there.
     """
     folder = folders.locate(Path(folder))
     model = load_model(folder, pick_device(device), dtype, verify)

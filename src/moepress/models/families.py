@@ -7,7 +7,7 @@ FAMILIES; `tests/test_families.py` proves it against transformers' own forward.
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from math import gcd
+from math import gcd, lcm
 
 from moepress.schema.values import MOST_EXPERTS, MOST_LAYERS
 
@@ -270,13 +270,13 @@ SMALLEST_GROUP = 8
 
 
 def check_group_size(shape: Shape, group_size: int) -> None:
-    """ValueError for a group size that the rows of the experts' matrices cannot be divided into, naming those that they can."""
+    """ValueError for a group size that the rows of the experts' matrices cannot be divided into, naming one that they can."""
     for name, width in (("hidden_size", shape.hidden_size), ("intermediate_size", shape.intermediate_size)):
         if group_of(width, group_size) < SMALLEST_GROUP:
-            fits = [g for g in (256, 128, 96, 64, 48, 32, 16, 8) if width % g == 0]
             raise ValueError(
                 f"quantization.group_size={group_size} shares no divisor of {SMALLEST_GROUP} or more with the model's "
-                f"{name}={width}; take one of {fits}"
+                f"{name}={width}; take {lcm(SMALLEST_GROUP, width)}, which makes each of these rows one group and has no "
+                "compiled products"
             )
 
 

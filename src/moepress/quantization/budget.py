@@ -193,8 +193,9 @@ def plan_budget(allocation: dict, prediction: Prediction) -> tuple[dict[int, int
     low, high = (bound * layers for bound in feasible_range(shape.num_experts, list(sizes), list(sizes.values()), keep))
     if budget is not None and total < low:
         narrowest = f"every expert at {min(widths)} bit" if not keep else f"allocation.widths={widths}, allocation.keep={keep}"
+        unit = " bytes" if str(budget).strip().isdigit() else ""
         raise ValueError(
-            f"allocation.budget={budget}: no allocation fits; this model takes from {readable(low + outside, math.ceil)} "
+            f"allocation.budget={budget}{unit}: no allocation fits; this model takes from {readable(low + outside, math.ceil)} "
             f"({narrowest}) to {readable(high + outside, math.floor)}"
         )
     if budget is None and not low - 1e-9 <= total <= high + 1e-9:

@@ -10,6 +10,7 @@ import jinja2
 import yaml
 
 from moepress.dag import distill_sequences
+from moepress.models.families import group_of
 from moepress.report.run import label
 from moepress.wording import rounded_bytes
 
@@ -28,7 +29,7 @@ files: {{ size }} instead of {{ size16 }} at 16 bits, everything counted.
 | weight files | {{ size }} |
 | bits of an expert's weight, on average | {{ nominal }} |
 | bits a weight takes on disk, all included | {{ effective }} |
-| group size | {{ group_size }} weights share a scale and a zero point |
+| group size | {{ groups }} |
 | attention | {{ attention }} |
 | at 16 bits | {{ sixteen }} |
 
@@ -155,7 +156,7 @@ def _values(facts: dict) -> dict:
         "size16": rounded_bytes(2 * facts["weights"]),
         "weights": f"{facts['weights']:,}",
         "shape": facts["shape"],
-        "group_size": quantization["group_size"],
+        "groups": groups(facts["shape"], quantization["group_size"]),
         "attention": f"{attention} bits" if attention else "16 bits",
         "sixteen": "router, norms, embedding, head" + ("" if attention else ", attention"),
         "widths": [f"{width} bit{'s' if width > 1 else ''}" for width in widths],
@@ -167,6 +168,15 @@ def _values(facts: dict) -> dict:
         "commit": Markdown(re.sub(r"[^\w+]", "", facts["git_commit"] or "")),
         "versions": ", ".join(f"{name} {version}" for name, version in facts["versions"].items()),
     }
+
+
+def groups(shape: dict, group_size: int) -> str:
+    """How many of an expert's weights share a scale, where the group size does not divide its rows too."""
+    gate_up, down = (group_of(shape[name], group_size) for name in ("hidden_size", "intermediate_size"))
+    if gate_up == down == group_size:
+        return f"{group_size} weights share a scale and a zero point"
+    each = f"{gate_up} weights" if gate_up == down else f"{gate_up} weights, of an expert's down projection {down},"
+    return f"{each} share a scale and a zero point: {group_size} does not divide all rows"
 
 
 def bit_rows(bits: list[list[int]], widths: list[int], layers: Iterable[int]) -> list[tuple[str, list[int]]]:
