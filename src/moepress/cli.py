@@ -154,7 +154,3 @@ def run(arguments: list[str]) -> None:
     else:
         resolve(arguments)  # before Hydra composes, whose own message says less
         app()
-
-
-if __name__ == "__main__":
-    main()

@@ -183,7 +183,7 @@ def missing(plan: Plan) -> list[str]:
     return list(found)
 
 
-def failures(plan: Plan, since: float = 0.0) -> str:
+def failures(plan: Plan, since: float) -> str:
     """What a run that failed says in the end: each artefact that it began and that is not there, why, and how to go on.
 
     since: when it started; older logs are of other runs.

@@ -81,7 +81,7 @@ class Sweep:
         if whole and failures and not Path(done.report).exists():  # its plan has those that failed, so make one without
             done = self.run([])
         if whole and Path(done.report).exists():
-            print(results_table.table_of(Path(done.report)))
+            print(results_table.table(execution.rows(Path(done.report))))
             print(done.report)
         return done
 

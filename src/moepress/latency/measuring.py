@@ -66,8 +66,6 @@ def variants(original, compressed, policy: dict | None, device: str) -> list[Var
 class Prefill:
     """One forward over prompts `[B, S]`."""
 
-    phase = "prefill"
-
     def __init__(self, variant: Variant, ids_BS: torch.Tensor):
         self.variant, self.ids_BS = variant, ids_BS
 
@@ -89,8 +87,6 @@ class Prefill:
 class Decode:
     """The tokens `ids[:, num_prompt:]` behind the prompts before them, one position at a time. The text is given, so that all
     models read the same."""
-
-    phase = "decode"
 
     def __init__(self, variant: Variant, ids_BS: torch.Tensor, num_prompt: int):
         self.variant, self.ids_BS, self.num_prompt, self.cache = variant, ids_BS, num_prompt, None
