@@ -36,7 +36,7 @@ from moepress.schema import SCHEMA
 from moepress.schema.allocation import reads_errors, reads_statistics
 from moepress.schema.pruning import is_fitted
 from moepress.schema.quantization import quantizer_of_statistics
-from moepress.schema.values import check, check_leaf, check_seed, nearest
+from moepress.schema.values import check, check_seed, check_value, nearest
 
 
 def resolve(overrides: list[str] | tuple[str, ...] = ()) -> dict:
@@ -81,46 +81,63 @@ def validate(config: dict) -> dict:
             raise ValueError(f"{key} is not set: give it as {key}=...")
     config = {name: value for name, value in config.items() if name not in ("experiment", "study")}
     for key, value in config.items():
-        check_leaf(key, value)
+        check_value(key, value)
     for group in SCHEMA:
         check(isinstance(config[group], dict), group, config[group], "a group of keys; choose one by its name")
+    _check_alone(config)
+    _fill_in(config)
+    for group, classes in SCHEMA.items():
+        config[group] = _typed(group, classes, config[group])
+    _check_together(config)
+    return config
+
+
+def _check_alone(config: dict) -> None:
+    """ValueError for a value of a key that is in no group."""
     check_seed("seed", config["seed"])
     ok = config["cores"] is None or (type(config["cores"]) is int and config["cores"] >= 1)
     check(ok, "cores", config["cores"], "null for all of the machine's, or at least 1")
+    ok = re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(config["device"]))
+    check(bool(ok), "device", config["device"], "auto, cpu, cuda or cuda:N")
     check(isinstance(config["paths"], dict), "paths", config["paths"], "the folders results and cache")
     for name, path in config["paths"].items():
         ok = isinstance(path, str) and path.strip() and not path.startswith("-")
         check(bool(ok), f"paths.{name}", path, "a folder")
         check(not set(path) & set("{}*?[]"), f"paths.{name}", path, "a folder without any of {}*?[] in its name")
-    if config["statistics"]["quantizer"] == "auto":
-        config["statistics"]["quantizer"] = quantizer_of_statistics(config["quantization"], config["allocation"])
-    fits = config["statistics"]["quantizer"] != "gptq" or config["quantization"]["method"] not in ("none", "rtn")
-    is_read = reads_statistics(config["allocation"]) and config["quantization"]["method"] != "none"
-    expected = f"quantization={config['quantization']['method']} has no error feedback; leave it auto"
-    check(fits or not is_read, "statistics.quantizer", "gptq", expected)
-    latency = config["latency"]
-    latency["threads"] = os.cpu_count() if latency["threads"] == "auto" else latency["threads"]
-    ok = re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(config["device"]))
-    check(bool(ok), "device", config["device"], "auto, cpu, cuda or cuda:N")
-    latency["hardware"] = hardware(config["device"]) if latency["hardware"] == "auto" else latency["hardware"]
-    for group, classes in SCHEMA.items():
-        config[group] = _typed(group, classes, config[group])
-    if reads_errors(config["allocation"]) and config["quantization"]["method"] != "none":
-        check_measured(config["allocation"]["widths"], config["statistics"]["widths"])
-
     check(config["out"] is None or isinstance(config["out"], str), "out", config["out"], "a folder, or null")
     objective = config["objective"]
     columns = [objective] if isinstance(objective, str) else objective
     ok = columns is None or (isinstance(columns, list) and bool(columns) and all(isinstance(name, str) for name in columns))
     check(ok, "objective", objective, "a column of runs.csv, a list of them, or null")
+
+
+def _fill_in(config: dict) -> None:
+    """What `auto` stands for, where a key depends on it."""
+    statistics, latency = config["statistics"], config["latency"]
+    if statistics["quantizer"] == "auto":
+        statistics["quantizer"] = quantizer_of_statistics(config["quantization"], config["allocation"])
+    if latency["threads"] == "auto":
+        latency["threads"] = os.cpu_count()
+    if latency["hardware"] == "auto":
+        latency["hardware"] = hardware(config["device"])
+
+
+def _check_together(config: dict) -> None:
+    """ValueError for values of several keys that do not go together."""
+    allocation, statistics, method = config["allocation"], config["statistics"], config["quantization"]["method"]
+    if method != "none" and reads_statistics(allocation):
+        ok = statistics["quantizer"] != "gptq" or method != "rtn"
+        check(ok, "statistics.quantizer", "gptq", f"quantization={method} has no error feedback; leave it auto")
+    if method != "none" and reads_errors(allocation):
+        check_measured(allocation["widths"], statistics["widths"])
     suites.chosen(config["evaluation"])
-    settings.check(config["corpus"])
-    if config["corpus"]["kind"] == "packages":
-        settings.check_domains(config, config["corpus"]["domains"], config["corpus"]["test_domains"])
-    elif config["corpus"]["kind"] == "hub":
-        settings.check_domains(config, [Path(config["corpus"]["id"]).name.lower()])
+    corpus = config["corpus"]
+    settings.check(corpus)
+    if corpus["kind"] == "packages":
+        settings.check_domains(config, corpus["domains"], corpus["test_domains"])
+    elif corpus["kind"] == "hub":
+        settings.check_domains(config, [Path(corpus["id"]).name.lower()])
     check_splits(config)
-    return config
 
 
 def check_splits(config: dict) -> None:
@@ -152,7 +169,8 @@ def check_local_text(config: dict) -> None:
     settings.check_domains(config, list(dict.fromkeys(domains)))
     if not reads_calibration(config) or sum(file.stat().st_size for file in files) > SMALL_TEXT:
         return
-    most = _most_tokens(corpus["path"], corpus["field"], *(corpus[name] for name in _CUTS), corpus["fractions"]["calibration"])
+    cuts, share = tuple(corpus[name] for name in _CUTS), corpus["fractions"]["calibration"]
+    most = _most_tokens(corpus["path"], corpus["field"], cuts, share, _stamp(corpus["path"]))
     asked = config["calibration"]
     wanted = [domain for domain in asked["domains"] or most if domain in most]
     needed = asked["num_sequences"] // max(1, len(wanted))
@@ -172,16 +190,14 @@ SMALL_TEXT = 1 << 24
 _CUTS = ("min_documents", "block_characters", "line_characters")
 
 
-def _most_tokens(path: str, field: str, *rest) -> dict[str, int]:
-    """Domain -> tokens that its calibration text cannot exceed."""
-    return _bounds(path, field, rest, _stamp(path))
-
-
 @lru_cache(maxsize=16)
-def _bounds(path: str, field: str, rest: tuple, _: tuple) -> dict[str, int]:
-    """A document is given to the calibration split while it fits into its share of the characters, and one at least; a token
-    is a byte of UTF-8 or more, but for two around each document."""
-    *cuts, share = rest
+def _most_tokens(path: str, field: str, cuts: tuple[int, ...], share: float, _: tuple) -> dict[str, int]:
+    """Domain -> tokens that its calibration text cannot exceed.
+
+    cuts: the values of _CUTS. share: of the characters, for the calibration. The last argument only tells the cache that files
+    have changed. The split takes documents while they fit into its share, and one at least; a token is at least one byte of
+    UTF-8, but for two tokens that may stand around each document.
+    """
     documents: dict[str, list[str]] = {}
     for domain, _name, text in textfiles.read({"path": path, "field": field, **dict(zip(_CUTS, cuts, strict=True))}):
         documents.setdefault(domain, []).append(text)
