@@ -36,15 +36,17 @@ def compress(model: str | Path, out: str | Path | None = None, budget: str | int
     given |= {name.replace("__", "."): value for name, value in overrides.items()}
     if "study" in given:
         raise ValueError(f"study={given['study']!r}: compress takes one experiment; `moepress study=NAME` runs a study")
-    given |= {"allocation.budget": budget} if budget is not None else {}
-    given |= {"out": str(out)} if out is not None else {}
+    if budget is not None:
+        given["allocation.budget"] = budget
+    if out is not None:
+        given["out"] = str(out)
     lines = [f"{key}={override_value(value)}" for key, value in given.items()]
     planned = execution.with_checkpoint(execution.planned(lines, execution.Settings()))
     began = time.time()
     if execution.run(planned, [lines]):
         raise RuntimeError(execution.failures(planned, began))
-    if given.get("out") is not None:
-        execution.publish(planned, given["out"])
+    if out is not None:
+        execution.publish(planned, out)
     found = execution.last_run(planned)
     folder = found.get("quantization", found["model"])
     from moepress.inference.checkpoint import load  # imports torch, which what is wrong with the values need not wait for

@@ -15,6 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from tqdm import tqdm
+
 from moepress.models.files import record
 
 PROVENANCE = "provenance.json"
@@ -44,12 +46,12 @@ class Damage:
 
 @dataclass(frozen=True)
 class Listed:
-    """A file and what is on record of it. bytes: None where that is not known."""
+    """A file to be hashed: its size, the sha256 on record, and the artefact it belongs to; outside: not in its folder."""
 
     path: Path
     folder: Path
     sha256: str
-    bytes: int | None = None
+    bytes: int
     outside: bool = False
 
 
@@ -145,7 +147,7 @@ def _referenced(folder: Path) -> Iterator[Damage | Listed]:
         if path.suffix not in DECISIVE:
             continue
         if path.is_file():
-            yield Listed(path, folder, sha256, outside=True)
+            yield Listed(path, folder, sha256, path.stat().st_size, outside=True)
         else:
             yield Damage(path, "missing", folder, outside=True)
 
@@ -168,15 +170,13 @@ def _read(path: Path, folder: Path) -> dict | Damage:
 
 def _altered(listed: list[Listed], progress) -> Iterator[Damage]:
     """Files whose sha256 is another."""
-    sizes = [each.bytes if each.bytes is not None else each.path.stat().st_size for each in listed]
-    if progress is None and sum(sizes) > QUIET_BYTES:
-        from tqdm import tqdm
-
-        progress = tqdm(total=sum(sizes), desc="checking hashes", unit="B", unit_scale=True)
+    total = sum(each.bytes for each in listed)
+    if progress is None and total > QUIET_BYTES:
+        progress = tqdm(total=total, desc="checking hashes", unit="B", unit_scale=True)
     with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:  # hashing leaves the interpreter's lock
-        for each, size, found in zip(listed, sizes, pool.map(_hash, listed), strict=True):
+        for each, found in zip(listed, pool.map(_hash, listed), strict=True):
             if progress is not None:
-                progress.update(size)
+                progress.update(each.bytes)
             if found != each.sha256:
                 where = REFERENCE if each.outside else PROVENANCE
                 what = (

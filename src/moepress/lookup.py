@@ -34,8 +34,12 @@ class Found:
         return self.folder.split("/")[0]
 
     @property
+    def label(self) -> str:
+        return self.path.name.rpartition("-")[0]
+
+    @property
     def key(self) -> str:
-        return self.folder[-12:]
+        return self.path.name.rpartition("-")[2]
 
     @cached_property
     def described(self) -> dict:
@@ -157,17 +161,17 @@ def _evaluation(name: str, results: Path) -> Found:
 def report(name: str | None, results: Path) -> Found:
     """The report of that folder, id, key or label; the newest of the label, or of all where no name is given. Of a run's name
     or an artefact, the newest report that has it."""
-    if name is not None and not any(item.path.name.rpartition("-")[0] == name for item in reports(results)):
-        if having := [place for place in reports(results) if named(name, place)]:
-            return having[0]
-        found = artefact(name, results)
-        if found.stage == "report":
-            return found
-        for place in reports(results):
-            if any(found.folder in run["artefacts"].values() for run in place.described["config"]["runs"]):
-                return place
-        raise ValueError(f"{name}: an artefact of {found.stage}, no report, and in none")
-    matching = [item for item in reports(results) if name in (None, item.path.name.rpartition("-")[0])]
-    if not matching:
+    known = reports(results)
+    if labelled := [place for place in known if name in (None, place.label)]:
+        return labelled[0]
+    if name is None:
         raise ValueError(f"{results}: no report there; run an experiment first, or give --results=DIR")
-    return matching[0]
+    if having := [place for place in known if named(name, place)]:
+        return having[0]
+    found = artefact(name, results)
+    if found.stage == "report":
+        return found
+    for place in known:
+        if any(found.folder in run["artefacts"].values() for run in place.described["config"]["runs"]):
+            return place
+    raise ValueError(f"{name}: an artefact of {found.stage}, no report, and in none")

@@ -17,9 +17,9 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 
-from moepress.evaluation.perplexity import run_layers
 from moepress.evaluation.usage import Usage, count, watched
 from moepress.models.streaming import ModelStream
+from moepress.models.streams import run_layers
 from moepress.pruning.policy import experts_of
 
 STREAMED_TOKENS = 2**18

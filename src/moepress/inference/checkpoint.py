@@ -14,6 +14,7 @@ from moepress.inference import manifest, quantizer
 from moepress.models import families, folders, limits
 from moepress.models.experts import ON_CPU
 from moepress.models.streaming import ModelStream
+from moepress.pruning.policy import attach
 
 
 def pick_device(device: str) -> str:
@@ -53,8 +54,6 @@ def load(
     folder = folders.locate(Path(folder))
     model = load_model(folder, pick_device(device), dtype, verify)
     if pruning:
-        from moepress.pruning.policy import attach
-
         attach(model, pruning if isinstance(pruning, dict) else read_policy(Path(pruning)))
     return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 

@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 from moepress.models.families import ATTENTION, FAMILIES
+from moepress.pruning import attention
 from moepress.pruning.odp import importance, most_important, odp
 from moepress.pruning.pesf import pesf
+from moepress.pruning.static import Removal
 
 NEEDED: dict[str, tuple[str, ...]] = {
     "none": (),
@@ -139,8 +141,6 @@ def _attach(model, policy: dict, attached: Attached) -> None:
         attached.handles.append(experts.register_forward_pre_hook(partial(prune, rule)))
         attached.handles.append(MayBeLeftOut(experts))
     if method == "static":
-        from moepress.pruning.static import Removal
-
         for layer, removed in zip(layers, policy["removed"], strict=True):
             removed_E = _marked(removed, layer.get_submodule(family.experts).num_experts, model.device)
             attached.handles.append(
@@ -205,13 +205,11 @@ def _marked(removed: list[int], num_experts: int, device) -> torch.Tensor:
 
 
 def _listen(model, modules: list[nn.Module], batch: Batch):
-    from moepress.pruning.attention import Listener, received
-
     layer_of = {module: layer for layer, module in enumerate(modules)}
 
     def heard(module, query, key, mask, scaling=None, s_aux=None, **_):
         if query.shape[2] > 1:
-            sums_BS = received(query, key, mask, batch.mask_BS.to(query.device), scaling, s_aux, batch.past)
+            sums_BS = attention.received(query, key, mask, batch.mask_BS.to(query.device), scaling, s_aux, batch.past)
             batch.received[layer_of[module]] = sums_BS
 
-    return Listener(model, modules, heard)
+    return attention.Listener(model, modules, heard)

@@ -196,10 +196,9 @@ def artefact(item: Found, target: Target, entries: dict[str, list]):
     import wandb
 
     made = item.provenance
-    label = item.path.name.rpartition("-")[0]
     metadata = {"key": item.key, "config": item.described["config"], "inputs": item.described["inputs"]}
     metadata |= {name: made[name] for name in ("git_commit", "start", "seconds", "device", "versions")}
-    found = wandb.Artifact(f"{item.stage}-{label}"[:128], item.stage, metadata=without_secrets(metadata))
+    found = wandb.Artifact(f"{item.stage}-{item.label}"[:128], item.stage, metadata=without_secrets(metadata))
     if item.folder not in entries:
         entries[item.folder] = list(add_files(found, item, copied=item.stage in target.upload))
         return found
