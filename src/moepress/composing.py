@@ -1,4 +1,4 @@
-"""What Hydra makes of overrides and conf/, and what is wrong with overrides, in a line with the way out."""
+"""Composing conf/ and overrides with Hydra, and one-line errors, with the way out, for overrides that do not fit."""
 
 import os
 import re
@@ -28,8 +28,8 @@ OPEN_VARIABLES = ("MOEPRESS_CACHE", "HOME")
 
 @contextmanager
 def guarded_environment() -> Iterator[None]:
-    """No other variable is told to a configuration, nor to a study that somebody else wrote: what it holds ends in files that
-    people publish. On a command line the shell puts in a variable's value."""
+    """Inside, configurations can read only OPEN_VARIABLES from the environment (`${oc.env:...}`): what they hold ends in files
+    that people publish, and a study may be somebody else's. On a command line the shell expands variables itself."""
 
     def environment(key: str, default: str | None = None) -> str | None:
         if key not in OPEN_VARIABLES:
@@ -44,7 +44,8 @@ def guarded_environment() -> Iterator[None]:
 
 
 def check_experiment(overrides: list[str] | tuple[str, ...]) -> None:
-    """ValueError for `experiment=NAME` beside another choice of a group that it chooses: Hydra would let that one win."""
+    """ValueError for `experiment=NAME` beside another option of a group that NAME itself sets: Hydra would let the other win,
+    and the run would not be what its name says."""
     given = _given(overrides)
     for group, option in _choices_of(given.get("experiment")).items():
         if (other := given.get(group, option)) != option:
@@ -76,7 +77,7 @@ def _choices_of(experiment: str | None) -> dict[str, str]:
 
 
 def choices(overrides: list[str] | tuple[str, ...]) -> dict[str, str]:
-    """Group -> the option that overrides make of it."""
+    """Group -> the option that is in force under these overrides."""
     given = _given(overrides)
     found = _defaults("config") | _choices_of(given.get("experiment"))
     return {group: given.get(group, option) for group, option in found.items()}
@@ -96,7 +97,7 @@ ALONE = ("seed", "device", "cores", "out", "objective")
 
 
 def without_value(word: str) -> str:
-    """What is wrong with a word that is no KEY=VALUE."""
+    """The error for a word that is no KEY=VALUE."""
     if word in groups():
         return f"{word!r}: a group needs a value, {word}={'|'.join(options(word))}"
     if "." in word or word in ALONE:
@@ -105,7 +106,7 @@ def without_value(word: str) -> str:
 
 
 def readable_error(error: Exception, overrides: list[str] | tuple[str, ...]) -> str:
-    """Hydra's or OmegaConf's error in a line, with what there is in the place of what there is not."""
+    """Hydra's or OmegaConf's error in one line; for an unknown option or key, with those that there are."""
     if told := _unknown_choice(overrides) or _unknown_key(overrides):
         return told
     key = getattr(error, "full_key", None)
@@ -115,7 +116,7 @@ def readable_error(error: Exception, overrides: list[str] | tuple[str, ...]) -> 
 
 
 def _unknown_choice(overrides: list[str] | tuple[str, ...]) -> str | None:
-    """What is wrong with the first choice of a group that there is not."""
+    """The error for the first override that asks for an option that its group does not have; None without one."""
     for override in overrides:
         group, is_set, option = override.partition("=")
         known, option = options(group), option.strip("'\"")
@@ -125,7 +126,7 @@ def _unknown_choice(overrides: list[str] | tuple[str, ...]) -> str | None:
 
 
 def _unknown_key(overrides: list[str] | tuple[str, ...]) -> str | None:
-    """What is wrong with the first key that the chosen groups do not have."""
+    """The error for the first override of a key that the chosen groups do not have; None without one."""
     chosen = [f"{group}={option}" for group, option in choices(overrides).items() if option in options(group)]
     config = OmegaConf.to_container(_composed(tuple(chosen), _newest_change()), resolve=False)
     for override in overrides:
@@ -148,7 +149,7 @@ def _unknown_key(overrides: list[str] | tuple[str, ...]) -> str | None:
 
 
 def no_such_key(path: list[str], depth: int, known: list, chosen: dict[str, str]) -> str:
-    """What to say of a key that is not among those known at a depth of its path. chosen: group -> option."""
+    """The error for a key (`path[depth]` of the full path) that is not among those known there. chosen: group -> option."""
     group, key = path[0], path[depth]
     if depth == 0:
         alone = ", ".join([*ALONE, "paths.results", "paths.cache"])
@@ -174,10 +175,10 @@ def _has(keys, path: list[str]) -> bool:
 
 
 def composed(overrides: list[str] | tuple[str, ...]) -> DictConfig:
-    """What Hydra composes of these overrides, unresolved.
+    """What Hydra composes of these overrides, unresolved. Raises ValueError for an override that is none.
 
-    The members of a sweep differ in values more than in groups, and choosing groups is what takes Hydra long (.1 s). So a
-    choice of groups is composed once, and values are set in a copy by Hydra's own function.
+    Choosing groups is what takes Hydra long (.1 s), and the members of a sweep mostly share their groups. So each choice of
+    groups is composed once, and values are set in a copy of it by Hydra's own function.
     """
     parsed = []
     for override in overrides:
@@ -201,7 +202,7 @@ def composed(overrides: list[str] | tuple[str, ...]) -> DictConfig:
 
 
 def _is_choice(override: Override) -> bool:
-    """Whether it is one of a group's files, or Hydra's own."""
+    """Whether an override chooses an option of a group, or is Hydra's own."""
     key = override.key_or_group
     is_group = "/" in key or key in ("experiment", "study") or (ROOT / "conf" / key).is_dir()
     return is_group or override.package is not None or override.is_hydra_override()

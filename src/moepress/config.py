@@ -1,7 +1,7 @@
 """From overrides to a checked configuration.
 
 `resolve(overrides)` is the only way to one: Hydra composes conf/, every value is resolved and checked. `values(overrides)` is
-its first half, which looks at no file: what `moepress plan` needs, where the model may not be there yet.
+its first half, which looks at no file: `moepress plan` needs no more, for the model may not be there yet.
 """
 
 import dataclasses
@@ -49,7 +49,7 @@ def resolve(overrides: list[str] | tuple[str, ...] = ()) -> dict:
 
 
 def values(overrides: list[str] | tuple[str, ...] = ()) -> dict:
-    """The same before the model and the text are looked at: values checked by themselves."""
+    """The same before the model and the text are looked at: the values alone are checked. Raises ValueError as `resolve`."""
     for override in overrides:
         if len(override) > LONGEST_OVERRIDE or re.search("[\0\ud800-\udfff]", override):
             raise ValueError(f"{override[:60]!r}: at most {LONGEST_OVERRIDE} characters of text, NUL not among them")
@@ -162,7 +162,7 @@ def reads_calibration(config: dict) -> bool:
 
 
 def check_local_text(config: dict) -> None:
-    """ValueError for domains that a local text has not, and for more calibration windows than it can have."""
+    """ValueError for domains that a local text lacks, and for more calibration windows than it can give."""
     corpus = config["corpus"]
     files = textfiles.find(corpus["path"])
     domains = textfiles.domains_of(files, Path(corpus["path"]), corpus["min_documents"])
@@ -210,7 +210,8 @@ def _most_tokens(path: str, field: str, cuts: tuple[int, ...], share: float, _: 
 
 
 def with_files(config: dict) -> dict:
-    """The configuration with what the files say that it names: their fingerprints, and whether the model takes the values."""
+    """The configuration with the fingerprints of the files that it names; ValueError where the model or the text that they hold
+    does not fit its values."""
     if config["corpus"]["kind"] != "packages":
         source = config["corpus"]["path"] if config["corpus"]["kind"] == "local" else config["corpus"]["id"]
         config["corpus"]["fingerprint"] = _text(config["corpus"]["kind"], source, _stamp(source))

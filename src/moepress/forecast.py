@@ -91,7 +91,8 @@ def uniform_sizes(prediction: Prediction) -> list[Size]:
 
 
 def asked_size(prediction: Prediction, allocation: dict) -> Size:
-    """What the configuration's own allocation comes to; the widths of rules that read statistics by their mean."""
+    """The size under the configuration's own allocation. Rules that read statistics decide later which expert gets which width;
+    here any widths that fill the budget stand for theirs."""
     sizes, total = plan_budget(allocation, prediction)
     shape, layers = prediction.shape, len(prediction.shape.moe_layers)
     each = mixed(sizes, total, layers * shape.num_experts, mixes=allocation["method"] != "uniform")
@@ -171,8 +172,8 @@ def memory_of(model: Outline, config: dict, asked: Size | None) -> tuple[str, in
 
 
 def check_memory(config: dict) -> None:
-    """ValueError where the packed model is to be tuned as a whole and this machine has not the memory for it. A hub model of
-    which nothing is here yet is left to the stage, which looks again: no network at the start of every run."""
+    """ValueError where the packed model is to be tuned as a whole and this machine lacks the memory for that. Asks no network:
+    a hub model of which nothing is here yet is checked by the stage itself."""
     if not (steps := config["quantization"].get("distill_steps")):
         return
     try:
@@ -189,7 +190,8 @@ def check_memory(config: dict) -> None:
 
 
 def time_rows(model: Outline, config: dict, on_gpu: bool, missing: set[str] | None) -> list[tuple[str, str, str]]:
-    """Of the whole and of each stage, from this machine's measured speed. missing: see `missing_stages`."""
+    """Rows of the table: seconds of the whole and of each row of `estimate.seconds`, at this machine's measured speed. missing:
+    see `missing_stages`."""
     speed = estimate.measured_flops()
     results = Path(config["paths"]["results"]).expanduser()
     correction = estimate.correction_from(results, speed, hardware(config["device"]))

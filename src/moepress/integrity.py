@@ -65,7 +65,7 @@ def _seal(provenance: dict) -> str:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether a stage finished it; what became of it since is another question."""
+    """Whether a stage finished the folder. Whether its files were damaged since is what `check` tells."""
     return (folder / PROVENANCE).is_file()
 
 
@@ -91,9 +91,9 @@ def way_out(damage: Damage, results: Path) -> str:
 
 
 def damages(folders: Iterable[tuple[Path, bool]], progress=None) -> Iterator[Damage]:
-    """What is wrong with folders, names and sizes first, then hashes.
+    """What is wrong with folders: first by names and sizes, then by hashes. folders: as `check` takes them.
 
-    progress: told of every byte that was hashed; a bar of our own where there is much to hash and none is given.
+    progress: a tqdm bar that is updated with the bytes hashed; without one a bar is made where there is much to hash.
     """
     listed: list[Listed] = []
     wrong: set[Path] = set()

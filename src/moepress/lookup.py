@@ -109,7 +109,8 @@ def folders(results: Path) -> list[Path]:
 
 
 def artefact(name: str, results: Path) -> Found:
-    """The artefact of that folder, id or beginning of a key; of a run's name its evaluation, which comes of all the others.
+    """The artefact with that folder, id or beginning of a key; for a run's name, its evaluation, which is made from all the
+    others.
 
     Raises ValueError where there is none, or several."""
     path = Path(name)
@@ -134,7 +135,7 @@ def reports(results: Path) -> list[Found]:
 
 
 def named(name: str, place: Found) -> list[dict]:
-    """The runs of a report, as its configuration lists them, that have a name; without its seed, all seeds of it."""
+    """The runs of a report (entries of its configuration) of that name; a name without `seed=` stands for all of its seeds."""
     runs = place.described["config"]["runs"]
     exact = [run for run in runs if run["run"] == name]
     return exact or [run for run in runs if " ".join(p for p in run["run"].split(" ") if not p.startswith("seed=")) == name]
@@ -159,8 +160,8 @@ def _evaluation(name: str, results: Path) -> Found:
 
 
 def report(name: str | None, results: Path) -> Found:
-    """The report of that folder, id, key or label; the newest of the label, or of all where no name is given. Of a run's name
-    or an artefact, the newest report that has it."""
+    """The newest report with that label, or that contains the run or the artefact of that name; the report itself for its
+    folder, id or key; the newest of all for None. Raises ValueError where there is none."""
     known = reports(results)
     if labelled := [place for place in known if name in (None, place.label)]:
         return labelled[0]

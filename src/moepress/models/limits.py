@@ -1,4 +1,4 @@
-"""How much is computed and how much at once, for the code that computes and for the plan that foretells: imports no torch.
+"""How much is computed and how much at once: for the code that computes, and for the plan that predicts it. Imports no torch.
 
 Legend: H hidden size, I intermediate size, E experts.
 """
@@ -18,7 +18,7 @@ KEPT = 1 << 29
 """Bytes that quantized experts' activations may take that are kept for a second use; beyond, they are computed twice."""
 
 DIAGNOSED = 4
-"""One calibration sequence in so many is followed where the 16-bit model's hidden states serve the diagnostics alone."""
+"""Every so many-th calibration sequence runs through the 16-bit model where its hidden states serve the diagnostics alone."""
 
 TRIED = 4
 """Steps of the last tuning that tell whether a rate is far too high; after so few, a good one may stand a quarter above the
@@ -50,8 +50,8 @@ def fits_router(settings: dict) -> bool:
 
 
 def followed(settings: dict) -> int:
-    """One calibration sequence in so many is followed through the 16-bit model: every one where its hidden states decide
-    anything. settings: of conf/quantization/."""
+    """n where every n-th calibration sequence is run through the 16-bit model, too: 1 where its hidden states decide anything,
+    DIAGNOSED where they serve the diagnostics alone. settings: of conf/quantization/."""
     tunes_towards_it = settings["tune_steps"] > 0 and settings["tune_asymmetry"] > 0
     reads = fits_router(settings) or settings["asymmetry"] > 0 or tunes_towards_it or settings["distill_steps"] > 0
     return 1 if reads else DIAGNOSED

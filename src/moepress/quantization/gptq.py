@@ -1,7 +1,8 @@
 """GPTQ (Frantar et al., arXiv 2210.17323), batched over matrices of any widths.
 
-Minimises `tr((W - Q) H (W - Q)^T)` for the curvature `H = mean x x^T` of each matrix's inputs: column by column, the
-rounding error is spread over the columns that are still to come, by the rows of U in `H^-1 = U^T U`.
+Minimises `tr((W - Q) H (W - Q)^T)` for the curvature `H = mean x x^T` of each matrix's inputs (the paper's Hessian, up to a
+factor): column by column, the rounding error is spread over the columns that are still to come, by the rows of U in
+`H^-1 = U^T U`.
 
 Legend: E matrices (experts), O output rows, I input columns, B columns of one block.
 """
@@ -22,10 +23,11 @@ class Curvature:
     def add(
         self, matrix: int, x_TI: torch.Tensor, share_T: torch.Tensor | None = None, left_TI: torch.Tensor | None = None
     ) -> None:
-        """Inputs of one matrix; share: how much each token counts, 1 on average; left: for `sum left x^T` instead.
+        """Add tokens to the sum of one matrix. share: how much each token counts, 1 on average. left: `sum left x^T` is taken
+        instead of `sum x x^T`.
 
-        `sum x x^T` is symmetric: of each quarter of its rows only what ends at the diagonal is computed, the rest copied. With
-        few tokens the copying costs more than that saves.
+        `sum x x^T` is symmetric: for each quarter of its rows only the part up to the diagonal is computed, the rest is copied.
+        With few tokens the copying costs more than that saves.
         """
         x, total = x_TI.float(), self.sum_EII[matrix]
         right = x if share_T is None else x * share_T[:, None]
@@ -40,6 +42,7 @@ class Curvature:
         self.count_E[matrix] += x.shape[0]
 
     def mean(self) -> torch.Tensor:
+        """`[E, I, I]`; zeros for a matrix without tokens."""
         return self.sum_EII / self.count_E.clamp(min=1)[:, None, None]
 
 
