@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moepress import execution
+from moepress.composing import override_value
 
 
 @dataclass(frozen=True)
@@ -63,22 +64,3 @@ def model_overrides(model: str | Path) -> dict[str, str]:
     if not Path(model).expanduser().is_dir() and re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(model)):
         return {"model": "hub", "model.id": str(model)}
     return {"model": "local", "model.path": str(Path(model).expanduser())}
-
-
-def override_value(value) -> str:
-    """A Python value in the grammar of Hydra's overrides."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, int | float):
-        return repr(value)
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{key}: {override_value(inner)}" for key, inner in value.items()) + "}"
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(override_value, value)) + "]"
-    text = str(value)
-    if re.fullmatch(r"[A-Za-z_/][\w./-]*", text):
-        return text
-    quoted = re.sub(r"(\\*)'", r"\1\1\\'", text)
-    return "'" + re.sub(r"(\\+)$", r"\1\1", quoted) + "'"

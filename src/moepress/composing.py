@@ -225,6 +225,26 @@ def launcher(overrides: list[str]) -> DictConfig:
         return compose("config", overrides=overrides, return_hydra_config=True).hydra.launcher
 
 
+def override_value(value) -> str:
+    """A Python value in the grammar of Hydra's overrides, as it stands behind `key=`. value: None, bool, a number, text, or
+    lists and dicts of these. The words null, true and false mean what they mean there."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}: {override_value(inner)}" for key, inner in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(map(override_value, value)) + "]"
+    text = str(value)
+    if re.fullmatch(r"[A-Za-z_/][\w./-]*", text, re.ASCII):
+        return text
+    quoted = re.sub(r'(\\*)"', r'\1\1\\"', text)
+    return '"' + re.sub(r"(\\+)$", r"\1\1", quoted) + '"'
+
+
 @lru_cache(maxsize=4096)
 def _parsed(override: str) -> Override:
     return OverridesParser.create().parse_override(override)

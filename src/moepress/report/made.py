@@ -1,6 +1,5 @@
 """How a checkpoint was made: what its model card says, gathered from the folders that the quantization read."""
 
-import json
 import re
 import shlex
 from pathlib import Path
@@ -9,7 +8,7 @@ import numpy as np
 import yaml
 
 from moepress.artefacts import Task, git_commit, read_json, versions
-from moepress.composing import ROOT
+from moepress.composing import ROOT, override_value
 from moepress.models import folders
 from moepress.models.families import Shape
 from moepress.models.folders import locate
@@ -146,9 +145,9 @@ def _leaves(value, path: str):
 
 
 def _value(value) -> str:
-    """A value in Hydra's grammar of overrides."""
-    if isinstance(value, str) and re.fullmatch(r"[\w./:@-]+", value):
+    """A value as a person would type it behind `key=`: numbers, budgets and names without quotes."""
+    if isinstance(value, str) and re.fullmatch(r"[\w./:@-]+", value, re.ASCII):
         return value
     if isinstance(value, list):
-        return f"[{','.join(_value(item) for item in value)}]"
-    return json.dumps(value, ensure_ascii=False)
+        return f"[{','.join(map(_value, value))}]"
+    return override_value(value)
