@@ -43,7 +43,7 @@ class Settings:
         return self.executor in (None, "local") and self.profile in (None, "default")
 
     def options(self, cores: int | None) -> list[str]:
-        """Of the command line. cores: what the configuration asks for."""
+        """Options of Snakemake's command line. cores: what the configuration asks for."""
         cores = self.cores or cores or (os.cpu_count() if self.is_local else None)
         ours = ROOT / "workflow" / "profiles" / (self.profile or "")
         profile = str(ours) if self.profile and ours.is_dir() else self.profile

@@ -56,7 +56,7 @@ class Listed:
 
 
 def sealed(provenance: dict) -> dict:
-    """With a hash over itself as its last entry."""
+    """The provenance with a hash over itself as its last entry."""
     return {**provenance, SEAL: _seal(provenance)}
 
 

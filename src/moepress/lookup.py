@@ -142,7 +142,7 @@ def named(name: str, place: StoredArtefact) -> list[dict]:
 
 
 def _evaluation(name: str, results: Path) -> StoredArtefact:
-    """Of the run of that name, in whichever report."""
+    """The evaluation of the run of that name, in whichever report. Raises ValueError where there is none, or several."""
     places = reports(results)
     runs = [(run, place) for place in places for run in named(name, place)]
     folders = {run["artefacts"]["evaluation"]: (run["run"], place) for run, place in reversed(runs)}

@@ -56,33 +56,33 @@ def forward_flops(model: Outline, tokens: int, length: int) -> float:
 
 
 def expert_elements(model: Outline, slots: float) -> float:
-    """Activations of experts that run so often."""
+    """Activations of experts in so many slots (a slot: one token's run through one expert)."""
     return slots * 2 * (model.shape.intermediate_size + model.shape.hidden_size)
 
 
 def trials(settings: dict) -> int:
-    """Of the grid search; a search of both ends together is a third of one that takes each by itself too."""
+    """Grids that are tried for each group: with both ends together, then perhaps with each end alone, then by the fits."""
     return (3 if settings["clip_ends"] == "apart" else 1) * settings["clip_steps"] + 2 * settings["fit_rounds"]
 
 
 def search_flops(settings: dict) -> float:
-    """For one weight."""
+    """FLOPs of the grid search for each weight."""
     is_compiled = settings["clip_norm"] == 2 and settings["one_bit"] == "grid"
     return trials(settings) * (TRIAL_FLOPS if is_compiled else TRIAL_FLOPS_BY_TORCH)
 
 
 def factor_flops(columns: int) -> float:
-    """Of one curvature's factor."""
+    """FLOPs of one curvature's factor."""
     return 1.6 * columns**3 + FACTOR_FLOPS * columns**2
 
 
 def curvature_flops(tokens: int, width: int) -> float:
-    """Of `sum x x^T`, ten of its sixteen tiles: measured at .7 to .85 of the whole product."""
+    """FLOPs of `sum x x^T`: ten of its sixteen tiles are computed, measured at .7 to .85 of the whole product."""
     return 0.75 * 2 * tokens * width**2
 
 
 def gptq_flops(rows: int, columns: int, settings: dict) -> float:
-    """Of one matrix, its factor known."""
+    """FLOPs of quantizing one matrix, its factor known."""
     block = math.gcd(settings["block_size"], group_of(columns, settings["group_size"]))
     updates = (columns + UPDATE_FLOPS * block) + columns * REFINE_UPDATES * settings["refine_rounds"]
     return rows * columns * (updates + search_flops(settings) + WEIGHT_FLOPS)
@@ -271,7 +271,7 @@ def num_blocks(config: dict) -> int:
 
 
 def task_tokens(evaluation: dict) -> int:
-    """Of all requests of the tasks, about; those of tasks that only the hub has are not known before."""
+    """About how many tokens the tasks' requests have; tasks that only the hub has are not counted."""
     found = 0
     for task, shots in suites.chosen(evaluation)[0].items():
         if task in suites.QUICK:

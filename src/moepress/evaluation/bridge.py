@@ -51,7 +51,8 @@ class Bridge(HFLM):
 
     @torch.inference_mode()
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None) -> list[tuple[float, bool]]:
-        """Of each `(_, context, continuation)` the log-probability of the continuation, and whether greedy decoding gives it.
+        """For each request `(_, context, continuation)` the log-probability of the continuation, and whether greedy decoding
+        gives it.
 
         Requests with the same input share a row; rows are padded on the right and masked.
         """

@@ -59,7 +59,7 @@ def load(
 
 
 def read_policy(path: Path) -> dict:
-    """Of the pruning stage's folder, or of its policy.json."""
+    """The policy in a folder of the pruning stage, or in its policy.json. Raises ValueError where there is none."""
     path = path / "policy.json" if path.is_dir() else path
     if not path.is_file():
         raise ValueError(f"pruning={str(path)!r}: no such file; give the folder of a pruning stage, its policy.json, or a dict")

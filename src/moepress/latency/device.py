@@ -21,7 +21,7 @@ def synchronize(device) -> None:
 
 
 def seconds(function, device) -> float:
-    """Of one call, with all that it starts on the device."""
+    """Seconds of one call, with all that it starts on the device."""
     synchronize(device)
     start = time.perf_counter()
     function()

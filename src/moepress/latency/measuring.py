@@ -162,7 +162,7 @@ def settings(config: dict) -> list[tuple[str, int, int]]:
 
 
 def rounds(config: dict) -> int:
-    """Of all settings, their warm-ups included."""
+    """How often everything is timed in turn, over all settings, warm-ups included."""
     return len(settings(config)) * (config["repeats"] + 1)
 
 

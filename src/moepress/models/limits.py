@@ -29,7 +29,7 @@ GROUPS, OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def curvature_bytes(width: int) -> int:
-    """Of a float32 curvature `[width, width]` with its factor and their work."""
+    """Bytes of a float32 curvature `[width, width]`, its factor, and what computing that takes."""
     return 6 * 4 * width**2
 
 
@@ -39,7 +39,7 @@ def experts_at_once(H: int, I: int, E: int) -> int:
 
 
 def kept_bytes(tokens: int, I: int, widths: int) -> int:
-    """Of the inputs of down projections, float32, of so many routed tokens at so many widths; 0 where they are not kept."""
+    """Bytes of the down projections' inputs (float32) of so many routed tokens at so many widths; 0: they are not kept."""
     needed = 4 * widths * tokens * I
     return needed if needed <= KEPT else 0
 
@@ -78,8 +78,8 @@ def memory_limit(groups: Path = GROUPS, own: Path = OWN) -> int:
 
 
 def _group_limits(groups: Path, own: Path) -> Iterator[tuple[int, int]]:
-    """Of every group above this process that has one: its limit, and what it uses of it, in bytes. Files that were read and
-    can be dropped at once do not count as used."""
+    """`(limit, used)` in bytes of every control group above this process that has a limit. Cached files, which can be dropped
+    at once, do not count as used."""
     lines = own.read_text().split() if own.is_file() else []
     for _, controllers, group in (line.split(":", 2) for line in lines if line.count(":") >= 2):
         if not controllers:

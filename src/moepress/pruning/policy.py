@@ -28,8 +28,8 @@ NEEDED: dict[str, tuple[str, ...]] = {
 
 @dataclass
 class Batch:
-    """Of the forward in progress: True for tokens, False for padding, `[B, S]`; positions that a cache holds before them; the
-    attention that each token of a layer receives, `[B, S]`, from its attention until its experts."""
+    """The forward in progress. mask: True for tokens, False for padding. past: positions that a cache holds before them.
+    received: MoE layer -> the attention that each of its tokens receives, `[B, S]`, kept from its attention to its experts."""
 
     mask_BS: torch.Tensor = field(init=False)
     past: int = 0

@@ -17,7 +17,8 @@ LAYER_SAMPLE = 1024
 
 @dataclass
 class Gradient:
-    """Of the loss at a layer's output, for some of its tokens. row_T: each token's row in g_GH, -1 for those without."""
+    """The gradient of the loss at a layer's output, g_GH, for some of its tokens. row_T: each token's row in it, -1 without
+    one."""
 
     row_T: torch.Tensor
     g_GH: torch.Tensor

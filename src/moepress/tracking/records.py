@@ -55,7 +55,7 @@ class Record:
 
     @property
     def digest(self) -> str:
-        """Of all that is sent but the group: an artefact's run stays in the group of the study that first had it."""
+        """A hash of all that is sent but the group: an artefact's run stays in the group of the study that first had it."""
         content = [VERSION, self.id, self.name, self.job_type, self.config, self.summary, self.curves]
         content += [[item.folder for item in self.uses], self.makes and self.makes.folder]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
@@ -279,7 +279,7 @@ def _moe_layers(model: Path) -> tuple[int, ...]:
 
 
 def pictures(own: dict[str, StoredArtefact]) -> dict:
-    """Of an allocation, or of an experiment that has one, the heat map of its bits and the same as a table."""
+    """The allocation among these artefacts (stage -> artefact) as a heat map of its bits and as a table; {} without one."""
     if "allocation" not in own:
         return {}
     layers, bits_LE = zip(*bits_of(own["allocation"]), strict=True)
