@@ -163,6 +163,7 @@ def run_stage(task_file: Path, out: Path) -> None:
 
 
 def read_task(path: Path) -> dict:
+    """What `write_tasks` wrote. Raises ValueError for any other file."""
     try:
         found = yaml.safe_load(path.read_bytes())
         if isinstance(found, dict) and found.keys() >= {"stage", "key", "config", "inputs", "runtime"}:
@@ -253,6 +254,7 @@ def provenance(task: Task, start: float, seconds: float, startup: float) -> dict
 
 
 def versions() -> dict[str, str]:
+    """Package -> version, of those of PACKAGES that are installed."""
     found = {}
     for name in PACKAGES:
         try:

@@ -78,6 +78,8 @@ def tell(plan: Plan, overrides: list[str], mode: RunMode | None) -> None:
 
 
 def main() -> None:
+    """The `moepress` command. An error that is no bug ends the process with one line and exit code 1; with HYDRA_FULL_ERROR=1
+    in the environment it is raised with its trace."""
     asked_for_traces = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra lets errors through to here, instead of printing them with their traces
     arguments = sys.argv[1:]
@@ -141,6 +143,7 @@ def check_study(arguments: list[str]) -> None:
 
 
 def run(arguments: list[str]) -> None:
+    """One of COMMANDS, a study, or what Hydra makes of the arguments: an experiment, a sweep, its own --help or --cfg."""
     if arguments and arguments[0] in COMMANDS:
         import_module(COMMANDS[arguments[0]]).main(arguments[1:])
         return

@@ -241,6 +241,8 @@ def artefact(stage: str, config: dict) -> Artefact:
 
 
 def make_artefact(stage: str, version: int, label: str, config: dict, inputs: dict[str, Artefact]) -> Artefact:
+    """The artefact whose key is a hash of its stage, that stage's version, its slice of the configuration and the keys of its
+    inputs; the label is for people."""
     upstream = {role: found.key for role, found in inputs.items()}
     content = {"stage": stage, "version": version, "config": config, "inputs": upstream}
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)

@@ -129,6 +129,7 @@ def describe(model: Outline, config: dict) -> list[str]:
 
 
 def size_table(sizes: list[Size]) -> list[str]:
+    """A line for each size."""
     if not sizes:
         return ["quantization=none: nothing is packed", ""]
     rows = [("experts at", "folder", "bits/weight", "loaded on CPU", "on GPU")]

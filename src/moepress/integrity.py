@@ -79,6 +79,7 @@ def check(folders: Iterable[tuple[Path, bool]], results: Path) -> None:
 
 
 def way_out(damage: Damage, results: Path) -> str:
+    """What to do about it: the second half of an error."""
     if damage.outside:
         return (
             f"put back the file that was there when {damage.folder} was made; if the model was moved, remove that folder, "

@@ -60,6 +60,7 @@ def flop_rate(device, dtype: torch.dtype) -> float:
 
 
 def versions() -> dict[str, str]:
+    """Package -> version, of Python, those of PACKAGES that are installed, and CUDA."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:

@@ -38,6 +38,7 @@ class Variant:
 
     @contextmanager
     def ready(self) -> Iterator[None]:
+        """Inside, the model runs as this variant: with its experts' implementation and under its policy."""
         if self.experts:
             self.model.set_experts_implementation(self.experts)
         attached = attach(self.model, self.policy) if self.policy else None

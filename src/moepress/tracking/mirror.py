@@ -218,6 +218,7 @@ def add_files(made, item: StoredArtefact, copied: bool):
 
 
 def as_media(item):
+    """A table, a picture's pixels or its file as W&B takes them."""
     import wandb
 
     if isinstance(item, pd.DataFrame):
