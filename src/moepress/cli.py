@@ -25,7 +25,7 @@ from moepress.schema.values import nearest
 from moepress.sweeps import MemberFailed
 
 COMMANDS = {
-    "plan": "moepress.forecast",
+    "plan": "moepress.commands.plan",
     "results": "moepress.commands.results",
     "compare": "moepress.commands.compare",
     "show": "moepress.commands.show",
