@@ -180,8 +180,8 @@ def measured_flops(duration: float = 0.5, clock=time.perf_counter) -> float:
 
 
 def correction_from(results: Path, flops_per_second: float, device: str) -> float | None:
-    """What quantizations of these results took on this device over what is estimated for them; the median of the newest ten,
-    None without any."""
+    """Seconds that the quantizations of these results took on this device over those that are estimated for them: the median of
+    the newest ten, None without any."""
     finished = sorted(results.glob("quantization/*/timing.json"), key=lambda path: -path.stat().st_mtime)[:10]
     ratios = []
     for path in finished:

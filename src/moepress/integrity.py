@@ -110,7 +110,7 @@ def damages(folders: Iterable[tuple[Path, bool]], progress=None) -> Iterator[Dam
 
 
 def _unhashed(folder: Path) -> Iterator[Damage | Listed]:
-    """What names and sizes tell, and the files whose hashes remain to be compared."""
+    """The damages that names and sizes show, and the files whose hashes remain to be compared."""
     provenance = _read(folder / PROVENANCE, folder)
     if isinstance(provenance, Damage):
         yield provenance

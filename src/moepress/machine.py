@@ -1,4 +1,4 @@
-"""What this machine computes with, told without torch."""
+"""This machine's processor or GPU, found without importing torch."""
 
 import importlib.util
 import os

@@ -1,4 +1,4 @@
-"""What values of the group `corpus` make sense; checked before anything heavy is imported or read."""
+"""Checks of the group `corpus`, made before anything heavy is imported or read."""
 
 import math
 import platform

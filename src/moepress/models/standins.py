@@ -1,4 +1,4 @@
-"""What stands in a model's forward where a part is only watched or left out: blocks, experts, layers, the embedding."""
+"""Modules in the place of a part of a model that is only watched or left out: blocks, experts, layers, the embedding."""
 
 import torch
 from torch import nn

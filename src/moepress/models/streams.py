@@ -88,7 +88,8 @@ def next_layer(folder: Path) -> int:
 
 
 def run_layers(stream: ModelStream, ids_NS: torch.Tensor, folder: Path, progress, keep=lambda *_: None) -> torch.Tensor:
-    """What leaves the last layer, `[N, S, H]`, in a file below `folder`, which is the caller's to drop.
+    """Run tokens `[N, S]` through all layers. Returns what leaves the last one, `[N, S, H]`, in a file below `folder`, which
+    the caller removes; what was killed goes on from its last whole layer.
 
     keep: called with each layer's index, module and MoE block's input. progress: counts layers.
     """

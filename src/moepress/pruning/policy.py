@@ -184,7 +184,8 @@ def _odp(policy: dict, num_layers: int, batch: Batch, attached: Attached) -> lis
 
 
 def _static(policy: dict, num_layers: int, batch: Batch, attached: Attached) -> list[Callable]:
-    """What of a removed expert still comes through: routers that first choose groups may have none left in one."""
+    """Empties slots with removed experts. `Removal` keeps routers from selecting them, but one that first chooses among groups
+    of experts may have none left in a group."""
     if len(policy["removed"]) != num_layers:
         raise ValueError(f"pruning.removed: {len(policy['removed'])} lists, but the model has {num_layers} MoE layers")
 

@@ -1,4 +1,4 @@
-"""What every value is checked with: the texts of errors, and what no key takes."""
+"""Checks that values of all groups pass, and the texts of their errors."""
 
 import math
 import re

@@ -62,6 +62,7 @@ def run(task: Task) -> None:
     facts = made.facts(task, stream.shape)
     write_json(task.out / "card.json", facts)
     (task.out / "README.md").write_text(card.render(facts), encoding="utf-8")
+    # again, with the folder's bytes: the card, which reads size.json, counts among them
     write_json(task.out / "size.json", size | {"folder_bytes": writer.folder_bytes(task.out)})
     seconds += time.perf_counter() - began
     write_json(task.out / "timing.json", {"quantize_seconds": round(seconds, 3), "layers": timing})
