@@ -158,16 +158,16 @@ def no_such_key(path: list[str], depth: int, known: list, chosen: dict[str, str]
     if group not in chosen:
         return f"no such key{nearest(key, known)}; keys of {where}: {', '.join(map(str, known))}"
     has = f"{group}={chosen[group]} has no key {key!r}"
-    if owners := [option for option in options(group) if _has(_option(group, option), path[1:])]:
+    if owners := [option for option in options(group) if _has(option_values(group, option), path[1:])]:
         return f"{has}, which belongs to {'one of ' if len(owners) > 1 else ''}{group}={', '.join(owners)}"
     return f"{has}{nearest(key, known)}; keys of {where}: {', '.join(map(str, known))}"
 
 
-def _option(group: str, name: str) -> dict:
-    """The keys of a group's option with the options that it is based on, unresolved."""
+def option_values(group: str, name: str) -> dict:
+    """The values of conf/GROUP/NAME.yaml over those of the options that it builds on, unresolved."""
     own = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / group / f"{name}.yaml"), resolve=False)
     bases = [base for base in own.pop("defaults", []) if isinstance(base, str) and base != "_self_"]
-    return {key: value for base in bases for key, value in _option(group, base).items()} | own
+    return {key: value for base in bases for key, value in option_values(group, base).items()} | own
 
 
 def _has(keys, path: list[str]) -> bool:
@@ -223,6 +223,15 @@ def launcher(overrides: list[str]) -> DictConfig:
     """Hydra's node of the launcher's settings under `hydra.KEY=` overrides; no other key is looked at."""
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         return compose("config", overrides=overrides, return_hydra_config=True).hydra.launcher
+
+
+def leaves(value, path: str = "") -> Iterator[tuple[str, object]]:
+    """`(key, value)` of everything in nested dicts that is no dict itself, keys joined by dots below `path`."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from leaves(inner, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, value
 
 
 def override_value(value) -> str:

@@ -23,6 +23,7 @@ from moepress.composing import (
     composed,
     first_lines,
     guarded_environment,
+    leaves,
     readable_error,
     without_value,
 )
@@ -76,7 +77,7 @@ def values(overrides: list[str] | tuple[str, ...] = ()) -> dict:
 
 def validate(config: dict) -> dict:
     """Checked values in their schema's types, with everything that depends on this machine filled in."""
-    for key, value in _leaves(config):
+    for key, value in leaves(config):
         if value == "???":
             raise ValueError(f"{key} is not set: give it as {key}=...")
     config = {name: value for name, value in config.items() if name not in ("experiment", "study")}
@@ -296,11 +297,3 @@ def _fits(schema_class, name: str, value) -> bool:
     except OmegaConfBaseException:
         return False
     return True
-
-
-def _leaves(value, path=""):
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _leaves(inner, f"{path}.{key}" if path else str(key))
-    else:
-        yield path, value
