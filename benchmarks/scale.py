@@ -46,7 +46,7 @@ def lines(name: str, model: outline.Outline, overrides: list[str], speed: float)
     )
     del seconds["evaluation and latency"]
     for label, is_packed in (("evaluation at 16 bits", False), ("evaluation", True)):
-        seconds[label], timed = (flops / speed for flops in work.measurement_work(model, values, is_packed))
+        seconds[label], timed = (flops / speed for flops in work.measurement_flops(model, values, is_packed))
         seconds["latency"] = seconds.get("latency", 0) + timed
     found += [f"  {stage:22} {n / 3600:9.1f} core-hours  {readable(memory.get(stage, 0))}" for stage, n in seconds.items()]
     length = values["calibration"]["seq_len"]

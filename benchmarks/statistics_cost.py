@@ -19,9 +19,8 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from moepress.config import resolve
-from moepress.evaluation.perplexity import run_layers
 from moepress.models.streaming import ModelStream
-from moepress.models.streams import Streams
+from moepress.models.streams import Streams, run_layers
 from moepress.quantization.experts import Recipe
 from moepress.quantization.layers import quantize_model
 from moepress.statistics import layer_statistics

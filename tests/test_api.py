@@ -10,6 +10,7 @@ import torch
 import moepress
 from conftest import SMALL
 from moepress import api, cli, export, plan
+from moepress.composing import override_value
 from moepress.config import values
 
 
@@ -31,9 +32,9 @@ def place(tmp_path_factory, monkeypatch):
     return folder
 
 
-@pytest.mark.parametrize("text", ["a/b-c.d", "/with a space/x", "it's", "ends\\", "a,b", "x=y", "3GiB"])
+@pytest.mark.parametrize("text", ["a/b-c.d", "/with a space/x", "it's", 'say "x"', "ends\\", "a,b", "x=y", "3GiB", "modèle"])
 def test_text_passes_through_hydras_grammar(text):
-    found = values(["model=local", f"model.path={api.override_value(text)}"])
+    found = values(["model=local", f"model.path={override_value(text)}"])
     assert found["model"]["path"] == text
 
 
@@ -46,7 +47,7 @@ def test_other_values_pass_through_hydras_grammar():
         "pruning.renormalize": False,
         "pruning.alpha": 1e-05,
     }
-    found = values([f"{key}={api.override_value(value)}" for key, value in given.items()])
+    found = values([f"{key}={override_value(value)}" for key, value in given.items()])
     assert found["corpus"]["fractions"] == given["corpus.fractions"]
     assert (found["evaluation"]["domains"], found["calibration"]["domains"]) == (["bible", "python"], None)
     assert (found["pruning"]["renormalize"], found["pruning"]["alpha"]) == (False, 1e-05)
@@ -110,7 +111,7 @@ def test_compress_does_what_the_command_does(model_folder, settings, place, capf
 
     # the command finds all of it, and its last line stays the report
     capfd.readouterr()
-    lines = [f"{key.replace('__', '.')}={api.override_value(value)}" for key, value in given.items()]
+    lines = [f"{key.replace('__', '.')}={override_value(value)}" for key, value in given.items()]
     command = ["moepress", "model=local", f"model.path={model_folder}", "allocation.budget=0.2MiB", "out=other", *lines]
     monkeypatch.setattr(sys, "argv", command)
     cli.main()
@@ -157,7 +158,7 @@ def test_an_out_that_is_taken_is_refused_before_the_run(model_folder, settings, 
 
 def test_a_dry_run_is_told_as_such(model_folder, settings, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    lines = [f"{key.replace('__', '.')}={api.override_value(value)}" for key, value in settings.items()]
+    lines = [f"{key.replace('__', '.')}={override_value(value)}" for key, value in settings.items()]
     command = ["moepress", "model=local", f"model.path={model_folder}", *lines, "hydra.launcher.arguments=[--dry-run]"]
     monkeypatch.setattr(sys, "argv", command)
     cli.main()

@@ -28,8 +28,7 @@ from safetensors.torch import load_file, save_file
 
 from conftest import small_experiment, write_model
 from moepress import artefacts, composing, config, dag, plan, studies
-from moepress.api import override_value
-from moepress.composing import ROOT
+from moepress.composing import ROOT, override_value
 from moepress.data import corpus
 from moepress.models import folders
 from moepress.models.streaming import ModelStream

@@ -10,8 +10,9 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from omegaconf import OmegaConf
 
-from moepress import dag, studies
+from moepress import composing, dag, studies
 from moepress.export import export
 from moepress.report import card
 from moepress.report import made as made_from
@@ -75,6 +76,14 @@ def test_what_upstream_does_not_tell_is_said(checkpoint):
     facts = json.loads((checkpoint / "card.json").read_text())
     assert facts["not_told"] == [] and "is not recorded" not in card.render(facts)
     assert "chosen for corpus is not recorded" in card.render(facts | {"not_told": ["corpus"]})
+
+
+@pytest.mark.parametrize("value", ["12GiB", "two words", "café", r"^\d+ = ", ["bible", "a b"]])
+def test_the_cards_command_quotes_what_hydra_would_read_otherwise(value):
+    """A corpus's domains are names of folders, its heading a regular expression."""
+    key = "calibration.domains" if isinstance(value, list) else "model.path"
+    config = composing.composed(["model=local", f"{key}={made_from._value(value)}"])
+    assert OmegaConf.select(config, key) == value
 
 
 @pytest.mark.parametrize(

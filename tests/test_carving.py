@@ -78,7 +78,7 @@ def text(tmp_path_factory):
 
 def carve(settings, text, source, out):
     out.mkdir(exist_ok=True)
-    return carved.carve(settings, text, source, out, progress=False)
+    return carved.carve(settings, text, source, out)
 
 
 @pytest.fixture(scope="module")

@@ -83,7 +83,7 @@ def test_show_tells_the_tree_and_its_cost(made, said):
     for stage in ("corpus", "model", "calibration", "statistics", "allocation", "quantization"):
         (folder,) = place.glob(f"{stage}/*-????????????")
         assert f"{stage}/{folder.name}" in text
-    above = lookup.Found(place, f"evaluation/{evaluation.name}").upstream()
+    above = lookup.StoredArtefact(place, f"evaluation/{evaluation.name}").upstream()
     assert len(above) == 8, "with the 16-bit model's evaluation"
     seconds = sum(json.loads((place / name / "provenance.json").read_text())["seconds"] for name in above)
     assert f"altogether {show.duration(seconds)}, " in text and "8 artefacts" in text

@@ -156,7 +156,7 @@ def test_no_calibration_text_exceeds_its_bound(tmp_path_factory, texts, share):
     except ValueError:  # too little text
         return
     tokens = sum(len(text.encode()) + 1 for text in corpus.read(place, "calibration")["text"])
-    found = config._bounds(group["path"], "text", (*(group[name] for name in config._CUTS), share), ())
+    found = config._most_tokens(group["path"], "text", tuple(group[name] for name in config._CUTS), share, ())
     assert tokens <= found["d"]
 
 

@@ -13,6 +13,7 @@ import large
 from conftest import small_experiment
 from moepress import config, dag, estimate, forecast, studies, work
 from moepress import plan as planning
+from moepress.commands import plan as plan_command
 from moepress.models import families, folders, limits, outline
 from moepress.models.files import Entry, read_header
 from moepress.quantization.budget import Prediction
@@ -54,7 +55,7 @@ def test_the_numbers_of_a_671b_index(deepseek_v3, exact_v3, tmp_path):
     assert found.active_weights == pytest.approx(37.5e9, rel=0.01)
     assert (found.shape.num_layers, found.shape.moe_layers) == (61, tuple(range(3, 61)))
     quantization = config.values([])["quantization"]
-    for one, exact in zip(*(forecast.uniform_sizes(Prediction(m, quantization)) for m in (found, exact_v3)), strict=True):
+    for one, exact in zip(*(plan_command.uniform_sizes(Prediction(m, quantization)) for m in (found, exact_v3)), strict=True):
         assert one.folder == pytest.approx(exact.folder, rel=0.01) and one.bits == pytest.approx(exact.bits, rel=0.01)
     float8 = outline.read_any(large.write_index(tmp_path, float8=True), "model.path")
     assert float8.tensors.keys() == found.tensors.keys()
@@ -122,7 +123,7 @@ def test_a_carving_is_planned_before_its_dense_model_is_there(tmp_path):
     found = outline.from_carving(config.values(["model=carved"])["model"])
     assert found.num_weights == pytest.approx(134.5e6 + 20 * 65 * 576, rel=1e-3), "the dense model's, routers and gates"
     assert found.shape.num_experts == 64 and found.shape.moe_layers == tuple(range(10, 30))
-    text, _ = forecast.forecast(["model=carved", f"paths.cache={tmp_path}", f"paths.results={tmp_path}", "device=cpu"])
+    text, _ = plan_command.forecast(["model=carved", f"paths.cache={tmp_path}", f"paths.results={tmp_path}", "device=cpu"])
     assert "30: 10 dense, 20 with 64 experts, 40 a token" in text and not list(tmp_path.iterdir())
     longer = config.values(["model=carved", "model.recover.steps=100"])
     once, more = (estimate.model_seconds(found, c, 1e11) for c in (config.values(["model=carved"]), longer))
@@ -142,7 +143,7 @@ def test_the_recipe_is_the_model_that_gets_trained(tmp_path):
 
 def test_a_local_folder(model_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    text, problems = forecast.forecast(["model=local", f"model.path={model_folder}", "allocation.budget=0.2MiB", *SMALL])
+    text, problems = plan_command.forecast(["model=local", f"model.path={model_folder}", "allocation.budget=0.2MiB", *SMALL])
     assert not problems and text.endswith("it fits")
     prediction = Prediction(outline.read(model_folder, "model"), config.values(SMALL)["quantization"])
     table = sizes_of(text)
@@ -158,7 +159,7 @@ def test_what_the_machine_lacks(model_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(forecast.limits, "memory_limit", lambda: 100 << 20)
     monkeypatch.setattr(estimate, "free_disk", lambda folder: 1 << 20)
     with pytest.raises(SystemExit) as ended:
-        forecast.main(["model=local", f"model.path={model_folder}", *SMALL])
+        plan_command.main(["model=local", f"model.path={model_folder}", *SMALL])
     said = str(ended.value)
     assert said.startswith("moepress: does not fit: statistics needs ") and "this machine has 100.00MiB" in said
     assert "of disk, paths.results=results has 1.00MiB free" in said
@@ -168,19 +169,19 @@ def test_what_the_machine_lacks(model_folder, tmp_path, monkeypatch, capsys):
 def test_a_budget_with_room_for_wider_experts_is_told(model_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     given = ["model=local", f"model.path={model_folder}", *SMALL]
-    text, _ = forecast.forecast([*given, "allocation.budget=1GiB"])
+    text, _ = plan_command.forecast([*given, "allocation.budget=1GiB"])
     (note,) = (line for line in text.splitlines() if "has room for experts of more than 4 bits" in line)
     wider = [word.strip("'") for word in note.split(": ")[1].split("' ")]
-    text, _ = forecast.forecast([*given, "allocation.budget=1GiB", *wider])
+    text, _ = plan_command.forecast([*given, "allocation.budget=1GiB", *wider])
     assert "(asked, 8.00 bit)" in text and "has room" not in text
     tight = sizes_of(text)["4"] - 2000
-    assert "has room" not in forecast.forecast([*given, f"allocation.budget={tight}"])[0]
+    assert "has room" not in plan_command.forecast([*given, f"allocation.budget={tight}"])[0]
 
 
 def test_a_text_that_the_run_would_refuse_is_refused(model_folder, text_folder):
     given = [*small_experiment(model_folder, text_folder), "calibration.num_sequences=100000"]
     with pytest.raises(ValueError, match=r"calibration\.num_sequences=100000 .* raise corpus\.fractions\.calibration"):
-        forecast.forecast(given)
+        plan_command.forecast(given)
 
 
 def test_what_is_there_already_takes_no_time(model_folder, text_folder, tmp_path):
@@ -188,7 +189,7 @@ def test_what_is_there_already_takes_no_time(model_folder, text_folder, tmp_path
     for item in dag.everything(list(studies.experiment(given).artefacts.values())).values():
         if item.stage in ("model", "statistics", "evaluation"):
             (tmp_path / item.folder).mkdir(parents=True)
-    text, _ = forecast.forecast(given)
+    text, _ = plan_command.forecast(given)
     there = {line.split("  ")[1].strip() for line in text.splitlines() if line.endswith("there already")}
     assert there == {"model", "statistics"}, "the latency is not"
 
@@ -197,7 +198,7 @@ def test_a_gpu_is_what_the_model_must_fit_in(model_folder, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(forecast, "uses_gpu", lambda device: True)
     monkeypatch.setattr(estimate, "gpu_memory", lambda: 1 << 20)
-    text, problems = forecast.forecast(["model=local", f"model.path={model_folder}", *SMALL])
+    text, problems = plan_command.forecast(["model=local", f"model.path={model_folder}", *SMALL])
     assert "GPU memory, at the most" in text and "the GPU is faster" in text
     assert problems and all("of GPU memory, this machine has 1.00MiB" in problem for problem in problems)
 
@@ -216,7 +217,7 @@ def test_a_gpu_is_what_the_model_must_fit_in(model_folder, tmp_path, monkeypatch
 )
 def test_bad_values(overrides, message):
     with pytest.raises(ValueError, match=message):
-        forecast.forecast(overrides)
+        plan_command.forecast(overrides)
 
 
 def test_the_command(model_folder, deepseek_v3):
@@ -228,8 +229,8 @@ def test_the_command(model_folder, deepseek_v3):
     helped = plan("--help")
     assert helped.returncode == 0 and "moepress plan [KEY=VALUE ...]" in helped.stdout
     code = (
-        "import sys; from moepress import forecast;"
-        f"text, _ = forecast.forecast(['model=local', 'model.path={deepseek_v3}', 'allocation.budget=220GiB']);"
+        "import sys; from moepress.commands import plan as plan_command;"
+        f"text, _ = plan_command.forecast(['model=local', 'model.path={deepseek_v3}', 'allocation.budget=220GiB']);"
         "print(sorted({'torch', 'transformers', 'pandas', 'scipy'} & set(sys.modules))); print(text)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
@@ -249,11 +250,11 @@ def test_a_hub_model_needs_two_files_and_a_connection(deepseek_v3, tmp_path, mon
         return str(deepseek_v3 / name)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    text, problems = forecast.forecast(["model=hub", "model.id=org/name"])
+    text, problems = plan_command.forecast(["model=hub", "model.id=org/name"])
     assert asked == [("org/name", name, "main") for name in ("config.json", "model.safetensors.index.json")]
     assert text.startswith("model       org/name (deepseek_v3)") and problems
     with pytest.raises(ValueError, match=r"model\.id='org/missing'.*config\.json could not be fetched.*no route to the hub"):
-        forecast.forecast(["model=hub", "model.id=org/missing"])
+        plan_command.forecast(["model=hub", "model.id=org/missing"])
 
 
 def test_a_hub_model_of_one_file_is_told_by_its_header(model_folder, tmp_path, monkeypatch):
@@ -283,7 +284,7 @@ def test_a_hub_model_of_one_file_is_told_by_its_header(model_folder, tmp_path, m
     assert {n: t.shape for n, t in found.tensors.items()} == {n: t.shape for n, t in expected.tensors.items()}
     assert (found.shape, found.nbytes, found.is_estimate) == (expected.shape, expected.nbytes, False)
     with pytest.raises(ValueError, match=r"model\.id='org/pickles' .*index\.json could not be fetched.*not a safetensors repo"):
-        forecast.forecast(["model=hub", "model.id=org/pickles"])
+        plan_command.forecast(["model=hub", "model.id=org/pickles"])
 
 
 def test_a_16_bit_model_beyond_the_memory_is_evaluated_a_layer_at_a_time(exact_v3):
@@ -298,7 +299,7 @@ def test_a_16_bit_model_beyond_the_memory_is_evaluated_a_layer_at_a_time(exact_v
 def test_every_allocation_is_planned(method, model_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     asked = [*SMALL, "model=local", f"model.path={model_folder}", f"allocation={method}", "allocation.budget=0.2MiB"]
-    text, problems = forecast.forecast(asked)
+    text, problems = plan_command.forecast(asked)
     assert not problems and f"{method} 0.2MiB (asked" in text
     for line in ("  gradients ", "  hidden states of the gradients, while it runs "):
         assert (line in text) == (method == "global")

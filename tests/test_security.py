@@ -24,8 +24,7 @@ from omegaconf import OmegaConf
 
 from conftest import small_experiment
 from moepress import artefacts, config, dag, secrets, studies
-from moepress.api import override_value
-from moepress.composing import ROOT
+from moepress.composing import ROOT, override_value
 from moepress.data import corpus, packages
 from moepress.inference.checkpoint import load
 from moepress.models import dense

@@ -46,7 +46,7 @@ def documents(tmp_path_factory):
 
 def train(config, documents, out):
     out.mkdir(exist_ok=True)
-    return tiny.train(config, documents, out, progress=False)
+    return tiny.train(config, documents, out)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -20,7 +20,7 @@ from moepress.artefacts import read_json
 from moepress.commands import dashboard, sync
 from moepress.composing import ROOT
 from moepress.dag import STAGES
-from moepress.lookup import Found
+from moepress.lookup import StoredArtefact
 from moepress.models.files import record
 from moepress.schema.measuring import MIRRORED
 from moepress.secrets import HIDDEN, values, without_secrets
@@ -118,7 +118,7 @@ def mirrored(made, tmp_path_factory):
 def test_a_run_for_every_artefact_and_every_row(mirrored):
     report, note, runs = mirrored
     results = report.parent.parent
-    described = Found(results, f"report/{report.name}").described["config"]
+    described = StoredArtefact(results, f"report/{report.name}").described["config"]
     folders = {path.parent.relative_to(results) for path in results.glob("*/*/provenance.json")}
     stages = {path.name[-12:]: path.parts[0] for path in folders}
     assert {id: run.run["job_type"] for id, run in runs.items() if run.run["job_type"] != "experiment"} == stages
@@ -293,14 +293,14 @@ def test_secrets_in_names_and_values_are_hidden(made, tmp_path, monkeypatch):
     for name in ("runs.csv", "config.yaml"):
         path = report / name
         path.write_text(path.read_text().replace("run: qesc-pmq-2.5", "run: tiny-secret-value"))
-    found, failures = records.of_report(Found(tmp_path / "results", f"report/{report.name}"))
+    found, failures = records.of_report(StoredArtefact(tmp_path / "results", f"report/{report.name}"))
     assert not failures
     text = repr([(r.name, r.config, r.summary) for r in found])
     assert "tiny-secret-value" not in text and "me:pass" not in text and HIDDEN in text
 
 
 def test_rows_of_one_name_are_both_mirrored(made):
-    report = Found(made[1].parent.parent, f"report/{made[1].name}")
+    report = StoredArtefact(made[1].parent.parent, f"report/{made[1].name}")
     for run in report.described["config"]["runs"]:
         run["run"] = "the same"
     found, failures = records.of_report(report)

@@ -8,7 +8,6 @@ it) or over all blocks at once (`global`, as GEMQ, arXiv 2605.23078):
 Legend: L MoE layers, E experts of each, N = L * E, J widths, M matrices of an expert (gate and up as one, down).
 """
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,13 +20,12 @@ from moepress.quantization.size import check_measured, feasible_range, mixed
 
 @dataclass
 class Solution:
-    """bits: a width for every expert. The certificate is the solver's: objective, lower bound, relative gap, seconds."""
+    """bits: a width for every expert. The certificate is the solver's: objective, lower bound, relative gap."""
 
     bits: list[int]
     objective: float
     bound: float
     gap: float
-    seconds: float
 
 
 def allocate(
@@ -93,7 +91,6 @@ def solve(
         chosen = kron(layers, np.equal(widths, width)[None].astype(float), "csr")
         constraints.append(LinearConstraint(chosen, 1, np.inf))
     scale = float(np.abs(cost_NJ).max()) or 1.0
-    start = time.perf_counter()
     found = milp(
         cost_NJ.ravel() / scale,
         integrality=np.ones(N * J),
@@ -101,13 +98,12 @@ def solve(
         constraints=constraints,
         options={"mip_rel_gap": gap},
     )
-    seconds = time.perf_counter() - start
     if found.x is None:
         raise ValueError(f"the solver found no allocation within {budget:g}: {found.message}")
     chosen = found.x.reshape(N, J).argmax(1)
     assert steps_J[chosen].sum() <= room
     bits = [widths[j] for j in chosen]
-    return Solution(bits, found.fun * scale, found.mip_dual_bound * scale, float(found.mip_gap), seconds)
+    return Solution(bits, found.fun * scale, found.mip_dual_bound * scale, float(found.mip_gap))
 
 
 def _steps(sizes: list[int]) -> tuple[np.ndarray, int]:

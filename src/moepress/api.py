@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moepress import execution
+from moepress.composing import override_value
 
 
 @dataclass(frozen=True)
@@ -36,15 +37,17 @@ def compress(model: str | Path, out: str | Path | None = None, budget: str | int
     given |= {name.replace("__", "."): value for name, value in overrides.items()}
     if "study" in given:
         raise ValueError(f"study={given['study']!r}: compress takes one experiment; `moepress study=NAME` runs a study")
-    given |= {"allocation.budget": budget} if budget is not None else {}
-    given |= {"out": str(out)} if out is not None else {}
+    if budget is not None:
+        given["allocation.budget"] = budget
+    if out is not None:
+        given["out"] = str(out)
     lines = [f"{key}={override_value(value)}" for key, value in given.items()]
     planned = execution.with_checkpoint(execution.planned(lines, execution.Settings()))
     began = time.time()
     if execution.run(planned, [lines]):
         raise RuntimeError(execution.failures(planned, began))
-    if given.get("out") is not None:
-        execution.publish(planned, given["out"])
+    if out is not None:
+        execution.publish(planned, out)
     found = execution.last_run(planned)
     folder = found.get("quantization", found["model"])
     from moepress.inference.checkpoint import load  # imports torch, which what is wrong with the values need not wait for
@@ -61,22 +64,3 @@ def model_overrides(model: str | Path) -> dict[str, str]:
     if not Path(model).expanduser().is_dir() and re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(model)):
         return {"model": "hub", "model.id": str(model)}
     return {"model": "local", "model.path": str(Path(model).expanduser())}
-
-
-def override_value(value) -> str:
-    """A Python value in the grammar of Hydra's overrides."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, int | float):
-        return repr(value)
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{key}: {override_value(inner)}" for key, inner in value.items()) + "}"
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(override_value, value)) + "]"
-    text = str(value)
-    if re.fullmatch(r"[A-Za-z_/][\w./-]*", text):
-        return text
-    quoted = re.sub(r"(\\*)'", r"\1\1\\'", text)
-    return "'" + re.sub(r"(\\+)$", r"\1\1", quoted) + "'"

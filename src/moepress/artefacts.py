@@ -129,7 +129,7 @@ def stage_main() -> None:
 
 
 def of_the_machine(error: BaseException) -> str | None:
-    """What a person can do about an error that is the machine's and not the program's; None for any other."""
+    """What a person can do about an error of the machine (disk full, no permission, no memory); None for any other error."""
     text, number = str(error), getattr(error, "errno", None)
 
     def is_one_of(*numbers: int) -> bool:  # safetensors has them in its text only
@@ -163,6 +163,7 @@ def run_stage(task_file: Path, out: Path) -> None:
 
 
 def read_task(path: Path) -> dict:
+    """What `write_tasks` wrote. Raises ValueError for any other file."""
     try:
         found = yaml.safe_load(path.read_bytes())
         if isinstance(found, dict) and found.keys() >= {"stage", "key", "config", "inputs", "runtime"}:
@@ -212,7 +213,7 @@ def _make(described: dict, inputs: dict[str, Path], out: Path) -> None:
 
 
 def files(folder: Path) -> dict[str, dict]:
-    """Size and hash of every file, which is on the disk by then, whatever becomes of the machine."""
+    """Size and hash of every file below a folder, after all of them were synced to the disk."""
     found = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != FINISHED):
         sync(path)
@@ -223,7 +224,8 @@ def files(folder: Path) -> dict[str, dict]:
 
 
 def not_of_the_future(paths: Iterable[Path]) -> None:
-    """Snakemake stops at an input that is newer than what was made of it: so it is where a clock was wrong and is set back."""
+    """Set file times that lie in the future to now. A clock that was wrong leaves them once it is set back, and Snakemake
+    refuses inputs that are newer than what was made from them."""
     now = time.time()
     for path in paths:
         for carrier in (path, path / ".snakemake_timestamp"):
@@ -233,8 +235,8 @@ def not_of_the_future(paths: Iterable[Path]) -> None:
 
 
 def provenance(task: Task, start: float, seconds: float, startup: float) -> dict:
-    """Where a folder came from and what it cost since its stage's last start: what was spent before it was stopped is not known
-    any more. startup: CPU seconds spent before the stage began its work."""
+    """Where a folder came from and what it cost since the stage was last started (what was spent before a kill is not known any
+    more). start: seconds of the epoch. startup: CPU seconds before the stage began its work."""
     return {
         "stage": task.stage,
         "key": task.key,
@@ -252,6 +254,7 @@ def provenance(task: Task, start: float, seconds: float, startup: float) -> dict
 
 
 def versions() -> dict[str, str]:
+    """Package -> version, of those of PACKAGES that are installed."""
     found = {}
     for name in PACKAGES:
         try:

@@ -54,7 +54,7 @@ def _keep_whole(cls) -> None:
     exists, store, retrieve = cls.exists, cls.store_object, cls.retrieve_object
 
     def is_whole(self) -> bool:
-        """Of a folder in the bucket."""
+        """Whether a folder in the bucket has all the files of its provenance."""
         sizes = {item.key.removeprefix(f"{self.key}/"): item.size for item in self.get_subkeys()}
         if integrity.PROVENANCE not in sizes:
             return False

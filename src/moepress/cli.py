@@ -25,7 +25,7 @@ from moepress.schema.values import nearest
 from moepress.sweeps import MemberFailed
 
 COMMANDS = {
-    "plan": "moepress.forecast",
+    "plan": "moepress.commands.plan",
     "results": "moepress.commands.results",
     "compare": "moepress.commands.compare",
     "show": "moepress.commands.show",
@@ -82,6 +82,8 @@ def tell(plan: Plan, overrides: list[str], mode: RunMode | None) -> None:
 
 
 def main() -> None:
+    """The `moepress` command. An error that is no bug ends the process with one line and exit code 1; with HYDRA_FULL_ERROR=1
+    in the environment it is raised with its trace."""
     asked_for_traces = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra lets errors through to here, instead of printing them with their traces
     arguments = sys.argv[1:]
@@ -145,6 +147,7 @@ def check_study(arguments: list[str]) -> None:
 
 
 def run(arguments: list[str]) -> None:
+    """One of COMMANDS, a study, or what Hydra makes of the arguments: an experiment, a sweep, its own --help or --cfg."""
     if arguments and arguments[0] in COMMANDS:
         import_module(COMMANDS[arguments[0]]).main(arguments[1:])
         return
@@ -158,7 +161,3 @@ def run(arguments: list[str]) -> None:
     else:
         resolve(arguments)  # before Hydra composes, whose own message says less
         app()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""What Hydra makes of overrides and conf/, and what is wrong with overrides, in a line with the way out."""
+"""Composing conf/ and overrides with Hydra, and one-line errors, with the way out, for overrides that do not fit."""
 
 import os
 import re
@@ -29,8 +29,8 @@ OPEN_VARIABLES = ("MOEPRESS_CACHE", "HOME")
 
 @contextmanager
 def guarded_environment() -> Iterator[None]:
-    """No other variable is told to a configuration, nor to a study that somebody else wrote: what it holds ends in files that
-    people publish. On a command line the shell puts in a variable's value."""
+    """Inside, configurations can read only OPEN_VARIABLES from the environment (`${oc.env:...}`): what they hold ends in files
+    that people publish, and a study may be somebody else's. On a command line the shell expands variables itself."""
 
     def environment(key: str, default: str | None = None) -> str | None:
         if key not in OPEN_VARIABLES:
@@ -45,7 +45,8 @@ def guarded_environment() -> Iterator[None]:
 
 
 def check_experiment(overrides: list[str] | tuple[str, ...]) -> None:
-    """ValueError for `experiment=NAME` beside another choice of a group that it chooses: Hydra would let that one win."""
+    """ValueError for `experiment=NAME` beside another option of a group that NAME itself sets: Hydra would let the other win,
+    and the run would not be what its name says."""
     given = _given(overrides)
     for group, option in _choices_of(given.get("experiment")).items():
         if (other := given.get(group, option)) != option:
@@ -77,7 +78,7 @@ def _choices_of(experiment: str | None) -> dict[str, str]:
 
 
 def choices(overrides: list[str] | tuple[str, ...]) -> dict[str, str]:
-    """Group -> the option that overrides make of it."""
+    """Group -> the option that is in force under these overrides."""
     given = _given(overrides)
     found = _defaults("config") | _choices_of(given.get("experiment"))
     return {group: given.get(group, option) for group, option in found.items()}
@@ -97,7 +98,7 @@ ALONE = ("seed", "device", "cores", "out", "objective")
 
 
 def without_value(word: str) -> str:
-    """What is wrong with a word that is no KEY=VALUE."""
+    """The error for a word that is no KEY=VALUE."""
     if word in groups():
         return f"{word!r}: a group needs a value, {word}={'|'.join(options(word))}"
     if "." in word or word in ALONE:
@@ -106,7 +107,7 @@ def without_value(word: str) -> str:
 
 
 def readable_error(error: Exception, overrides: list[str] | tuple[str, ...]) -> str:
-    """Hydra's or OmegaConf's error in a line, with what there is in the place of what there is not."""
+    """Hydra's or OmegaConf's error in one line; for an unknown option or key, with those that there are."""
     if told := _unknown_choice(overrides) or _unknown_key(overrides):
         return told
     key = getattr(error, "full_key", None)
@@ -128,7 +129,7 @@ def in_quotes(override: str) -> str:
 
 
 def _unknown_choice(overrides: list[str] | tuple[str, ...]) -> str | None:
-    """What is wrong with the first choice of a group that there is not."""
+    """The error for the first override that asks for an option that its group does not have; None without one."""
     for override in overrides:
         group, is_set, option = override.partition("=")
         known, option = options(group), option.strip("'\"")
@@ -140,7 +141,7 @@ def _unknown_choice(overrides: list[str] | tuple[str, ...]) -> str | None:
 
 
 def _unknown_key(overrides: list[str] | tuple[str, ...]) -> str | None:
-    """What is wrong with the first key that the chosen groups do not have."""
+    """The error for the first override of a key that the chosen groups do not have; None without one."""
     chosen = [f"{group}={option}" for group, option in choices(overrides).items() if option in options(group)]
     config = OmegaConf.to_container(_composed(tuple(chosen), _newest_change()), resolve=False)
     for override in overrides:
@@ -163,7 +164,7 @@ def _unknown_key(overrides: list[str] | tuple[str, ...]) -> str | None:
 
 
 def no_such_key(path: list[str], depth: int, known: list, chosen: dict[str, str]) -> str:
-    """What to say of a key that is not among those known at a depth of its path. chosen: group -> option."""
+    """The error for a key (`path[depth]` of the full path) that is not among those known there. chosen: group -> option."""
     group, key = path[0], path[depth]
     if depth == 0:
         alone = ", ".join([*ALONE, "paths.results", "paths.cache"])
@@ -172,16 +173,16 @@ def no_such_key(path: list[str], depth: int, known: list, chosen: dict[str, str]
     if group not in chosen:
         return f"no such key{nearest(key, known)}; keys of {where}: {', '.join(map(str, known))}"
     has = f"{group}={chosen[group]} has no key {key!r}"
-    if owners := [option for option in options(group) if _has(_option(group, option), path[1:])]:
+    if owners := [option for option in options(group) if _has(option_values(group, option), path[1:])]:
         return f"{has}, which belongs to {'one of ' if len(owners) > 1 else ''}{group}={', '.join(owners)}"
     return f"{has}{nearest(key, known)}; keys of {where}: {', '.join(map(str, known))}"
 
 
-def _option(group: str, name: str) -> dict:
-    """The keys of a group's option with the options that it is based on, unresolved."""
+def option_values(group: str, name: str) -> dict:
+    """The values of conf/GROUP/NAME.yaml over those of the options that it builds on, unresolved."""
     own = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / group / f"{name}.yaml"), resolve=False)
     bases = [base for base in own.pop("defaults", []) if isinstance(base, str) and base != "_self_"]
-    return {key: value for base in bases for key, value in _option(group, base).items()} | own
+    return {key: value for base in bases for key, value in option_values(group, base).items()} | own
 
 
 def _has(keys, path: list[str]) -> bool:
@@ -189,10 +190,10 @@ def _has(keys, path: list[str]) -> bool:
 
 
 def composed(overrides: list[str] | tuple[str, ...]) -> DictConfig:
-    """What Hydra composes of these overrides, unresolved.
+    """What Hydra composes of these overrides, unresolved. Raises ValueError for an override that is none.
 
-    The members of a sweep differ in values more than in groups, and choosing groups is what takes Hydra long (.1 s). So a
-    choice of groups is composed once, and values are set in a copy by Hydra's own function.
+    Choosing groups is what takes Hydra long (.1 s), and the members of a sweep mostly share their groups. So each choice of
+    groups is composed once, and values are set in a copy of it by Hydra's own function.
     """
     parsed = []
     for override in overrides:
@@ -216,7 +217,7 @@ def composed(overrides: list[str] | tuple[str, ...]) -> DictConfig:
 
 
 def _is_choice(override: Override) -> bool:
-    """Whether it is one of a group's files, or Hydra's own."""
+    """Whether an override chooses an option of a group, or is Hydra's own."""
     key = override.key_or_group
     is_group = "/" in key or key in ("experiment", "study") or (ROOT / "conf" / key).is_dir()
     return is_group or override.package is not None or override.is_hydra_override()
@@ -237,6 +238,35 @@ def launcher(overrides: list[str]) -> DictConfig:
     """Hydra's node of the launcher's settings under `hydra.KEY=` overrides; no other key is looked at."""
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         return compose("config", overrides=overrides, return_hydra_config=True).hydra.launcher
+
+
+def leaves(value, path: str = "") -> Iterator[tuple[str, object]]:
+    """`(key, value)` of everything in nested dicts that is no dict itself, keys joined by dots below `path`."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from leaves(inner, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, value
+
+
+def override_value(value) -> str:
+    """A Python value in the grammar of Hydra's overrides, as it stands behind `key=`. value: None, bool, a number, text, or
+    lists and dicts of these. The words null, true and false mean what they mean there."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}: {override_value(inner)}" for key, inner in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(map(override_value, value)) + "]"
+    text = str(value)
+    if re.fullmatch(r"[A-Za-z_/][\w./-]*", text, re.ASCII):
+        return text
+    quoted = re.sub(r'(\\*)"', r'\1\1\\"', text)
+    return '"' + re.sub(r"(\\+)$", r"\1\1", quoted) + '"'
 
 
 @lru_cache(maxsize=4096)

@@ -1,7 +1,7 @@
 """From overrides to a checked configuration.
 
 `resolve(overrides)` is the only way to one: Hydra composes conf/, every value is resolved and checked. `values(overrides)` is
-its first half, which looks at no file: what `moepress plan` needs, where the model may not be there yet.
+its first half, which looks at no file: `moepress plan` needs no more, for the model may not be there yet.
 """
 
 import dataclasses
@@ -23,6 +23,7 @@ from moepress.composing import (
     composed,
     first_lines,
     guarded_environment,
+    leaves,
     readable_error,
     without_value,
 )
@@ -36,7 +37,7 @@ from moepress.schema import SCHEMA
 from moepress.schema.allocation import reads_errors, reads_statistics
 from moepress.schema.pruning import is_fitted
 from moepress.schema.quantization import quantizer_of_statistics
-from moepress.schema.values import check, check_leaf, check_seed, nearest
+from moepress.schema.values import check, check_seed, check_value, nearest
 
 
 def resolve(overrides: list[str] | tuple[str, ...] = ()) -> dict:
@@ -49,7 +50,7 @@ def resolve(overrides: list[str] | tuple[str, ...] = ()) -> dict:
 
 
 def values(overrides: list[str] | tuple[str, ...] = ()) -> dict:
-    """The same before the model and the text are looked at: values checked by themselves."""
+    """The same before the model and the text are looked at: the values alone are checked. Raises ValueError as `resolve`."""
     for override in overrides:
         if len(override) > LONGEST_OVERRIDE or re.search("[\0\ud800-\udfff]", override):
             raise ValueError(f"{override[:60]!r}: at most {LONGEST_OVERRIDE} characters of text, NUL not among them")
@@ -76,51 +77,68 @@ def values(overrides: list[str] | tuple[str, ...] = ()) -> dict:
 
 def validate(config: dict) -> dict:
     """Checked values in their schema's types, with everything that depends on this machine filled in."""
-    for key, value in _leaves(config):
+    for key, value in leaves(config):
         if value == "???":
             raise ValueError(f"{key} is not set: give it as {key}=...")
     config = {name: value for name, value in config.items() if name not in ("experiment", "study")}
     for key, value in config.items():
-        check_leaf(key, value)
+        check_value(key, value)
     for group in SCHEMA:
         check(isinstance(config[group], dict), group, config[group], "a group of keys; choose one by its name")
+    _check_alone(config)
+    _fill_in(config)
+    for group, classes in SCHEMA.items():
+        config[group] = _typed(group, classes, config[group])
+    _check_together(config)
+    return config
+
+
+def _check_alone(config: dict) -> None:
+    """ValueError for a value of a key that is in no group."""
     check_seed("seed", config["seed"])
     ok = config["cores"] is None or (type(config["cores"]) is int and config["cores"] >= 1)
     check(ok, "cores", config["cores"], "null for all of the machine's, or at least 1")
+    ok = re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(config["device"]))
+    check(bool(ok), "device", config["device"], "auto, cpu, cuda or cuda:N")
     check(isinstance(config["paths"], dict), "paths", config["paths"], "the folders results and cache")
     for name, path in config["paths"].items():
         ok = isinstance(path, str) and path.strip() and not path.startswith("-")
         check(bool(ok), f"paths.{name}", path, "a folder")
         check(not set(path) & set("{}*?[]"), f"paths.{name}", path, "a folder without any of {}*?[] in its name")
-    if config["statistics"]["quantizer"] == "auto":
-        config["statistics"]["quantizer"] = quantizer_of_statistics(config["quantization"], config["allocation"])
-    fits = config["statistics"]["quantizer"] != "gptq" or config["quantization"]["method"] not in ("none", "rtn")
-    is_read = reads_statistics(config["allocation"]) and config["quantization"]["method"] != "none"
-    expected = f"quantization={config['quantization']['method']} has no error feedback; leave it auto"
-    check(fits or not is_read, "statistics.quantizer", "gptq", expected)
-    latency = config["latency"]
-    latency["threads"] = os.cpu_count() if latency["threads"] == "auto" else latency["threads"]
-    ok = re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(config["device"]))
-    check(bool(ok), "device", config["device"], "auto, cpu, cuda or cuda:N")
-    latency["hardware"] = hardware(config["device"]) if latency["hardware"] == "auto" else latency["hardware"]
-    for group, classes in SCHEMA.items():
-        config[group] = _typed(group, classes, config[group])
-    if reads_errors(config["allocation"]) and config["quantization"]["method"] != "none":
-        check_measured(config["allocation"]["widths"], config["statistics"]["widths"])
-
     check(config["out"] is None or isinstance(config["out"], str), "out", config["out"], "a folder, or null")
     objective = config["objective"]
     columns = [objective] if isinstance(objective, str) else objective
     ok = columns is None or (isinstance(columns, list) and bool(columns) and all(isinstance(name, str) for name in columns))
     check(ok, "objective", objective, "a column of runs.csv, a list of them, or null")
+
+
+def _fill_in(config: dict) -> None:
+    """What `auto` stands for, where a key depends on it."""
+    statistics, latency = config["statistics"], config["latency"]
+    if statistics["quantizer"] == "auto":
+        statistics["quantizer"] = quantizer_of_statistics(config["quantization"], config["allocation"])
+    if latency["threads"] == "auto":
+        latency["threads"] = os.cpu_count()
+    if latency["hardware"] == "auto":
+        latency["hardware"] = hardware(config["device"])
+
+
+def _check_together(config: dict) -> None:
+    """ValueError for values of several keys that do not go together."""
+    allocation, statistics, method = config["allocation"], config["statistics"], config["quantization"]["method"]
+    if method != "none" and reads_statistics(allocation):
+        ok = statistics["quantizer"] != "gptq" or method != "rtn"
+        check(ok, "statistics.quantizer", "gptq", f"quantization={method} has no error feedback; leave it auto")
+    if method != "none" and reads_errors(allocation):
+        check_measured(allocation["widths"], statistics["widths"])
     suites.chosen(config["evaluation"])
-    settings.check(config["corpus"])
-    if config["corpus"]["kind"] == "packages":
-        settings.check_domains(config, config["corpus"]["domains"], config["corpus"]["test_domains"])
-    elif config["corpus"]["kind"] == "hub":
-        settings.check_domains(config, [Path(config["corpus"]["id"]).name.lower()])
+    corpus = config["corpus"]
+    settings.check(corpus)
+    if corpus["kind"] == "packages":
+        settings.check_domains(config, corpus["domains"], corpus["test_domains"])
+    elif corpus["kind"] == "hub":
+        settings.check_domains(config, [Path(corpus["id"]).name.lower()])
     check_splits(config)
-    return config
 
 
 def check_splits(config: dict) -> None:
@@ -145,14 +163,15 @@ def reads_calibration(config: dict) -> bool:
 
 
 def check_local_text(config: dict) -> None:
-    """ValueError for domains that a local text has not, and for more calibration windows than it can have."""
+    """ValueError for domains that a local text lacks, and for more calibration windows than it can give."""
     corpus = config["corpus"]
     files = textfiles.find(corpus["path"])
     domains = textfiles.domains_of(files, Path(corpus["path"]), corpus["min_documents"])
     settings.check_domains(config, list(dict.fromkeys(domains)))
     if not reads_calibration(config) or sum(file.stat().st_size for file in files) > SMALL_TEXT:
         return
-    most = _most_tokens(corpus["path"], corpus["field"], *(corpus[name] for name in _CUTS), corpus["fractions"]["calibration"])
+    cuts, share = tuple(corpus[name] for name in _CUTS), corpus["fractions"]["calibration"]
+    most = _most_tokens(corpus["path"], corpus["field"], cuts, share, _stamp(corpus["path"]))
     asked = config["calibration"]
     wanted = [domain for domain in asked["domains"] or most if domain in most]
     needed = asked["num_sequences"] // max(1, len(wanted))
@@ -172,16 +191,14 @@ SMALL_TEXT = 1 << 24
 _CUTS = ("min_documents", "block_characters", "line_characters")
 
 
-def _most_tokens(path: str, field: str, *rest) -> dict[str, int]:
-    """Domain -> tokens that its calibration text cannot exceed."""
-    return _bounds(path, field, rest, _stamp(path))
-
-
 @lru_cache(maxsize=16)
-def _bounds(path: str, field: str, rest: tuple, _: tuple) -> dict[str, int]:
-    """A document is given to the calibration split while it fits into its share of the characters, and one at least; a token
-    is a byte of UTF-8 or more, but for two around each document."""
-    *cuts, share = rest
+def _most_tokens(path: str, field: str, cuts: tuple[int, ...], share: float, _: tuple) -> dict[str, int]:
+    """Domain -> tokens that its calibration text cannot exceed.
+
+    cuts: the values of _CUTS. share: of the characters, for the calibration. The last argument only tells the cache that files
+    have changed. The split takes documents while they fit into its share, and one at least; a token is at least one byte of
+    UTF-8, but for two tokens that may stand around each document.
+    """
     documents: dict[str, list[str]] = {}
     for domain, _name, text in textfiles.read({"path": path, "field": field, **dict(zip(_CUTS, cuts, strict=True))}):
         documents.setdefault(domain, []).append(text)
@@ -194,7 +211,8 @@ def _bounds(path: str, field: str, rest: tuple, _: tuple) -> dict[str, int]:
 
 
 def with_files(config: dict) -> dict:
-    """The configuration with what the files say that it names: their fingerprints, and whether the model takes the values."""
+    """The configuration with the fingerprints of the files that it names; ValueError where the model or the text that they hold
+    does not fit its values."""
     if config["corpus"]["kind"] != "packages":
         source = config["corpus"]["path"] if config["corpus"]["kind"] == "local" else config["corpus"]["id"]
         config["corpus"]["fingerprint"] = _text(config["corpus"]["kind"], source, _stamp(source))
@@ -283,11 +301,3 @@ def _fits(schema_class, name: str, value) -> bool:
     except OmegaConfBaseException:
         return False
     return True
-
-
-def _leaves(value, path=""):
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _leaves(inner, f"{path}.{key}" if path else str(key))
-    else:
-        yield path, value

@@ -18,9 +18,10 @@ from moepress.schema.pruning import is_fitted
 
 @dataclass(frozen=True)
 class Stage:
-    """version: raised by hand when the stage's meaning changes. keys: the config's groups and keys in its key.
-    inputs: config -> {role: (stage, config)}. label: config -> the readable part of the folder's name. parts: as inputs, of
-    what is computed in jobs of its own and only put together here: whatever they are, the bytes are the same."""
+    """version: raised by hand when the stage's meaning changes. keys: the groups (`model`) and single keys
+    (`quantization.group_size`) of the configuration that enter the artefact's key. inputs: config -> {role: (stage, config)}.
+    label: config -> the readable part of the folder's name. parts: like inputs, but of work that may be split over jobs and is
+    only put together here: however it was split the bytes are the same, so parts do not enter the key."""
 
     version: int
     keys: tuple[str, ...]
@@ -107,8 +108,8 @@ def _quantization_inputs(c):
 
 
 def distill_sequences(c: dict) -> int | None:
-    """Sequences of the sample that the whole packed model is tuned on, no more than its steps take; None where that is the
-    calibration's own."""
+    """How many sequences the tuning of the whole packed model draws: those configured, but no more than its steps read. None
+    where it has no sample of its own: it is off, or reads the calibration's."""
     quantization = c["quantization"]
     if not quantization.get("distill_steps") or quantization["distill_sequences"] is None:
         return None
@@ -156,19 +157,10 @@ def _corpus_label(c):
 
 
 _EXPERT_QUANTIZER = (
-    *(
-        "group_size",
-        "clip_min",
-        "clip_max",
-        "clip_steps",
-        "clip_ends",
-        "clip_norm",
-        "clip_weighted",
-        "fit_rounds",
-        "zero_steps",
-    ),
-    *("one_bit", "damping", "block_size", "act_order", "deferred_bits", "refine_rounds"),
+    *("group_size", "clip_min", "clip_max", "clip_steps", "clip_ends", "clip_norm", "clip_weighted", "fit_rounds"),
+    *("zero_steps", "one_bit", "damping", "block_size", "act_order", "deferred_bits", "refine_rounds"),
 )
+"""What of conf/quantization/ changes the error of an expert at a width."""
 
 _STATISTICS_VERSION = 3
 _STATISTICS_KEYS = ("statistics", *(f"quantization.{name}" for name in _EXPERT_QUANTIZER))
@@ -249,6 +241,8 @@ def artefact(stage: str, config: dict) -> Artefact:
 
 
 def make_artefact(stage: str, version: int, label: str, config: dict, inputs: dict[str, Artefact]) -> Artefact:
+    """The artefact whose key is a hash of its stage, that stage's version, its slice of the configuration and the keys of its
+    inputs; the label is for people."""
     upstream = {role: found.key for role, found in inputs.items()}
     content = {"stage": stage, "version": version, "config": config, "inputs": upstream}
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)

@@ -126,7 +126,8 @@ def disk(model: Outline, config: dict, folder_bytes: int | None) -> dict[str, in
 
 
 def seconds(model: Outline, config: dict, flops_per_second: float, correction: float = 1.0) -> dict[str, float]:
-    """Stage -> seconds. correction: of statistics and quantization, see `correction_from`."""
+    """Row -> seconds; a row is a stage, or several whose names are joined by " and ". correction: of statistics and
+    quantization, see `correction_from`."""
     found = {"model": model_seconds(model, config, flops_per_second)}
     method, settings = config["quantization"]["method"], config["quantization"]
     if has_gradients(config):  # forward, forward again, its experts once more, backward
@@ -141,14 +142,14 @@ def seconds(model: Outline, config: dict, flops_per_second: float, correction: f
             correction * (flops / flops_per_second + STEP_SECONDS * steps) + FOLDER_SECONDS + 2 * COMPILED_SECONDS
         )
     if is_fitted(config["pruning"]["method"]):
-        found["pruning"] = work.pruning_work(model, config) / flops_per_second + FOLDER_SECONDS
+        found["pruning"] = work.pruning_flops(model, config) / flops_per_second + FOLDER_SECONDS
     if is_decomposed(config):
         flops, steps = work.decomposition_work(model, config)
         found["decomposition"] = flops / flops_per_second + STEP_SECONDS * steps + 2 * FOLDER_SECONDS
-    once = work.measurement_work(model, config, is_packed=False)
+    once = work.measurement_flops(model, config, is_packed=False)
     found["evaluation and latency"] = sum(once) / flops_per_second
     if method != "none":
-        found["evaluation and latency"] += sum(work.measurement_work(model, config, is_packed=True)) / flops_per_second
+        found["evaluation and latency"] += sum(work.measurement_flops(model, config, is_packed=True)) / flops_per_second
     jobs = {"evaluation and latency": 2 if method == "none" else 4}
     return {stage: value + STARTUP_SECONDS * jobs.get(stage, 1) for stage, value in found.items()}
 
@@ -179,8 +180,8 @@ def measured_flops(duration: float = 0.5, clock=time.perf_counter) -> float:
 
 
 def correction_from(results: Path, flops_per_second: float, device: str) -> float | None:
-    """What quantizations of these results took on this device over what is estimated for them; the median of the newest ten,
-    None without any."""
+    """Seconds that the quantizations of these results took on this device over those that are estimated for them: the median of
+    the newest ten, None without any."""
     finished = sorted(results.glob("quantization/*/timing.json"), key=lambda path: -path.stat().st_mtime)[:10]
     ratios = []
     for path in finished:

@@ -43,7 +43,7 @@ class Settings:
         return self.executor in (None, "local") and self.profile in (None, "default")
 
     def options(self, cores: int | None) -> list[str]:
-        """Of the command line. cores: what the configuration asks for."""
+        """Options of Snakemake's command line. cores: what the configuration asks for."""
         cores = self.cores or cores or (os.cpu_count() if self.is_local else None)
         ours = ROOT / "workflow" / "profiles" / (self.profile or "")
         profile = str(ours) if self.profile and ours.is_dir() else self.profile
@@ -75,7 +75,7 @@ def planned(overrides: list[str], settings: Settings) -> Plan:
 
 
 def check_machine(members: Iterable[Experiment], settings: Settings) -> None:
-    """ValueError for what the machine that the jobs run on surely cannot do, as far as that is known here."""
+    """ValueError for what the machine that the jobs run on cannot do, as far as that is known here."""
     for member in members:
         config = member.config
         if settings.is_local:
@@ -87,8 +87,8 @@ def check_machine(members: Iterable[Experiment], settings: Settings) -> None:
 
 
 def with_checkpoint(plan: Plan) -> Plan:
-    """The plan for whoever wants the run's model and policy themselves, beside what the report says of them: those that were
-    deleted since are computed again."""
+    """The plan with the run's checkpoint and policy among its targets, so that they are computed again where they were deleted
+    after the report was made."""
     run = runs(plan)[-1]["artefacts"]
     wanted = [run.get("quantization", run["model"]), *([run["pruning"]] if "pruning" in run else [])]
     return replace(plan, targets=[*plan.targets, *(f"{plan.results}/{folder}" for folder in wanted)])
@@ -168,7 +168,8 @@ def _stop(snakemake: subprocess.Popen) -> None:
 
 
 def missing(plan: Plan) -> list[str]:
-    """Folders that the targets wait for, themselves among them: what is not there, unless all that would read it is."""
+    """Folders that must still be made before the targets are there, targets included; an input is not needed any more once
+    everything that reads it exists."""
     results, found = Path(plan.results), {}
 
     def visit(item: Artefact) -> None:
@@ -183,10 +184,10 @@ def missing(plan: Plan) -> list[str]:
     return list(found)
 
 
-def failures(plan: Plan, since: float = 0.0) -> str:
-    """What a run that failed says in the end: each artefact that it began and that is not there, why, and how to go on.
+def failures(plan: Plan, since: float) -> str:
+    """The last words of a run that failed: each artefact that failed and why, how many more are missing, and how to go on.
 
-    since: when it started; older logs are of other runs.
+    since: when the run started (seconds of the epoch); older logs are of other runs.
     """
     results, absent = Path(plan.results), missing(plan)
     ready = [f for f in absent if not any(item.folder in absent for item in plan.artefacts[f].reads.values())]
@@ -200,14 +201,14 @@ def failures(plan: Plan, since: float = 0.0) -> str:
 
 
 def _logs(results: Path, folders: Iterable[str | Path], since: float) -> list[Path]:
-    """Of those artefacts that are not there, the newest last."""
+    """Logs of those artefacts that are not there, the newest last."""
     named = [results / "logs" / f"{folder}.log" for folder in folders if not (results / folder).exists()]
     found = [(log.stat().st_mtime, log) for log in named if log.is_file()]
     return [log for written, log in sorted(found) if written >= since]
 
 
 def failure(results: Path, folders: Iterable[str | Path], since: float = 0.0) -> str:
-    """Why a run failed: of artefacts that are not there, the newest log and its last line."""
+    """Why a run failed: the last line of the newest log of an artefact that is not there."""
     logs = _logs(results, folders, since)
     if not logs:
         return "Snakemake failed before any stage began; its log is the newest in .snakemake/log/"

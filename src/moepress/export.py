@@ -18,6 +18,9 @@ from moepress.report import card
 
 FACTS = "card.json"
 README = "README.md"
+NUMBERS = ("delta_nll", "delta_nll_stderr", "delta_acc", "delta_acc_stderr", "limit")
+NUMBERS += ("prefill_ms", "decode_ms", "speedup_prefill", "speedup_decode")
+"""Columns of runs.csv that a card takes as they are."""
 
 
 def export(checkpoint: str | Path, out: str | Path, results: str | Path | None = None) -> Path:
@@ -115,43 +118,46 @@ def measured(report: Path, key: str) -> dict:
     base = next(same, None)
     if base is None:
         raise ValueError(f"{path}: no row of the 16-bit model that the checkpoint {key} was made from")
-    domains = [name.removeprefix("ppl_") for name in own if name.startswith("ppl_") and f"{name}_stderr" in own]
-    names = (
-        "delta_nll",
-        "delta_nll_stderr",
-        "delta_acc",
-        "delta_acc_stderr",
-        "prefill_ms",
-        "decode_ms",
-        "speedup_prefill",
-        "speedup_decode",
-    )
-    number = {name: _number(own.get(name)) for name in names}
-    return number | {
-        "domains": [
-            {
-                "domain": name,
-                "ppl": float(own[f"ppl_{name}"]),
-                "ppl_stderr": float(own[f"ppl_{name}_stderr"] or "nan"),
-                "ppl16": float(base[f"ppl_{name}"]),
-                "ppl16_stderr": float(base[f"ppl_{name}_stderr"] or "nan"),
-            }
-            for name in domains
-            if name not in ("mean", "ood") and _number(own[f"ppl_{name}"]) is not None
-        ],
-        "tasks": [
-            {"task": name.removeprefix("acc_")}
-            | {f"acc{suffix}": _number(row.get(name)) for suffix, row in (("", own), ("16", base))}
-            | {f"acc{suffix}_stderr": _number(row.get(f"{name}_stderr")) for suffix, row in (("", own), ("16", base))}
-            for name in own
-            if name.startswith("acc_") and f"{name}_stderr" in own and name != "acc_mean" and _number(own[name]) is not None
-        ],
-        "limit": _number(own.get("limit")),
+    return {name: _number(own.get(name)) for name in NUMBERS} | {
+        "domains": _domains(own, base),
+        "tasks": _tasks(own, base),
         "selection_shift": float(own["selection_shift"]),
         "selection_shift_stderr": float(own["selection_shift_stderr"] or "nan"),
         "bytes16": int(float(base["checkpoint_bytes"])),
         "device": own["device"],
     }
+
+
+def _domains(own: dict, base: dict) -> list[dict]:
+    """The perplexity of each domain with that of the 16-bit model. own, base: rows of runs.csv."""
+    names = [name.removeprefix("ppl_") for name in own if name.startswith("ppl_") and f"{name}_stderr" in own]
+    return [
+        {
+            "domain": name,
+            "ppl": float(own[f"ppl_{name}"]),
+            "ppl_stderr": float(own[f"ppl_{name}_stderr"] or "nan"),
+            "ppl16": float(base[f"ppl_{name}"]),
+            "ppl16_stderr": float(base[f"ppl_{name}_stderr"] or "nan"),
+        }
+        for name in names
+        if name not in ("mean", "ood") and _number(own[f"ppl_{name}"]) is not None
+    ]
+
+
+def _tasks(own: dict, base: dict) -> list[dict]:
+    """The accuracy of each task with that of the 16-bit model; None where that one was not asked."""
+    names = [name.removeprefix("acc_") for name in own if name.startswith("acc_") and f"{name}_stderr" in own]
+    return [
+        {
+            "task": name,
+            "acc": _number(own[f"acc_{name}"]),
+            "acc_stderr": _number(own[f"acc_{name}_stderr"]),
+            "acc16": _number(base.get(f"acc_{name}")),
+            "acc16_stderr": _number(base.get(f"acc_{name}_stderr")),
+        }
+        for name in names
+        if name != "mean" and _number(own[f"acc_{name}"]) is not None
+    ]
 
 
 def _number(text: str | None) -> float | None:

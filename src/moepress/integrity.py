@@ -15,6 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from tqdm import tqdm
+
 from moepress.models.files import record
 
 PROVENANCE = "provenance.json"
@@ -44,17 +46,17 @@ class Damage:
 
 @dataclass(frozen=True)
 class Listed:
-    """A file and what is on record of it. bytes: None where that is not known."""
+    """A file to be hashed: its size, the sha256 on record, and the artefact it belongs to; outside: not in its folder."""
 
     path: Path
     folder: Path
     sha256: str
-    bytes: int | None = None
+    bytes: int
     outside: bool = False
 
 
 def sealed(provenance: dict) -> dict:
-    """With a hash over itself as its last entry."""
+    """The provenance with a hash over itself as its last entry."""
     return {**provenance, SEAL: _seal(provenance)}
 
 
@@ -63,7 +65,7 @@ def _seal(provenance: dict) -> str:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether a stage finished it; what became of it since is another question."""
+    """Whether a stage finished the folder. Whether its files were damaged since is what `check` tells."""
     return (folder / PROVENANCE).is_file()
 
 
@@ -77,6 +79,7 @@ def check(folders: Iterable[tuple[Path, bool]], results: Path) -> None:
 
 
 def way_out(damage: Damage, results: Path) -> str:
+    """What to do about it: the second half of an error."""
     if damage.outside:
         return (
             f"put back the file that was there when {damage.folder} was made; if the model was moved, remove that folder, "
@@ -89,9 +92,9 @@ def way_out(damage: Damage, results: Path) -> str:
 
 
 def damages(folders: Iterable[tuple[Path, bool]], progress=None) -> Iterator[Damage]:
-    """What is wrong with folders, names and sizes first, then hashes.
+    """What is wrong with folders: first by names and sizes, then by hashes. folders: as `check` takes them.
 
-    progress: told of every byte that was hashed; a bar of our own where there is much to hash and none is given.
+    progress: a tqdm bar that is updated with the bytes hashed; without one a bar is made where there is much to hash.
     """
     listed: list[Listed] = []
     wrong: set[Path] = set()
@@ -107,7 +110,7 @@ def damages(folders: Iterable[tuple[Path, bool]], progress=None) -> Iterator[Dam
 
 
 def _unhashed(folder: Path) -> Iterator[Damage | Listed]:
-    """What names and sizes tell, and the files whose hashes remain to be compared."""
+    """The damages that names and sizes show, and the files whose hashes remain to be compared."""
     provenance = _read(folder / PROVENANCE, folder)
     if isinstance(provenance, Damage):
         yield provenance
@@ -145,7 +148,7 @@ def _referenced(folder: Path) -> Iterator[Damage | Listed]:
         if path.suffix not in DECISIVE:
             continue
         if path.is_file():
-            yield Listed(path, folder, sha256, outside=True)
+            yield Listed(path, folder, sha256, path.stat().st_size, outside=True)
         else:
             yield Damage(path, "missing", folder, outside=True)
 
@@ -168,15 +171,13 @@ def _read(path: Path, folder: Path) -> dict | Damage:
 
 def _altered(listed: list[Listed], progress) -> Iterator[Damage]:
     """Files whose sha256 is another."""
-    sizes = [each.bytes if each.bytes is not None else each.path.stat().st_size for each in listed]
-    if progress is None and sum(sizes) > QUIET_BYTES:
-        from tqdm import tqdm
-
-        progress = tqdm(total=sum(sizes), desc="checking hashes", unit="B", unit_scale=True)
+    total = sum(each.bytes for each in listed)
+    if progress is None and total > QUIET_BYTES:
+        progress = tqdm(total=total, desc="checking hashes", unit="B", unit_scale=True)
     with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:  # hashing leaves the interpreter's lock
-        for each, size, found in zip(listed, sizes, pool.map(_hash, listed), strict=True):
+        for each, found in zip(listed, pool.map(_hash, listed), strict=True):
             if progress is not None:
-                progress.update(size)
+                progress.update(each.bytes)
             if found != each.sha256:
                 where = REFERENCE if each.outside else PROVENANCE
                 what = (

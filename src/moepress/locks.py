@@ -124,8 +124,8 @@ def snakemake(command: list[str], lock: int | None) -> Iterator[subprocess.Popen
 
 
 def inside_snakemake() -> None:
-    """What a Snakemake that reads our Snakefile does first: note that it works here, or free the folder of a lock that is
-    left of a killed one."""
+    """The first call of our Snakefile: note that a Snakemake works in this folder; before that, remove the lock that a killed
+    one left behind."""
     locks = list(Path(".snakemake", "locks").glob("*.lock"))
     if locks and is_stale():
         print("moepress: the last run here was killed; going on from what is whole", file=sys.stderr)

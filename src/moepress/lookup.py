@@ -19,8 +19,8 @@ FOLDERS = (*STAGES, "report")
 
 
 @dataclass(frozen=True)
-class Found:
-    """A whole artefact among the results."""
+class StoredArtefact:
+    """An artefact among the results, as its folder tells of it; what is yet to be made is a `dag.Artefact`."""
 
     results: Path
     folder: str
@@ -34,8 +34,12 @@ class Found:
         return self.folder.split("/")[0]
 
     @property
+    def label(self) -> str:
+        return self.path.name.rpartition("-")[0]
+
+    @property
     def key(self) -> str:
-        return self.folder[-12:]
+        return self.path.name.rpartition("-")[2]
 
     @cached_property
     def described(self) -> dict:
@@ -59,9 +63,9 @@ class Found:
         raise ValueError(f"{damage}; {way_out(damage, self.results)}")
 
     @property
-    def inputs(self) -> dict[str, "Found"]:
+    def inputs(self) -> dict[str, "StoredArtefact"]:
         """By role; those that were deleted too."""
-        return {role: Found(self.results, folder) for role, folder in self.described["inputs"].items()}
+        return {role: StoredArtefact(self.results, folder) for role, folder in self.described["inputs"].items()}
 
     @property
     def exists(self) -> bool:
@@ -71,7 +75,7 @@ class Found:
     def num_bytes(self) -> int:
         return size_of(self.path)
 
-    def upstream(self, known: dict[str, "Found"] | None = None) -> dict[str, "Found"]:
+    def upstream(self, known: dict[str, "StoredArtefact"] | None = None) -> dict[str, "StoredArtefact"]:
         """Folder -> artefact, for this one and all that it was made from, added to those already known."""
         found = {} if known is None else known
         if self.folder not in found:
@@ -91,9 +95,9 @@ def add_results(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="paths.results (default: results)")
 
 
-def artefacts(results: Path) -> list[Found]:
+def artefacts(results: Path) -> list[StoredArtefact]:
     """All whole artefacts."""
-    return [found for path in folders(results) if (found := Found(results, f"{path.parent.name}/{path.name}")).exists]
+    return [found for path in folders(results) if (found := StoredArtefact(results, f"{path.parent.name}/{path.name}")).exists]
 
 
 def folders(results: Path) -> list[Path]:
@@ -104,14 +108,15 @@ def folders(results: Path) -> list[Path]:
     return [path for path in paths if ID.fullmatch(path.name) and path.is_dir()]
 
 
-def artefact(name: str, results: Path) -> Found:
-    """The artefact of that folder, id or beginning of a key; of a run's name its evaluation, which comes of all the others.
+def artefact(name: str, results: Path) -> StoredArtefact:
+    """The artefact with that folder, id or beginning of a key; for a run's name, its evaluation, which is made from all the
+    others.
 
     Raises ValueError where there is none, or several."""
     path = Path(name)
     if path.is_dir() and ID.fullmatch(path.resolve().name):
         path = path.resolve()
-        found = Found(path.parent.parent, f"{path.parent.name}/{path.name}")
+        found = StoredArtefact(path.parent.parent, f"{path.parent.name}/{path.name}")
         if not found.exists:
             raise ValueError(f"{name}: no whole artefact; {PROVENANCE} is not there")
         return found
@@ -123,21 +128,21 @@ def artefact(name: str, results: Path) -> Found:
     return matching[0]
 
 
-def reports(results: Path) -> list[Found]:
+def reports(results: Path) -> list[StoredArtefact]:
     """The newest first."""
     found = [item for item in artefacts(results) if item.stage == "report"]
     return sorted(found, key=lambda item: (item.provenance.get("start", ""), item.path.stat().st_mtime), reverse=True)
 
 
-def named(name: str, place: Found) -> list[dict]:
-    """The runs of a report, as its configuration lists them, that have a name; without its seed, all seeds of it."""
+def named(name: str, place: StoredArtefact) -> list[dict]:
+    """The runs of a report (entries of its configuration) of that name; a name without `seed=` stands for all of its seeds."""
     runs = place.described["config"]["runs"]
     exact = [run for run in runs if run["run"] == name]
     return exact or [run for run in runs if " ".join(p for p in run["run"].split(" ") if not p.startswith("seed=")) == name]
 
 
-def _evaluation(name: str, results: Path) -> Found:
-    """Of the run of that name, in whichever report."""
+def _evaluation(name: str, results: Path) -> StoredArtefact:
+    """The evaluation of the run of that name, in whichever report. Raises ValueError where there is none, or several."""
     places = reports(results)
     runs = [(run, place) for place in places for run in named(name, place)]
     folders = {run["artefacts"]["evaluation"]: (run["run"], place) for run, place in reversed(runs)}
@@ -151,23 +156,23 @@ def _evaluation(name: str, results: Path) -> Found:
     if len(folders) > 1:
         listed = "; ".join(f"{folder} ({run} of {place.path})" for folder, (run, place) in folders.items())
         raise ValueError(f"{name}: several runs are called so, give one's folder: {listed}")
-    return Found(results, next(iter(folders)))
+    return StoredArtefact(results, next(iter(folders)))
 
 
-def report(name: str | None, results: Path) -> Found:
-    """The report of that folder, id, key or label; the newest of the label, or of all where no name is given. Of a run's name
-    or an artefact, the newest report that has it."""
-    if name is not None and not any(item.path.name.rpartition("-")[0] == name for item in reports(results)):
-        if having := [place for place in reports(results) if named(name, place)]:
-            return having[0]
-        found = artefact(name, results)
-        if found.stage == "report":
-            return found
-        for place in reports(results):
-            if any(found.folder in run["artefacts"].values() for run in place.described["config"]["runs"]):
-                return place
-        raise ValueError(f"{name}: an artefact of {found.stage}, no report, and in none")
-    matching = [item for item in reports(results) if name in (None, item.path.name.rpartition("-")[0])]
-    if not matching:
+def report(name: str | None, results: Path) -> StoredArtefact:
+    """The newest report with that label, or that contains the run or the artefact of that name; the report itself for its
+    folder, id or key; the newest of all for None. Raises ValueError where there is none."""
+    known = reports(results)
+    if labelled := [place for place in known if name in (None, place.label)]:
+        return labelled[0]
+    if name is None:
         raise ValueError(f"{results}: no report there; run an experiment first, or give --results=DIR")
-    return matching[0]
+    if having := [place for place in known if named(name, place)]:
+        return having[0]
+    found = artefact(name, results)
+    if found.stage == "report":
+        return found
+    for place in known:
+        if any(found.folder in run["artefacts"].values() for run in place.described["config"]["runs"]):
+            return place
+    raise ValueError(f"{name}: an artefact of {found.stage}, no report, and in none")

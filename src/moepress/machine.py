@@ -1,4 +1,4 @@
-"""What this machine computes with, told without torch."""
+"""This machine's processor or GPU, found without importing torch."""
 
 import importlib.util
 import os
@@ -18,7 +18,7 @@ def uses_gpu(device: str) -> bool:
 
 
 @cache
-def hardware(device: str = "auto") -> str:
+def hardware(device: str) -> str:
     """Name of the machine part that latency is measured on, found without importing torch."""
     if uses_gpu(device) and shutil.which("nvidia-smi"):
         query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]

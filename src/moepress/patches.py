@@ -1,4 +1,4 @@
-"""What our Snakefile changes in the Snakemake (9.27) that reads it."""
+"""Changes to the Snakemake (9.27) that reads our Snakefile."""
 
 import threading
 from pathlib import Path

@@ -22,7 +22,7 @@ LARGE_HIDDEN_SIZE = 512
 LEAST_MEMORY_MB = 2000
 """Of a job: torch, transformers and the text."""
 SOME_MEMORY_MB = 16000
-"""Where nothing can be foretold: a hub model whose config.json is not here yet."""
+"""Where nothing can be predicted: a hub model whose config.json is not here yet."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ class Plan:
         return wanted
 
     def memory(self, stage: str):
-        """Snakemake's `mem_mb` of a job: what `moepress plan` foretells and a half more; each time that it is started again,
-        as often as much. Asked of a cluster; here it counts only where `--resources mem_mb=` says what there is."""
+        """Snakemake's `mem_mb` of a job: 1.5 times what `moepress plan` predicts, times the number of the attempt. Clusters are
+        asked for it; on this machine it counts only where `--resources mem_mb=` says how much there is."""
 
         @cache
         def at_first(folder: str) -> int:
@@ -162,8 +162,8 @@ def for_overrides(overrides: list[str]) -> Plan:
 
 
 def asked(overrides: list[str]) -> tuple[str, str, list[Experiment]]:
-    """Name, caption and rows of the report: of one experiment beside its 16-bit model, or with `study=NAME` among the overrides
-    of that study's experiments."""
+    """Name, caption and rows of the report that overrides ask for: one experiment beside its 16-bit model, or with `study=NAME`
+    among them that study's experiments. Raises ValueError for values that cannot be."""
     refuse_of_hydra(overrides)
     names = [o.partition("=")[2] for o in overrides if o.startswith("study=")]
     rest = [o for o in overrides if not o.startswith("study=")]
@@ -192,14 +192,14 @@ def joined(members: list[Experiment]) -> tuple[str, str, list[Experiment]]:
 
 
 def refuse_out(overrides: list[str], why: str) -> None:
-    """ValueError for an `out=` that would be passed over in silence."""
+    """ValueError for an `out=` that would otherwise be ignored in silence."""
     for override in overrides:
         if override.startswith("out=") and override != "out=null":
             raise ValueError(f"{override}: {why}")
 
 
 def refuse_of_hydra(overrides: list[str]) -> None:
-    """ValueError for a `hydra.KEY=` that would be passed over in silence: it is of the command's own, which has taken it."""
+    """ValueError for a `hydra.KEY=` that would otherwise be ignored in silence: only the `moepress` command reads these."""
     for override in overrides:
         if override.startswith("hydra"):
             raise ValueError(f"{override}: of the `moepress` command alone, moepress KEY=VALUE ... {override}")

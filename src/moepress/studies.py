@@ -38,7 +38,7 @@ class Experiment:
 
     @property
     def beside_label(self) -> list[str]:
-        """The overrides that the label does not tell; of a 16-bit model those of the groups that its numbers depend on."""
+        """The overrides that `run_label` does not show; for a 16-bit model only those of groups that its numbers depend on."""
         if is_reference(self.config):
             return [o for o in self.overrides if o.lstrip("+~").startswith(("model", "corpus", "evaluation", "latency"))]
         told = ("quantization", "allocation", "allocation.bits", "allocation.budget")
@@ -60,8 +60,8 @@ def experiment(overrides: list[str] | tuple[str, ...]) -> Experiment:
 
 
 def run_names(experiments: list[Experiment]) -> list[str]:
-    """A name for each row: its label, and the overrides beyond it that not all of its kind, 16-bit models or compressed ones,
-    share; those of one name get whatever they differ in."""
+    """A name for each row of a report: its label and those of its other overrides that not every row shares (16-bit models and
+    compressed ones are looked at apart). Rows that would still have one name get all overrides in which they differ."""
     listed: dict[bool, list[set[str]]] = {True: [], False: []}
     for member in experiments:
         listed[is_reference(member.config)].append(set(member.beside_label))
@@ -95,7 +95,7 @@ NOT_A_STUDYS = re.compile(r"[+~]*(paths|out|hydra|tracking|evaluation\.run_gener
 
 
 def checked_study(study, key: str) -> dict:
-    """A study as it is; ValueError for what is none, or what sets keys that are the caller's own."""
+    """The study, unchanged; ValueError for what is no study, or sets keys that are left to whoever runs it."""
     texts = isinstance(study, dict) and all(isinstance(study.get(name), str) for name in ("name", "caption"))
     lists = texts and all(isinstance(study.get(name), list) for name in ("base", "experiments"))
     if not lists or not all(isinstance(line, str) for line in (*study["base"], *study["experiments"])):
@@ -124,8 +124,8 @@ def study_experiments(study: dict, overrides: list[str] | tuple[str, ...] = ()) 
 
 
 def compared(experiments: list[Experiment]) -> list[Experiment]:
-    """The experiments of one table: each once, however often it was asked for, and first of all the 16-bit models that they
-    are measured against, where they are not among them."""
+    """The experiments of one table: duplicates dropped, and in front the 16-bit models that they are measured against, where
+    these are not among them already."""
     once: dict[tuple, Experiment] = {}
     for member in experiments:
         once.setdefault(tuple(item.key for item in member.artefacts.values()), member)

@@ -16,6 +16,9 @@ from moepress.commands import results as results_table
 from moepress.execution import Settings
 from moepress.plan import Plan
 
+Answer = float | tuple[float, ...] | None
+"""What a member gives its sweeper: the column that `objective` names, several, or nothing where it is null."""
+
 
 class MemberFailed(RuntimeError):
     """A member of a sweep that came to nothing: the overrides that not all members share, and why."""
@@ -46,7 +49,7 @@ class Sweep:
             except ValueError as error:
                 failures[number] = str(error)
                 print(f"moepress: refused: {names[number]}: {error}", file=sys.stderr)
-        answers: dict[int, float | tuple[float, ...] | None] = {}
+        answers: dict[int, Answer] = {}
         done = self.compute(asked, failures) if asked else None
         for number in asked.keys() - failures.keys():
             assert done is not None
@@ -61,13 +64,8 @@ class Sweep:
             print(f"moepress: {names[number]}: {failures[number]}", file=sys.stderr)
         returns = []
         for number, overrides in enumerate(jobs):
-            returned = JobReturn(overrides=overrides, task_name="moepress")
-            if number in asked:
-                returned.cfg, returned.working_dir = OmegaConf.create(asked[number].config), str(asked[number].results)
-            is_whole = number in answers
-            returned.status = JobStatus.COMPLETED if is_whole else JobStatus.FAILED
-            returned.return_value = answers[number] if is_whole else MemberFailed(f"{names[number]}: {failures[number]}")
-            returns.append(returned)
+            failed = MemberFailed(f"{names[number]}: {failures[number]}") if number in failures else None
+            returns.append(returned(overrides, asked.get(number), answers.get(number), failed))
         return returns
 
     def compute(self, asked: dict[int, studies.Experiment], failures: dict[int, str]) -> Plan:
@@ -81,7 +79,7 @@ class Sweep:
         if whole and failures and not Path(done.report).exists():  # its plan has those that failed, so make one without
             done = self.run([])
         if whole and Path(done.report).exists():
-            print(results_table.table_of(Path(done.report)))
+            print(results_table.table(execution.rows(Path(done.report))))
             print(done.report)
         return done
 
@@ -91,6 +89,16 @@ class Sweep:
         planned = plan.for_experiments(members)
         execution.run(planned, [list(member.overrides) for member in members], self.settings)
         return planned
+
+
+def returned(overrides: list[str], member: studies.Experiment | None, answer: Answer, failed: MemberFailed | None) -> JobReturn:
+    """What Hydra's sweeper is given of a member: its answer, or why it failed. member: None where it was refused."""
+    found = JobReturn(overrides=overrides, task_name="moepress")
+    if member is not None:
+        found.cfg, found.working_dir = OmegaConf.create(member.config), str(member.results)
+    found.status = JobStatus.FAILED if failed else JobStatus.COMPLETED
+    found.return_value = failed or answer
+    return found
 
 
 def refuse_whole(overrides: list[str]) -> None:
@@ -105,7 +113,7 @@ def is_whole(member: studies.Experiment) -> bool:
     return all((member.results / item.folder).exists() for item in member.artefacts.values())
 
 
-def objective(done: Plan, member: studies.Experiment) -> float | tuple[float, ...] | None:
+def objective(done: Plan, member: studies.Experiment) -> Answer:
     """What the configuration's `objective` names in the member's row of runs.csv: a number, several, or None for null.
 
     Raises ValueError where there is no such column, nothing in it, or no report.

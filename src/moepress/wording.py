@@ -41,6 +41,6 @@ def rounded_bytes(count: float) -> str:
 
 
 def decimal(value: float, places: int, sign: bool = True) -> str:
-    """With so many digits behind the point; what rounds to zero has no sign."""
+    """A number with so many digits behind the point; without a sign where it rounds to zero."""
     text = f"{value:{'+' if sign else ''}.{places}f}"
     return text.lstrip("+-") if float(text) == 0 else text

@@ -1,7 +1,7 @@
 """The arithmetic of each stage, counted from an outline and a configuration. Imports no torch.
 
-Everything is told in the floating-point operations of a matrix product that would take as long, and what no product stands for
-in steps: a column of GPTQ's loop beside its arithmetic.
+FLOPs are those of a matrix product that would take as long as the work; a step is one column of GPTQ's loop, whose calls take
+time beside its arithmetic. A function `*_flops` gives FLOPs, one called `*_work` both.
 
 Legend: T calibration tokens, H hidden size, I intermediate size, E experts, K selected experts, V vocabulary.
 """
@@ -16,34 +16,35 @@ from moepress.models.limits import TOKENS_AT_ONCE, TRIED, WORKSPACE, experts_at_
 from moepress.models.outline import Outline
 
 TRIAL_FLOPS, TRIAL_FLOPS_BY_TORCH = 90, 250
-"""What one trial of the grid search costs for one weight, in a matrix product's operations: compiled, and where the search is
-one that torch does, some ten passes over memory. Measured on seven stacks of matrices, 86 to 116."""
+"""Of one trial of the grid search, for each weight: compiled (measured on seven stacks of matrices, 86 to 116), and where torch
+does the search in some ten passes over memory."""
 WEIGHT_FLOPS = 1500
-"""What one weight costs beside trials and products each time it is quantized: widened, turned, rounded, packed and unpacked."""
+"""For each weight each time that it is quantized, beside trials and products: widened, turned, rounded, packed and unpacked."""
 UPDATE_FLOPS = 6.5
-"""What an operation costs of GPTQ's updates inside a block, each of rank one: memory's pace. Measured on 32 to 128 columns."""
+"""Of one operation of GPTQ's updates inside a block: they are of rank one and go at memory's pace. Measured on 32 to 128
+columns."""
 FACTOR_FLOPS = 1500
-"""What an entry of a curvature costs on its way to its factor beside `1.6 I^3`: Cholesky and substitution on matrices of some
-hundred columns reach a tenth of a product's speed, on thousands of columns most of it. Measured from 192 to 2048."""
+"""For each entry of a curvature on its way to its factor, beside `1.6 I^3`: Cholesky and substitution on some hundred
+columns reach a tenth of a product's speed, on thousands of columns most of it. Measured from 192 to 2048."""
 UNPACK_FLOPS, UNPACK_FLOPS_BY_TORCH = 80, 400
-"""What it costs to unpack one weight, likewise: compiled, and differentiable."""
+"""To unpack one weight: compiled, and by torch, which is differentiable."""
 ELEMENT_FLOPS = 160
-"""What one activation costs on its way into and out of a product (gathered, normed, gated, summed up), likewise. A small model
-spends half of its time on it, one with a hidden size of 4096 a few percent."""
+"""For each activation on its way into and out of a product (gathered, normed, gated, summed up). A small model spends half of
+its time on it, one with a hidden size of 4096 a few percent."""
 REFINE_UPDATES = 22
-"""What one round of refinement costs, in GPTQ's own updates: eleven products of the error with the curvature, each of two."""
+"""One round of refinement in GPTQ's own updates: eleven products of the error with the curvature, each of two."""
 REFINE_STEPS = 1.5
 """And for each column of each matrix, in steps."""
 TUNE_STEPS = 110
-"""What a step of tuning costs for each expert beside its arithmetic, in steps: forward, again, and backward. Measured on the
-small default model alone."""
+"""Of a step of tuning, for each expert, beside its arithmetic, in steps: forward, again, and backward. Measured on the small
+default model alone."""
 CHARACTERS_PER_TOKEN = 3.5
 TASK_LENGTH = 100
 """Tokens of a task's request, about."""
 UNKNOWN_BLOCKS = 256
 """Of each domain, where evaluation.num_blocks asks for all: before the text is read nobody knows."""
 EXPERT_STEPS = 2.5
-"""What an expert's turn in a forward costs beside its arithmetic, in steps; seen where a batch has few tokens for each."""
+"""Of an expert's turn in a forward, beside its arithmetic, in steps; seen where a batch has few tokens for each."""
 
 
 def forward_flops(model: Outline, tokens: int, length: int) -> float:
@@ -55,33 +56,33 @@ def forward_flops(model: Outline, tokens: int, length: int) -> float:
 
 
 def expert_elements(model: Outline, slots: float) -> float:
-    """Activations of experts that run so often."""
+    """Activations of experts in so many slots (a slot: one token's run through one expert)."""
     return slots * 2 * (model.shape.intermediate_size + model.shape.hidden_size)
 
 
 def trials(settings: dict) -> int:
-    """Of the grid search; a search of both ends together is a third of one that takes each by itself too."""
+    """Grids that are tried for each group: with both ends together, then perhaps with each end alone, then by the fits."""
     return (3 if settings["clip_ends"] == "apart" else 1) * settings["clip_steps"] + 2 * settings["fit_rounds"]
 
 
 def search_flops(settings: dict) -> float:
-    """For one weight."""
+    """FLOPs of the grid search for each weight."""
     is_compiled = settings["clip_norm"] == 2 and settings["one_bit"] == "grid"
     return trials(settings) * (TRIAL_FLOPS if is_compiled else TRIAL_FLOPS_BY_TORCH)
 
 
 def factor_flops(columns: int) -> float:
-    """Of one curvature's factor."""
+    """FLOPs of one curvature's factor."""
     return 1.6 * columns**3 + FACTOR_FLOPS * columns**2
 
 
 def curvature_flops(tokens: int, width: int) -> float:
-    """Of `sum x x^T`, ten of its sixteen tiles: measured at .7 to .85 of the whole product."""
+    """FLOPs of `sum x x^T`: ten of its sixteen tiles are computed, measured at .7 to .85 of the whole product."""
     return 0.75 * 2 * tokens * width**2
 
 
 def gptq_flops(rows: int, columns: int, settings: dict) -> float:
-    """Of one matrix, its factor known."""
+    """FLOPs of quantizing one matrix, its factor known."""
     block = math.gcd(settings["block_size"], group_of(columns, settings["group_size"]))
     updates = (columns + UPDATE_FLOPS * block) + columns * REFINE_UPDATES * settings["refine_rounds"]
     return rows * columns * (updates + search_flops(settings) + WEIGHT_FLOPS)
@@ -146,57 +147,80 @@ def statistics_work(model: Outline, config: dict) -> tuple[float, float]:
 
 def quantization_work(model: Outline, calibration: dict, settings: dict) -> tuple[float, float]:
     """`(FLOPs, steps)`: two streams of forwards (the 16-bit one perhaps of some sequences alone), attention and shared experts
-    run again for their curvature and the router; every expert and linear quantized once."""
-    method, family = settings["method"], FAMILIES[model.shape.family]
+    run again for their curvature and the router; every expert and linear quantized once; what is tuned.
+
+    calibration: the configuration group; {} where no text is read (RTN). settings: the group quantization.
+    """
+    method, layers = settings["method"], len(model.shape.moe_layers)
     tokens = 0 if method == "rtn" else calibration["num_sequences"] * calibration["seq_len"]
     gate_up, rest, steps = experts_work(model, tokens, settings, method)
-    layers = len(model.shape.moe_layers)
     flops, steps = layers * (gate_up + rest + (router_flops(model, tokens, settings) if tokens else 0)), layers * steps
+    parts = [linears_work(model, tokens, settings)]
+    if tokens:
+        length, shape = calibration["seq_len"], model.shape
+        flops += (1 + 1 / followed(settings)) * forward_flops(model, tokens, length)
+        if settings["attention_bits"]:  # scores and values of the attention that runs again
+            flops += shape.num_layers * tokens * shape.hidden_size * 4 * (length + ELEMENT_FLOPS)
+        if settings["asymmetry"]:
+            flops += layers * drift_flops(model, tokens)
+        parts += [tuning_work(model, tokens, length, settings), distilling_work(model, length, settings)]
+    return flops + sum(part for part, _ in parts), steps + sum(part for _, part in parts)
+
+
+def linears_work(model: Outline, tokens: int, settings: dict) -> tuple[float, float]:
+    """`(FLOPs, steps)` of the linears outside the experts: their curvatures, and each quantized once."""
+    flops, steps, family = 0.0, 0.0, FAMILIES[model.shape.family]
     for name, entry in model.tensors.items():
-        kind = kind_of(family, name, entry.shape, settings["group_size"]) if len(entry.shape) == 2 else "rest"
-        if kind in ("attention", "shared") and settings[f"{kind}_bits"]:
-            rows, columns = entry.shape
-            if method == "rtn":
-                flops += (search_flops(settings) + WEIGHT_FLOPS) * entry.numel
-                continue
-            flops += 2 * tokens * (1 if kind == "attention" else 4) * entry.numel + curvature_flops(tokens, columns)
-            flops += factor_flops(columns) + gptq_flops(rows, columns, settings)
-            steps += columns
-    length, shape = calibration.get("seq_len", 0), model.shape
-    flops += (1 + 1 / followed(settings)) * forward_flops(model, tokens, length) if tokens else 0
-    if settings["attention_bits"]:  # scores and values of the attention that runs again
-        flops += shape.num_layers * tokens * shape.hidden_size * 4 * (length + ELEMENT_FLOPS)
-    num_experts = layers * model.shape.num_experts
-    if settings.get("asymmetry"):
-        flops += layers * drift_flops(model, tokens)
-    if method != "rtn" and settings["tune_steps"]:  # forward, and back with an expert's forward anew; twice it is unpacked
-        seen = settings["tune_steps"] * max(settings["tune_tokens"], calibration["seq_len"])
-        flops += forward_flops(model, tokens, calibration["seq_len"]) + 4 * forward_flops(model, seen, calibration["seq_len"])
-        flops += settings["tune_steps"] * 2 * UNPACK_FLOPS_BY_TORCH * model.routed_weights
-        steps += settings["tune_steps"] * TUNE_STEPS * num_experts
-    if method != "rtn" and settings["distill_steps"]:
-        descended = settings["distill_steps"] + (TRIED if settings["distill_steps"] > TRIED else 0)
-        a_step = max(settings["tune_tokens"], calibration["seq_len"])
-        flops += 4 * forward_flops(model, descended * a_step, calibration["seq_len"])
-        flops += descended * 2 * UNPACK_FLOPS_BY_TORCH * model.routed_weights
-        steps += descended * TUNE_STEPS * num_experts
-        if settings["distill_sequences"] is not None:  # and that text through the 16-bit model
-            flops += forward_flops(model, settings["distill_steps"] * a_step, calibration["seq_len"])
+        kind = kind_of(family, name, entry.shape, settings["group_size"])
+        if kind not in ("attention", "shared") or not settings[f"{kind}_bits"]:
+            continue
+        if settings["method"] == "rtn":
+            flops += (search_flops(settings) + WEIGHT_FLOPS) * entry.numel
+            continue
+        rows, columns = entry.shape
+        flops += 2 * tokens * (1 if kind == "attention" else 4) * entry.numel + curvature_flops(tokens, columns)
+        flops += factor_flops(columns) + gptq_flops(rows, columns, settings)
+        steps += columns
     return flops, steps
 
 
-def measurement_work(model: Outline, config: dict, is_packed: bool) -> tuple[float, float]:
-    """FLOPs of evaluation and of latency. A packed model's experts are unpacked in every forward that uses them."""
+def tuning_work(model: Outline, tokens: int, length: int, settings: dict) -> tuple[float, float]:
+    """`(FLOPs, steps)` of tuning every layer: its target, and in each step forward, and back with an expert's forward anew;
+    twice it is unpacked."""
+    if not settings["tune_steps"]:
+        return 0.0, 0.0
+    seen = settings["tune_steps"] * max(settings["tune_tokens"], length)
+    flops = forward_flops(model, tokens, length) + 4 * forward_flops(model, seen, length)
+    flops += settings["tune_steps"] * 2 * UNPACK_FLOPS_BY_TORCH * model.routed_weights
+    return flops, settings["tune_steps"] * TUNE_STEPS * len(model.shape.moe_layers) * model.shape.num_experts
+
+
+def distilling_work(model: Outline, length: int, settings: dict) -> tuple[float, float]:
+    """`(FLOPs, steps)` of tuning the packed model as a whole, the trial of its rate included; and a larger sample's way through
+    the 16-bit model."""
+    if not settings["distill_steps"]:
+        return 0.0, 0.0
+    descended = settings["distill_steps"] + (TRIED if settings["distill_steps"] > TRIED else 0)
+    a_step = max(settings["tune_tokens"], length)
+    flops = 4 * forward_flops(model, descended * a_step, length)
+    flops += descended * 2 * UNPACK_FLOPS_BY_TORCH * model.routed_weights
+    if settings["distill_sequences"] is not None:
+        flops += forward_flops(model, settings["distill_steps"] * a_step, length)
+    return flops, descended * TUNE_STEPS * len(model.shape.moe_layers) * model.shape.num_experts
+
+
+def measurement_flops(model: Outline, config: dict, is_packed: bool) -> tuple[float, float]:
+    """`(FLOPs of evaluation, FLOPs of latency)`. A packed model's experts are unpacked in every forward that uses them."""
     evaluation, latency, blocks = config["evaluation"], config["latency"], num_blocks(config)
     unpack = UNPACK_FLOPS * model.routed_weights if is_packed else 0
     evaluated = forward_flops(model, blocks * evaluation["seq_len"], evaluation["seq_len"])
     evaluated += -(-blocks // evaluation["batch_size"]) * unpack
     asked = task_tokens(evaluation)
     evaluated += forward_flops(model, asked, TASK_LENGTH) + -(-asked // TOKENS_AT_ONCE) * unpack
-    return evaluated, latency_work(model, latency, is_packed)
+    return evaluated, latency_flops(model, latency, is_packed)
 
 
-def latency_work(model: Outline, latency: dict, is_packed: bool) -> float:
+def latency_flops(model: Outline, latency: dict, is_packed: bool) -> float:
     """FLOPs of timing one model: at each setting every repeat, one to warm up and one to look at; behind the prompts once. The
     16-bit model's plain experts are timed at the first of each phase."""
     found = 0.0
@@ -212,16 +236,16 @@ def latency_work(model: Outline, latency: dict, is_packed: bool) -> float:
     return found
 
 
-def unpacking(model: Outline, config: dict) -> float:
+def unpack_flops(model: Outline, config: dict) -> float:
     """FLOPs that a forward of a packed model costs beside its products; none where nothing is packed."""
     return UNPACK_FLOPS * model.routed_weights if config["quantization"]["method"] != "none" else 0.0
 
 
-def pruning_work(model: Outline, config: dict) -> float:
+def pruning_flops(model: Outline, config: dict) -> float:
     """FLOPs of the passes over the calibration text that fit a policy, and of the one under it."""
     calibration = config["calibration"]
     tokens = calibration["num_sequences"] * calibration["seq_len"]
-    once = forward_flops(model, tokens, calibration["seq_len"]) + -(-tokens // TOKENS_AT_ONCE) * unpacking(model, config)
+    once = forward_flops(model, tokens, calibration["seq_len"]) + -(-tokens // TOKENS_AT_ONCE) * unpack_flops(model, config)
     return once * (1 if config["pruning"].get("threshold") is not None else 2)
 
 
@@ -234,7 +258,7 @@ def decomposition_work(model: Outline, config: dict) -> tuple[float, float]:
         -(-blocks // evaluation["batch_size"]),
     )
     steps = 3 * batches * EXPERT_STEPS * len(model.shape.moe_layers) * model.shape.num_experts
-    return 3 * once + 2 * batches * unpacking(model, config), steps
+    return 3 * once + 2 * batches * unpack_flops(model, config), steps
 
 
 def num_blocks(config: dict) -> int:
@@ -247,7 +271,7 @@ def num_blocks(config: dict) -> int:
 
 
 def task_tokens(evaluation: dict) -> int:
-    """Of all requests of the tasks, about; those of tasks that only the hub has are not known before."""
+    """About how many tokens the tasks' requests have; tasks that only the hub has are not counted."""
     found = 0
     for task, shots in suites.chosen(evaluation)[0].items():
         if task in suites.QUICK:

@@ -17,25 +17,7 @@ from moepress.wording import aligned, readable
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        "moepress clean",
-        description="List the artefacts that neither a study of conf/study/ nor --keep needs, and remove them after asking.",
-        epilog="KEY=VALUE: as the studies were run, such as `model=local model.path=...`. Nothing outside of paths.results is "
-        "touched, nor its W&B runs. What is removed by mistake is computed anew by the run that needs it.",
-    )
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the studies, paths.results among them")
-    parser.add_argument("--study", action="append", metavar="NAME", help="keep only these studies' (default: every study's)")
-    parser.add_argument(
-        "--keep",
-        action="append",
-        default=[],
-        metavar="WHAT",
-        help='keep this too: the overrides of an experiment or a sweep in quotes ("quantization=gptq,qesc seed=0,1"), or '
-        "a report (its folder, id, key or label); may repeat",
-    )
-    parser.add_argument("--yes", action="store_true", help="remove without asking")
-    parser.add_argument("--dry-run", action="store_true", help="list only")
-    given = parser.parse_args(arguments)
+    given = options().parse_args(arguments)
     results = Path(values(given.overrides)["paths"]["results"]).expanduser()
     needed, unknown = needed_folders(given.study, given.overrides, given.keep, results)
     for message in unknown:
@@ -60,6 +42,34 @@ def main(arguments: list[str]) -> None:
         if input(f"remove {total}? [y/N] ").strip().lower() not in ("y", "yes"):
             print("nothing was removed")
             return
+    remove_all(unneeded, results)
+    print(f"{total}: removed")
+
+
+def options() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "moepress clean",
+        description="List the artefacts that neither a study of conf/study/ nor --keep needs, and remove them after asking.",
+        epilog="KEY=VALUE: as the studies were run, such as `model=local model.path=...`. Nothing outside of paths.results is "
+        "touched, nor its W&B runs. What is removed by mistake is computed anew by the run that needs it.",
+    )
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the studies, paths.results among them")
+    parser.add_argument("--study", action="append", metavar="NAME", help="keep only these studies' (default: every study's)")
+    parser.add_argument(
+        "--keep",
+        action="append",
+        default=[],
+        metavar="WHAT",
+        help='keep this too: the overrides of an experiment or a sweep in quotes ("quantization=gptq,qesc seed=0,1"), or '
+        "a report (its folder, id, key or label); may repeat",
+    )
+    parser.add_argument("--yes", action="store_true", help="remove without asking")
+    parser.add_argument("--dry-run", action="store_true", help="list only")
+    return parser
+
+
+def remove_all(unneeded: list[Path], results: Path) -> None:
+    """ValueError, nothing or a part of it removed, where a process computes here or holds one of them."""
     if working := locks.working_here():
         raise ValueError(f"process {working[0]} computes here; wait for it, or end it")
     for path in unneeded:
@@ -68,7 +78,6 @@ def main(arguments: list[str]) -> None:
                 remove(path, results)
         except locks.Held as owner:
             raise ValueError(f"{path}: {owner} uses it; what comes before it in the list is removed") from None
-    print(f"{total}: removed")
 
 
 def needed_folders(names: list[str] | None, overrides: list[str], keep: list[str], results: Path) -> tuple[set[str], list[str]]:

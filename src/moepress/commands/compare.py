@@ -41,11 +41,11 @@ def main(arguments: list[str]) -> None:
     print("\n\n".join("\n".join(part) for part in parts))
 
 
-Side = tuple[list[Run], lookup.Found]
+Side = tuple[list[Run], lookup.StoredArtefact]
 """Runs, and the report that they were found in."""
 
 
-def both(a: str, b: str, places: list[lookup.Found]) -> tuple[Side, Side]:
+def both(a: str, b: str, places: list[lookup.StoredArtefact]) -> tuple[Side, Side]:
     """The runs that two names mean: in one report if there is one that has both, else each in the newest that has it."""
     if not places:
         raise ValueError("no report there; run an experiment first, or give --results=DIR")
@@ -61,7 +61,7 @@ def both(a: str, b: str, places: list[lookup.Found]) -> tuple[Side, Side]:
     return newest[0], newest[1]
 
 
-def matching(name: str, report: lookup.Found) -> list[Run]:
+def matching(name: str, report: lookup.StoredArtefact) -> list[Run]:
     """The runs of a report that a name, a key or a folder means."""
     if runs := lookup.named(name, report):
         return [reading.run_of(run, report.results) for run in runs]
@@ -147,7 +147,7 @@ def configuration(run: Run) -> dict:
     """`group.key` -> value, over the run's artefacts and all that they were made from."""
     found: dict = {}
     for folder in run.artefacts.values():
-        for item in lookup.Found(run.results, folder).upstream().values():
+        for item in lookup.StoredArtefact(run.results, folder).upstream().values():
             is_own = folder != run.artefacts["evaluation"] or item.folder == folder  # not the 16-bit evaluation's
             if item.exists and is_own:
                 found |= dict(leaves(item.described["config"], item.stage))

@@ -4,7 +4,6 @@ import argparse
 import csv
 import re
 import sys
-from pathlib import Path
 
 from moepress import execution, lookup
 from moepress.wording import aligned, readable
@@ -55,11 +54,6 @@ def main(arguments: list[str]) -> None:
     else:
         print(table(rows))
         print(found.path)
-
-
-def table_of(report: Path) -> str:
-    """The table of a report's folder."""
-    return table(execution.rows(report))
 
 
 def chosen(rows: list[dict], filters: list[str], sort: str | None, descending: bool = False) -> list[dict]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import yaml
 
 from moepress import lookup
-from moepress.lookup import Found
+from moepress.lookup import StoredArtefact
 from moepress.wording import aligned, duration, readable
 
 
@@ -24,7 +24,7 @@ def main(arguments: list[str]) -> None:
     print("\n".join(lines(lookup.artefact(given.key, given.results))))
 
 
-def lines(found: Found) -> Iterator[str]:
+def lines(found: StoredArtefact) -> Iterator[str]:
     made = found.provenance
     yield str(found.path)
     rows = [
@@ -52,7 +52,7 @@ def lines(found: Found) -> Iterator[str]:
     yield from ("", f"altogether {cost}: {len(everything)} artefacts")
 
 
-def tree(item: Found, role: str = "", before: str = "", told: set[str] | None = None) -> Iterator[tuple[str, ...]]:
+def tree(item: StoredArtefact, role: str = "", before: str = "", told: set[str] | None = None) -> Iterator[tuple[str, ...]]:
     """A row for an artefact and, indented, for each of its inputs; what was told already is named only."""
     told = set() if told is None else told
     name = f"{before}{role}{': ' if role else ''}{item.folder}"

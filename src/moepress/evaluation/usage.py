@@ -49,7 +49,7 @@ def kept_slots(reference_NSLK: np.ndarray, selected_NSLK: np.ndarray) -> np.ndar
 
 
 def of_selections(selected_NSLK: np.ndarray, num_experts: int) -> "Usage":
-    """Of blocks that were run without pruning."""
+    """The usage of blocks `[N, S, L, K]` that were run without pruning: what is chosen is computed."""
     slots_LTK = torch.from_numpy(selected_NSLK.astype(np.int64)).permute(2, 0, 1, 3).flatten(1, 2)
     counts_NLE = count(slots_LTK, len(selected_NSLK), num_experts)
     usage = Usage()
@@ -65,7 +65,7 @@ class Usage:
         self.chosen_LE = self.kept_LE = self.without_LE = 0
 
     def add(self, chosen_BLE: torch.Tensor, kept_BLE: torch.Tensor) -> None:
-        """Of some sequences what `count` gives: of the routers' choice, and of what is computed of it."""
+        """Add some sequences: what `count` gives for the routers' choice, and for the part of it that is computed."""
         self.num_sequences += len(chosen_BLE)
         self.chosen_LE = self.chosen_LE + chosen_BLE.sum(0)
         self.kept_LE = self.kept_LE + kept_BLE.sum(0)

@@ -14,6 +14,7 @@ from moepress.inference import manifest, quantizer
 from moepress.models import families, folders, limits
 from moepress.models.experts import ON_CPU
 from moepress.models.streaming import ModelStream
+from moepress.pruning.policy import attach
 
 
 def pick_device(device: str) -> str:
@@ -55,14 +56,12 @@ def load(
     folder = folders.locate(Path(folder))
     model = load_model(folder, pick_device(device), dtype, verify)
     if pruning:
-        from moepress.pruning.policy import attach
-
         attach(model, pruning if isinstance(pruning, dict) else read_policy(Path(pruning)))
     return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def read_policy(path: Path) -> dict:
-    """Of the pruning stage's folder, or of its policy.json."""
+    """The policy in a folder of the pruning stage, or in its policy.json. Raises ValueError where there is none."""
     path = path / "policy.json" if path.is_dir() else path
     if not path.is_file():
         raise ValueError(f"pruning={str(path)!r}: no such file; give the folder of a pruning stage, its policy.json, or a dict")

@@ -105,8 +105,8 @@ def check_memory(config: dict, dtype: torch.dtype, device: str) -> None:
 
 
 class SkewedRouting:
-    """From now on a token is routed by its number: in each layer to K experts that were drawn for it, without repetition,
-    expert e with probabilities proportional to `(e + 1) ** -skew`. The routers compute what they always do, and the weights
+    """Made for a model, it routes each token by its id: in each layer to K experts that were drawn for that id, without
+    repetition, expert e with probability proportional to `(e + 1) ** -skew`. The routers still run, and the routing weights
     remain theirs.
 
     tables: `[L][V, K]`.

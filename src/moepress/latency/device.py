@@ -21,7 +21,7 @@ def synchronize(device) -> None:
 
 
 def seconds(function, device) -> float:
-    """Of one call, with all that it starts on the device."""
+    """Seconds of one call, with all that it starts on the device."""
     synchronize(device)
     start = time.perf_counter()
     function()
@@ -60,6 +60,7 @@ def flop_rate(device, dtype: torch.dtype) -> float:
 
 
 def versions() -> dict[str, str]:
+    """Package -> version, of Python, those of PACKAGES that are installed, and CUDA."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:

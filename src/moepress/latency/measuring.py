@@ -38,6 +38,7 @@ class Variant:
 
     @contextmanager
     def ready(self) -> Iterator[None]:
+        """Inside, the model runs as this variant: with its experts' implementation and under its policy."""
         if self.experts:
             self.model.set_experts_implementation(self.experts)
         attached = attach(self.model, self.policy) if self.policy else None
@@ -66,8 +67,6 @@ def variants(original, compressed, policy: dict | None, device: str) -> list[Var
 class Prefill:
     """One forward over prompts `[B, S]`."""
 
-    phase = "prefill"
-
     def __init__(self, variant: Variant, ids_BS: torch.Tensor):
         self.variant, self.ids_BS = variant, ids_BS
 
@@ -89,8 +88,6 @@ class Prefill:
 class Decode:
     """The tokens `ids[:, num_prompt:]` behind the prompts before them, one position at a time. The text is given, so that all
     models read the same."""
-
-    phase = "decode"
 
     def __init__(self, variant: Variant, ids_BS: torch.Tensor, num_prompt: int):
         self.variant, self.ids_BS, self.num_prompt, self.cache = variant, ids_BS, num_prompt, None
@@ -166,7 +163,7 @@ def settings(config: dict) -> list[tuple[str, int, int]]:
 
 
 def rounds(config: dict) -> int:
-    """Of all settings, their warm-ups included."""
+    """How often everything is timed in turn, over all settings, warm-ups included."""
     return len(settings(config)) * (config["repeats"] + 1)
 
 

@@ -22,8 +22,9 @@ from moepress.quantization.size import matrix_bytes
 
 @dataclass(frozen=True)
 class Traffic:
-    """Of one forward. Bytes: experts (the selected ones' weights), rest (all other weights), cache. used: distinct experts
-    that a MoE layer's tokens select, mean over layers."""
+    """What one forward must move and compute. experts, rest, cache: bytes of the selected experts' weights, of all other
+    weights, of the key-value cache. flops: operations. used: distinct experts that a MoE layer's tokens select, mean over
+    layers."""
 
     experts: float
     rest: float
@@ -118,7 +119,7 @@ def packed_bytes(matrices: PackedMatrices) -> int:
 
 
 def expert_bytes(experts) -> list[int]:
-    """Of each routed expert of a layer, packed or not."""
+    """Bytes of each routed expert of a layer, packed or not."""
     found = [sum(tensor.nbytes for tensor in own_tensors(experts)) // experts.num_experts] * experts.num_experts
     for part in experts.modules():
         if isinstance(part, PackedMatrices):

@@ -37,7 +37,7 @@ CHECKED = (2, 128)
 """Sequences and positions of the check."""
 
 
-def carve(config: dict, corpus_folder: Path, source: Path, out: Path, device: str = "cpu", progress: bool = True) -> dict:
+def carve(config: dict, corpus_folder: Path, source: Path, out: Path, device: str = "cpu") -> dict:
     """Carve the dense model in the folder `source` as the resolved group `model` has it; returns `carving.json`'s content.
 
     A walk or a distillation that was killed in `out` is taken up again. Raises ValueError if the corpus has too little text.
@@ -45,14 +45,14 @@ def carve(config: dict, corpus_folder: Path, source: Path, out: Path, device: st
     ids_NS = draw_tokens(corpus_folder, source, config["calibration"], config["seed"], "model.calibration")
     teacher = load_dense(source)
     work = out / "carving"
-    layers = walk(config, teacher, ids_NS, work, device, progress)
+    layers = walk(config, teacher, ids_NS, work, device)
     cuts = {entry["layer"]: read_cut(work, entry["layer"]) for entry in layers}
     exact = check(config, teacher, cuts, ids_NS)
     model = assemble(config, teacher, cuts)
     if config["recover"]["steps"]:
         settings = config["recover"]
         batches = draw_tokens(corpus_folder, source, {**config["calibration"], **settings}, config["seed"], "model.recover")
-        rows = recovering.recover(model, teacher, batches, settings, config["seed"], out, device, progress)
+        rows = recovering.recover(model, teacher, batches, settings, config["seed"], out, device)
         (out / "recovery.json").write_text(json.dumps(rows) + "\n")
     model.to(torch.bfloat16).save_pretrained(out)
     dense.copy_tokenizer(source, out)
@@ -60,7 +60,7 @@ def carve(config: dict, corpus_folder: Path, source: Path, out: Path, device: st
         "dense_model": source.name,
         "active_neurons": active_neurons(config, teacher.config),
         "exact": exact,
-        "held_out": compare(teacher, out, corpus_folder, config["held_out"], device, progress),
+        "held_out": compare(teacher, out, corpus_folder, config["held_out"], device),
         "layers": layers,
     }
     (out / "carving.json").write_text(json.dumps(found, indent=1) + "\n")
@@ -120,7 +120,7 @@ def load_dense(source: Path):
 
 
 @torch.no_grad()
-def walk(config: dict, teacher, ids_NS, work: Path, device: str, progress: bool) -> list[dict]:
+def walk(config: dict, teacher, ids_NS, work: Path, device: str) -> list[dict]:
     """Cut every layer, each on what the carved ones before it make of the tokens; the cuts stay in the folder `work`.
     Returns what each layer's fit came to."""
     states = Streams(work, ("x",), (*ids_NS.shape, teacher.config.hidden_size))
@@ -129,7 +129,7 @@ def walk(config: dict, teacher, ids_NS, work: Path, device: str, progress: bool)
     positions = teacher.model.rotary_emb(states["x"][:1], torch.arange(ids_NS.shape[1])[None])
     positions = tuple(part.to(device) for part in positions)
     num_layers = len(teacher.model.layers)
-    bar = tqdm(total=num_layers, initial=states.layer, desc="carve", unit="layer", disable=not progress)
+    bar = tqdm(total=num_layers, initial=states.layer, desc="carve", unit="layer")
     while states.layer < num_layers:
         index = states.layer
         layer = copy.deepcopy(teacher.model.layers[index]).float().to(device)
@@ -240,7 +240,8 @@ def block(gate_IH, up_IH, down_HI, cut: Cut, router_scale: float) -> dict[str, t
 
 @torch.inference_mode()
 def check(config: dict, teacher, cuts: dict[int, Cut], ids_NS: torch.Tensor) -> dict:
-    """With every expert taken and nothing refitted it is the dense model. Raises ValueError where it is not."""
+    """Raises ValueError unless the carved model with every expert taken and nothing refitted is the dense model. Returns how
+    far their logits differ."""
     ids = ids_NS[: CHECKED[0], : CHECKED[1]]
     expected = copy.deepcopy(teacher).float()(ids, use_cache=False).logits
     found = assemble(config, teacher, cuts, is_exact=True)(ids, use_cache=False).logits
@@ -253,14 +254,14 @@ def check(config: dict, teacher, cuts: dict[int, Cut], ids_NS: torch.Tensor) -> 
     return {"max_logit_difference": difference, "logit_std": scale}
 
 
-def compare(teacher, carved: Path, corpus_folder: Path, settings: dict, device: str, progress: bool) -> dict[str, dict]:
+def compare(teacher, carved: Path, corpus_folder: Path, settings: dict, device: str) -> dict[str, dict]:
     """Domain of the test text -> perplexity of the dense and of the saved carved model on the same windows, their ratio and
     its standard error over the windows (delta method)."""
     texts = sampling.domain_blocks(corpus_folder, carved, "test", settings["seq_len"], None, "model.held_out")
     parts = {domain: blocks[sampling.spread(len(blocks), settings["num_sequences"])] for domain, (blocks, _) in texts.items()}
     parts = {domain: torch.from_numpy(blocks) for domain, blocks in parts.items() if len(blocks)}
     model = AutoModelForCausalLM.from_pretrained(carved, dtype=torch.float32, trust_remote_code=False, use_safetensors=True)
-    bar = tqdm(total=2 * len(parts), desc="held-out text", unit="domain", disable=not progress)
+    bar = tqdm(total=2 * len(parts), desc="held-out text", unit="domain")
     nll = {}
     for name, each in (("dense", teacher.float()), ("carved", model)):
         each.to(device)

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 import torch
 from scipy.optimize import linear_sum_assignment
 
+ROUNDS = 8
+"""Of k-means, at the most."""
+
 
 @dataclass(frozen=True)
 class Cut:
@@ -62,7 +65,7 @@ def features(x_TH, a_TR, down_HR, weights_T, ridge: float, num_features: int) ->
     return vectors_RR[:, -num_features:] * values_R[-num_features:].clamp_min(0).sqrt()
 
 
-def balanced_groups(features_RF: torch.Tensor, num_groups: int, seed: int, rounds: int = 8) -> torch.Tensor:
+def balanced_groups(features_RF: torch.Tensor, num_groups: int, seed: int) -> torch.Tensor:
     """k-means with groups of equal size, by exact assignment: indices `[E, R / E]`, ascending within each group."""
     num_points, size = len(features_RF), len(features_RF) // num_groups
     generator = torch.Generator().manual_seed(seed)
@@ -71,7 +74,7 @@ def balanced_groups(features_RF: torch.Tensor, num_groups: int, seed: int, round
         distance = torch.cdist(features_RF, features_RF[chosen]).min(1).values.square() + 1e-12
         chosen.append(int(torch.multinomial(distance, 1, generator=generator)))
     centres_EF, labels_R = features_RF[chosen], torch.empty(0, dtype=torch.long)
-    for _ in range(rounds):
+    for _ in range(ROUNDS):
         cost_RR = torch.cdist(features_RF, centres_EF).square().repeat_interleave(size, 1)
         assigned_R = torch.from_numpy(linear_sum_assignment(cost_RR.numpy())[1]) // size
         if torch.equal(assigned_R, labels_R):

@@ -202,17 +202,8 @@ def shape_of(config: dict, key: str, names: Iterable[str] | None = None) -> Shap
         raise ValueError(f"{key}: model type {model_type!r} is not a Mixture-of-Experts family that is handled ({known})")
     config = standard_config(config, key)
     family = FAMILIES[config["model_type"]]
-    sizes = []
-    for name in ("num_hidden_layers", "hidden_size", family.intermediate_size, family.num_experts, family.top_k):
-        value = next((config[alias] for alias in (name, *ALIASES.get(name, ())) if alias in config), None)
-        if isinstance(value, list) and len(set(value)) == 1:
-            value = value[0]
-        if isinstance(value, list):
-            raise ValueError(f"{key}: config.json has {name}={value}; layers of different sizes are not handled")
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{key}: config.json lacks {name}, which a {model_type} model must give")
-        sizes.append(value)
-    num_layers, hidden_size, intermediate_size, num_experts, top_k = sizes
+    sizes = ("num_hidden_layers", "hidden_size", family.intermediate_size, family.num_experts, family.top_k)
+    num_layers, hidden_size, intermediate_size, num_experts, top_k = (_size(config, name, key) for name in sizes)
     for name, value, most in (("layers", num_layers, MOST_LAYERS), ("experts", num_experts, MOST_EXPERTS)):
         if value > most:
             raise ValueError(f"{key}: config.json says that there are {value} {name}; at most {most} are handled")
@@ -240,6 +231,18 @@ def shape_of(config: dict, key: str, names: Iterable[str] | None = None) -> Shap
         tuple(moe_layers),
         config.get("vocab_size") or 0,
     )
+
+
+def _size(config: dict, name: str, key: str) -> int:
+    """A number of config.json, under this name or an alias; of a list, one for each layer, the number that all of them have."""
+    value = next((config[alias] for alias in (name, *ALIASES.get(name, ())) if alias in config), None)
+    if isinstance(value, list) and len(set(value)) == 1:
+        value = value[0]
+    if isinstance(value, list):
+        raise ValueError(f"{key}: config.json has {name}={value}; layers of different sizes are not handled")
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{key}: config.json lacks {name}, which a model of its type must give")
+    return value
 
 
 def standard_name(model_type: str | None, name: str) -> str:

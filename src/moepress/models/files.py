@@ -1,4 +1,4 @@
-"""What lies in a model folder's files; in its safetensors, read from their headers alone. Imports no torch."""
+"""A model folder's files: hashes, the index, the tensors that the safetensors' headers tell of. Imports no torch."""
 
 import hashlib
 import json

@@ -88,7 +88,7 @@ def standard_tensors(stored: dict[str, Entry], config: dict) -> dict[str, Entry]
 
 
 def num_weights(folder: Path) -> int:
-    """Of a 16-bit model folder."""
+    """How many weights a 16-bit model folder holds."""
     return sum(entry.numel for entry in tensors(folder).values())
 
 

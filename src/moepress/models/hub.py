@@ -18,8 +18,9 @@ def download(model_id: str, revision: str) -> Path:
 
 
 def fetch_sizes(model_id: str, revision: str, local: bool = False) -> tuple[Path, dict[str, Entry]]:
-    """What tells the sizes of a hub model: the folder with config.json and the index; of one without an index, whose weights
-    are a lone file, that file's tensors by their stored names. local: from files that are here, without asking the hub.
+    """`(folder, tensors)` that tell the sizes of a hub model without its weights. The folder has config.json and the index, and
+    tensors is empty; for a model without an index, whose weights are a lone file, tensors are that file's, by their stored
+    names. local: look only at files that are here already.
 
     Raises ValueError for a model that cannot be had.
     """

@@ -1,4 +1,4 @@
-"""How much is computed and how much at once, for the code that computes and for the plan that foretells: imports no torch.
+"""How much is computed and how much at once: for the code that computes, and for the plan that predicts it. Imports no torch.
 
 Legend: H hidden size, I intermediate size, E experts.
 """
@@ -18,7 +18,7 @@ KEPT = 1 << 29
 """Bytes that quantized experts' activations may take that are kept for a second use; beyond, they are computed twice."""
 
 DIAGNOSED = 4
-"""One calibration sequence in so many is followed where the 16-bit model's hidden states serve the diagnostics alone."""
+"""Every so many-th calibration sequence runs through the 16-bit model where its hidden states serve the diagnostics alone."""
 
 TRIED = 4
 """Steps of the last tuning that tell whether a rate is far too high; after so few, a good one may stand a quarter above the
@@ -29,7 +29,7 @@ GROUPS, OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def curvature_bytes(width: int) -> int:
-    """Of a float32 curvature `[width, width]` with its factor and their work."""
+    """Bytes of a float32 curvature `[width, width]`, its factor, and what computing that takes."""
     return 6 * 4 * width**2
 
 
@@ -39,7 +39,7 @@ def experts_at_once(H: int, I: int, E: int) -> int:
 
 
 def kept_bytes(tokens: int, I: int, widths: int) -> int:
-    """Of the inputs of down projections, float32, of so many routed tokens at so many widths; 0 where they are not kept."""
+    """Bytes of the down projections' inputs (float32) of so many routed tokens at so many widths; 0: they are not kept."""
     needed = 4 * widths * tokens * I
     return needed if needed <= KEPT else 0
 
@@ -50,8 +50,8 @@ def fits_router(settings: dict) -> bool:
 
 
 def followed(settings: dict) -> int:
-    """One calibration sequence in so many is followed through the 16-bit model: every one where its hidden states decide
-    anything. settings: of conf/quantization/."""
+    """n where every n-th calibration sequence is run through the 16-bit model, too: 1 where its hidden states decide anything,
+    DIAGNOSED where they serve the diagnostics alone. settings: of conf/quantization/."""
     tunes_towards_it = settings["tune_steps"] > 0 and settings["tune_asymmetry"] > 0
     reads = fits_router(settings) or settings["asymmetry"] > 0 or tunes_towards_it or settings["distill_steps"] > 0
     return 1 if reads else DIAGNOSED
@@ -78,8 +78,8 @@ def memory_limit(groups: Path = GROUPS, own: Path = OWN) -> int:
 
 
 def _group_limits(groups: Path, own: Path) -> Iterator[tuple[int, int]]:
-    """Of every group above this process that has one: its limit, and what it uses of it, in bytes. Files that were read and
-    can be dropped at once do not count as used."""
+    """`(limit, used)` in bytes of every control group above this process that has a limit. Cached files, which can be dropped
+    at once, do not count as used."""
     lines = own.read_text().split() if own.is_file() else []
     for _, controllers, group in (line.split(":", 2) for line in lines if line.count(":") >= 2):
         if not controllers:

@@ -36,6 +36,7 @@ class Optimizer:
 
     @torch.no_grad()
     def update(self, name: str, step: int, scale: float) -> None:
+        """One step of the optimizer for one parameter, whose gradient is cleared. scale: the schedule's factor."""
         training, p, m = self.training, self.parameters[name], self.state[f"{name}.m"]
         if self.is_muon(name):
             m.lerp_(p.grad, 1 - training["momentum"])

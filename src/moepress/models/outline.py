@@ -37,7 +37,7 @@ class Outline:
 
     @property
     def nbytes(self) -> int:
-        """Of the tensors as they are read: those stored in 8 or 4 bits count as 16-bit ones."""
+        """Bytes of the tensors as they are read: those stored in 8 or 4 bits count as 16-bit ones."""
         return sum(entry.nbytes for entry in self.tensors.values())
 
     @property

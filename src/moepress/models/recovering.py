@@ -20,7 +20,7 @@ STATE = "recovery_state.safetensors"
 FIXED = (".mlp.gate.", ".shared_expert_gate.")
 
 
-def recover(model, teacher, ids_NS, settings: dict, seed: int, out: Path, device: str, progress: bool = True) -> list[float]:
+def recover(model, teacher, ids_NS, settings: dict, seed: int, out: Path, device: str) -> list[float]:
     """Train the model in place for `settings["steps"]` batches of `ids [N, S]`; returns each step's loss, in nats a token."""
     teacher.to(device)
     model.to(device).train()
@@ -32,7 +32,7 @@ def recover(model, teacher, ids_NS, settings: dict, seed: int, out: Path, device
     )
     losses = resume(out, trained, optimizer)
     steps, saved = settings["steps"], time.perf_counter()
-    bar = tqdm(range(len(losses), steps), initial=len(losses), total=steps, desc="recover", unit="step", disable=not progress)
+    bar = tqdm(range(len(losses), steps), initial=len(losses), total=steps, desc="recover", unit="step")
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = settings["learning_rate"] * rate(step, steps, settings["warmup"])

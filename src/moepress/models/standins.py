@@ -1,11 +1,11 @@
-"""What stands in a model's forward where a part is only watched or left out: blocks, experts, layers, the embedding."""
+"""Modules in the place of a part of a model that is only watched or left out: blocks, experts, layers, the embedding."""
 
 import torch
 from torch import nn
 
 
-class Tap(nn.Module):
-    """In a block's place: keeps the input, adds nothing."""
+class BlockTap(nn.Module):
+    """In a block's place: keeps the input (`kept`), adds nothing to the residual stream."""
 
     def __init__(self, returns_tuple: bool):
         super().__init__()
@@ -16,8 +16,8 @@ class Tap(nn.Module):
         return (torch.zeros_like(x), None) if self.returns_tuple else torch.zeros_like(x)
 
 
-class Triple(nn.Module):
-    """In the experts' place: keeps what it is asked, adds nothing."""
+class RoutingTap(nn.Module):
+    """In the experts' place: keeps the selected experts and their weights of every call, `[T, K]`, and adds nothing."""
 
     def __init__(self):
         super().__init__()
@@ -29,8 +29,8 @@ class Triple(nn.Module):
         return torch.zeros_like(hidden_TH)
 
 
-class Note(nn.Module):
-    """In a layer's place: notes its keyword arguments, changes nothing."""
+class ArgumentsTap(nn.Module):
+    """In a layer's place: keeps its keyword arguments (mask, positions), changes nothing."""
 
     def forward(self, x, **arguments):
         self.arguments = arguments
@@ -38,7 +38,7 @@ class Note(nn.Module):
 
 
 class Replay(nn.Module):
-    """In the layers' place: what left the last one."""
+    """In the layers' place: gives the hidden states that left the last one."""
 
     def __init__(self, x):
         super().__init__()

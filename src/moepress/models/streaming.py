@@ -1,8 +1,8 @@
 """Walking a model one decoder layer at a time, straight from its safetensors: the whole model is never built.
 
 The skeleton lives on the meta device; a layer's weights are read when its turn comes and dropped after it. What is not the
-layer's own business (masks, positions, the scale of the embedding) comes from the model's own forward, run over layers that
-only note what they are given.
+layer's own business (masks, positions, the scale of the embedding) comes from the model's own forward, run over taps in
+the layers' places (standins.py).
 
 Legend: N sequences, S positions, H hidden size, T = N * S tokens, E experts, K selected experts.
 """
@@ -22,7 +22,7 @@ from moepress.models.families import FAMILIES, layer_prefix
 from moepress.models.files import Entry
 from moepress.models.limits import TOKENS_AT_ONCE
 from moepress.models.lowbit import LowBit, Stored
-from moepress.models.standins import Embedding, Note, Replay, Tap, Triple
+from moepress.models.standins import ArgumentsTap, BlockTap, Embedding, Replay, RoutingTap
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
@@ -214,16 +214,16 @@ class ModelStream:
     def embed(self, token_ids_NS: torch.Tensor, out_NSH: torch.Tensor | None = None) -> torch.Tensor:
         """Hidden states `[N, S, H]` that enter the first layer, written to `out` where it is given.
 
-        The model's own forward, with a layer that only notes what it is given in each layer's place: what it notes are the
-        keyword arguments (mask, positions) that `call` hands to the layers.
+        This is the model's own forward with an `ArgumentsTap` in each layer's place: what the taps keep is what `call` hands to
+        the layers.
         """
         weight = self.read(["model.embed_tokens.weight"])["model.embed_tokens.weight"]
         N, S = token_ids_NS.shape
         out = torch.empty(N, S, self.shape.hidden_size) if out_NSH is None else out_NSH
         keep = (self.body.layers, self.body.norm, self.body.embed_tokens)
-        notes = [Note() for _ in keep[0]]
+        taps = [ArgumentsTap() for _ in keep[0]]
         self._place_positions()
-        self.body.layers, self.body.norm = nn.ModuleList(notes), nn.Identity()
+        self.body.layers, self.body.norm = nn.ModuleList(taps), nn.Identity()
         self.body.embed_tokens = Embedding(weight, self.device, self.dtype)
         try:
             for part in _parts(N, S):
@@ -231,7 +231,7 @@ class ModelStream:
                 out[part] = self.body(input_ids=ids, use_cache=False).last_hidden_state.to(out.device)
             if S not in self._arguments:  # of one sequence: they serve any number
                 self.body(input_ids=token_ids_NS[:1].to(self.device), use_cache=False)
-                self._arguments[S] = [note.arguments for note in notes]
+                self._arguments[S] = [tap.arguments for tap in taps]
         finally:
             self.body.layers, self.body.norm, self.body.embed_tokens = keep
         return out
@@ -282,7 +282,8 @@ class ModelStream:
         """
         residual = torch.empty_like(x_NSH) if residual_NSH is None else residual_NSH
         block_input = torch.empty_like(x_NSH) if block_input_NSH is None else block_input_NSH
-        block, tap = layer.get_submodule(self.family.block), Tap(self.family.returns_tuple and index in self.shape.moe_layers)
+        block = layer.get_submodule(self.family.block)
+        tap = BlockTap(self.family.returns_tuple and index in self.shape.moe_layers)
         layer.set_submodule(self.family.block, tap)
         try:
             for part in _parts(*x_NSH.shape[:2]):
@@ -327,11 +328,11 @@ class ModelStream:
             self.block(layer, self._on_device(m_NSH[part]))
 
     def route(self, layer: nn.Module, m_NSH: torch.Tensor) -> Routing:
-        """What the router makes of the block's input: the triple that reaches the experts, on the CPU.
+        """What the router makes of the block's input: its logits, and what reaches the experts, on the CPU.
 
-        The block's own code runs; its experts are swapped for ones that only note the triple.
+        The block's own code runs, with a `RoutingTap` in its experts' place.
         """
-        experts, seen, logits = layer.get_submodule(self.family.experts), Triple(), []
+        experts, seen, logits = layer.get_submodule(self.family.experts), RoutingTap(), []
         router = layer.get_submodule(self.family.router_path)
         hook = router.register_forward_hook(lambda _, __, output: logits.append(output[0].float().cpu()))
         layer.set_submodule(self.family.experts, seen)

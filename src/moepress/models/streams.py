@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from moepress.models.files import sync
+from moepress.models.streaming import ModelStream
 
 
 class Streams:
@@ -84,3 +85,23 @@ def next_layer(folder: Path) -> int:
     """The first layer that is not whole, 0 at the start."""
     path = folder / "next_layer.json"
     return json.loads(path.read_text())["next_layer"] if path.is_file() else 0
+
+
+def run_layers(stream: ModelStream, ids_NS: torch.Tensor, folder: Path, progress, keep=lambda *_: None) -> torch.Tensor:
+    """Run tokens `[N, S]` through all layers. Returns what leaves the last one, `[N, S, H]`, in a file below `folder`, which
+    the caller removes; what was killed goes on from its last whole layer.
+
+    keep: called with each layer's index, module and MoE block's input. progress: counts layers.
+    """
+    streams = Streams(folder, ("x",), (*ids_NS.shape, stream.shape.hidden_size))
+    if streams.layer == 0:
+        stream.embed(ids_NS, streams["x"])
+    progress.update(streams.layer)
+    for index, layer in stream.layers(streams.layer):
+        m = streams.scratch("m")
+        stream.attend(index, layer, streams["x"], streams.next("x"), m)
+        keep(index, layer, m)
+        stream.add_block(layer, streams.next("x"), m)
+        streams.advance()
+        progress.update()
+    return streams["x"]

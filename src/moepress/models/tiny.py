@@ -41,7 +41,7 @@ NUM_PIECES = 2
 """Of a batch that are computed side by side. It decides the order of sums, so it is not the number of cores at hand."""
 
 
-def train(config: dict, documents: Path, out: Path, progress: bool = True) -> dict:
+def train(config: dict, documents: Path, out: Path) -> dict:
     """Train the model of `config` (the resolved group `model`) on the train split of `documents` into the folder `out`.
 
     documents: a built corpus' documents.parquet. A state that a killed training left in `out` is taken up again.
@@ -58,7 +58,7 @@ def train(config: dict, documents: Path, out: Path, progress: bool = True) -> di
     optimizer = Optimizer(model, training)
     rows = resume(out, config, model, optimizer)
     steps, saved = training["steps"], time.perf_counter()
-    bar = tqdm(range(len(rows), steps), initial=len(rows), total=steps, desc="train", unit="step", disable=not progress)
+    bar = tqdm(range(len(rows), steps), initial=len(rows), total=steps, desc="train", unit="step")
     with pieces_pool() as pool:
         for step in bar:
             loss, balance = backward(model, batches[step], training, pool)

@@ -63,7 +63,7 @@ def _run(model, token_ids_NS: torch.Tensor, progress, after: Callable = lambda _
 
 
 def _thresholds(model, token_ids_NS: torch.Tensor, quantile: float, progress) -> list[float]:
-    """Of each layer, the quantile of the ratios of its tokens' lower ranks to their best."""
+    """Each layer's threshold: this quantile of `odp.ratios` over all of its tokens."""
     found: list[list[np.ndarray]] = [[] for _ in experts_of(model)]
     hooks = [
         experts.register_forward_pre_hook(lambda _, args, own=own: own.append(ratios(args[2]).cpu().numpy().ravel()))

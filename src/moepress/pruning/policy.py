@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 from moepress.models.families import ATTENTION, FAMILIES
+from moepress.pruning import attention
 from moepress.pruning.odp import importance, most_important, odp
 from moepress.pruning.pesf import pesf
+from moepress.pruning.static import Removal
 
 NEEDED: dict[str, tuple[str, ...]] = {
     "none": (),
@@ -26,8 +28,8 @@ NEEDED: dict[str, tuple[str, ...]] = {
 
 @dataclass
 class Batch:
-    """Of the forward in progress: True for tokens, False for padding, `[B, S]`; positions that a cache holds before them; the
-    attention that each token of a layer receives, `[B, S]`, from its attention until its experts."""
+    """The forward in progress. mask: True for tokens, False for padding. past: positions that a cache holds before them.
+    received: MoE layer -> the attention that each of its tokens receives, `[B, S]`, kept from its attention to its experts."""
 
     mask_BS: torch.Tensor = field(init=False)
     past: int = 0
@@ -139,8 +141,6 @@ def _attach(model, policy: dict, attached: Attached) -> None:
         attached.handles.append(experts.register_forward_pre_hook(partial(prune, rule)))
         attached.handles.append(MayBeLeftOut(experts))
     if method == "static":
-        from moepress.pruning.static import Removal
-
         for layer, removed in zip(layers, policy["removed"], strict=True):
             removed_E = _marked(removed, layer.get_submodule(family.experts).num_experts, model.device)
             attached.handles.append(
@@ -184,7 +184,8 @@ def _odp(policy: dict, num_layers: int, batch: Batch, attached: Attached) -> lis
 
 
 def _static(policy: dict, num_layers: int, batch: Batch, attached: Attached) -> list[Callable]:
-    """What of a removed expert still comes through: routers that first choose groups may have none left in one."""
+    """Empties slots with removed experts. `Removal` keeps routers from selecting them, but one that first chooses among groups
+    of experts may have none left in a group."""
     if len(policy["removed"]) != num_layers:
         raise ValueError(f"pruning.removed: {len(policy['removed'])} lists, but the model has {num_layers} MoE layers")
 
@@ -205,13 +206,11 @@ def _marked(removed: list[int], num_experts: int, device) -> torch.Tensor:
 
 
 def _listen(model, modules: list[nn.Module], batch: Batch):
-    from moepress.pruning.attention import Listener, received
-
     layer_of = {module: layer for layer, module in enumerate(modules)}
 
     def heard(module, query, key, mask, scaling=None, s_aux=None, **_):
         if query.shape[2] > 1:
-            sums_BS = received(query, key, mask, batch.mask_BS.to(query.device), scaling, s_aux, batch.past)
+            sums_BS = attention.received(query, key, mask, batch.mask_BS.to(query.device), scaling, s_aux, batch.past)
             batch.received[layer_of[module]] = sums_BS
 
-    return Listener(model, modules, heard)
+    return attention.Listener(model, modules, heard)

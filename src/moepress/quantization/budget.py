@@ -71,11 +71,11 @@ class Prediction:
         return found
 
     def weight_bytes(self, bits_LE: list[list[int]]) -> int:
-        """Of the shards, headers included."""
+        """Bytes of the shards, headers included."""
         return sum(file_bytes(shard) for shard in self.shards(bits_LE))
 
     def folder_bytes(self, bits_LE: list[list[int]]) -> int:
-        """Of the whole folder: shards, index, configuration with every module's bits, tokenizer, moepress's records."""
+        """Bytes of the whole folder: shards, index, configuration with every module's bits, tokenizer, moepress's records."""
         num_layers = self.shape.num_layers
         shards = {shard_name(i, num_layers): shard for i, shard in enumerate(self.shards(bits_LE))}
         files = {name: size for name, size in self.outline.files.items() if name in manifest.BESIDE}
@@ -99,11 +99,11 @@ class Prediction:
         return 6000 + 470 * self.shape.num_layers + 60 * num_experts
 
     def loaded_bytes(self, bits_LE: list[list[int]], device: str) -> int:
-        """Of all parameters and buffers of the loaded model: what is not packed is float32 on "cpu", as stored on "cuda"."""
+        """Bytes of the loaded model's parameters and buffers: what is not packed is float32 on "cpu", as stored on "cuda"."""
         return sum(loaded(entry, device) for shard in self.shards(bits_LE) for entry in shard.values())
 
     def tuning_bytes(self, tokens: int) -> int:
-        """Of what the tuning of the whole packed model (distilling.py) holds beside it, loaded on "cpu"; whatever the widths.
+        """Bytes that the tuning of the whole packed model (distilling.py) needs beside that model, whatever its widths.
         tokens: of one step.
 
         All float32. For each group of weights, in place of its 16-bit scale: scale, factor, their product, the factor's
@@ -155,7 +155,7 @@ def loaded(entry: Entry, device: str) -> int:
 
 
 def unpacked_bytes(outline: Outline, device: str) -> int:
-    """Of the 16-bit model's parameters, loaded."""
+    """Bytes of the 16-bit model's parameters, loaded."""
     entries = (entry for name, entry in outline.tensors.items() if not (name == HEAD and outline.is_tied))
     return sum(loaded(entry, device) for entry in entries)
 

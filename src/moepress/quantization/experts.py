@@ -67,10 +67,13 @@ class Recipe:
         return grid.Search(**{field.name: getattr(self, field.name) for field in fields(grid.Search)})
 
     def factor(self, h_EII: torch.Tensor) -> torch.Tensor | None:
-        """What `gptq` at any width and `asymmetric` share for the same matrices, None where the columns' order is their own."""
+        """`inverse_factor` of curvatures `[E, I, I]`, which `gptq` at every width and `asymmetric` can share; None under
+        act_order, where `gptq` makes its own for the order of its columns."""
         return None if self.act_order else inverse_factor(h_EII, self.damping)
 
     def quantize(self, w_EOI: torch.Tensor, h_EII: torch.Tensor | None, bits: list[int], factor=None) -> Quantized:
+        """Matrices `[E, O, I]` at E widths: by GPTQ and refinement with curvatures `[E, I, I]` (factor: of `self.factor`), by
+        rounding to nearest without any."""
         group_size = group_of(w_EOI.shape[-1], self.group_size)
         if self.method == "minmax":
             return grid.minmax(w_EOI, bits, group_size)
@@ -127,8 +130,9 @@ class ExpertInputs:
         return shrunk(routed, self._pooled)
 
     def down_curvature(self, batch: range, gate_up_COH: torch.Tensor, kept: dict | None = None) -> torch.Tensor:
-        """`[C, I, I]`: as above with the (quantized) gate and up; the layer's share comes from an even sample of all tokens,
-        since each expert has neurons of its own. kept: takes the experts' own activations, by expert and part of its tokens."""
+        """`[C, I, I]`: of each expert's activations with the (quantized) gate and up, from its own tokens, shrunk towards that
+        from an even sample of all tokens (each expert has neurons of its own, so there is none of the layer to share). kept: a
+        dict that takes the activations of the expert's own tokens under `(expert, part of its tokens)`."""
         T, I = len(self.m_TH), self.experts.intermediate_size
         routed = Curvature(len(batch), I, self.device)
         sample = torch.arange(0, T, 1 if self.coverage == "all" else max(1, T // I))
@@ -145,9 +149,9 @@ class ExpertInputs:
         return layer.mean() if self.coverage == "all" else shrunk(routed, layer)
 
     def drift(self, batch: range, gate_up_COH: torch.Tensor | None = None) -> torch.Tensor:
-        """`mean (x - x_hat) x_hat^T` over the tokens of each expert's curvature, drawn towards none as that is to the layer's
-        (of all tokens: the plain mean): `[C, H, H]` of the block's input, or with the quantized gate and up `[C, I, I]` of the
-        down projection's."""
+        """GPTAQ's `D = mean (x - x_hat) x_hat^T` over the tokens of each expert's curvature: `[C, H, H]` of the block's input,
+        or with the quantized gate and up `[C, I, I]` of the down projection's. Where the curvature is shrunk towards the
+        layer's, D is shrunk towards 0 by the same share."""
         width = self.m_TH.shape[1] if gate_up_COH is None else self.experts.intermediate_size
         found = Curvature(len(batch), width, self.device)
         assert self.original_TH is not None
@@ -192,8 +196,8 @@ def expert_batches(experts: Experts) -> Iterator[range]:
 def quantize_batch(
     recipe: Recipe, experts: Experts, batch: range, bits: list[int], inputs: ExpertInputs | None, h=None, u=None, kept=None
 ) -> tuple[Quantized, Quantized]:
-    """`(gate_up, down)` of a batch of experts at `bits`; h, u: the gate-up curvature and its factor where
-    several widths share them; kept: see `down_curvature`. Without inputs: rounded to nearest, no curvature."""
+    """`(gate_up, down)` of the experts `batch`, each at its width of `bits`. inputs: None to round to nearest without
+    curvature. h, u: the gate-up curvature and its factor, given where several widths share them. kept: see `down_curvature`."""
 
     def stacked(matrix: Callable) -> torch.Tensor:
         return torch.stack([matrix(e, torch.float32) for e in batch])

@@ -1,10 +1,14 @@
 """GPTQ (Frantar et al., arXiv 2210.17323), batched over matrices of any widths.
 
-Minimises `tr((W - Q) H (W - Q)^T)` for the curvature `H = mean x x^T` of each matrix's inputs: column by column, the
-rounding error is spread over the columns that are still to come, by the rows of U in `H^-1 = U^T U`.
+Minimises `tr((W - Q) H (W - Q)^T)` for the curvature `H = mean x x^T` of each matrix's inputs (the paper's Hessian, up to a
+factor): column by column, the rounding error is spread over the columns that are still to come, by the rows of U in
+`H^-1 = U^T U`.
 
 Legend: E matrices (experts), O output rows, I input columns, B columns of one block.
 """
+
+from collections.abc import Iterable
+from itertools import repeat
 
 import torch
 
@@ -22,10 +26,11 @@ class Curvature:
     def add(
         self, matrix: int, x_TI: torch.Tensor, share_T: torch.Tensor | None = None, left_TI: torch.Tensor | None = None
     ) -> None:
-        """Inputs of one matrix; share: how much each token counts, 1 on average; left: for `sum left x^T` instead.
+        """Add tokens to the sum of one matrix. share: how much each token counts, 1 on average. left: `sum left x^T` is taken
+        instead of `sum x x^T`.
 
-        `sum x x^T` is symmetric: of each quarter of its rows only what ends at the diagonal is computed, the rest copied. With
-        few tokens the copying costs more than that saves.
+        `sum x x^T` is symmetric: for each quarter of its rows only the part up to the diagonal is computed, the rest is copied.
+        With few tokens the copying costs more than that saves.
         """
         x, total = x_TI.float(), self.sum_EII[matrix]
         right = x if share_T is None else x * share_T[:, None]
@@ -40,6 +45,7 @@ class Curvature:
         self.count_E[matrix] += x.shape[0]
 
     def mean(self) -> torch.Tensor:
+        """`[E, I, I]`; zeros for a matrix without tokens."""
         return self.sum_EII / self.count_E.clamp(min=1)[:, None, None]
 
 
@@ -145,36 +151,52 @@ def gptq(
         for group in range(I // group_size):
             search(group)
         order_EI = importance.argsort(dim=1, descending=True, stable=True)
-        rows_EI = torch.arange(E, device=w.device)[:, None]
-        w = w[rows_EI, order_EI]
-        h_EII = h_EII[rows_EI[..., None], order_EI[:, :, None], order_EI[:, None, :]]
+        rows_E = torch.arange(E, device=w.device)
+        w = w[rows_E[:, None], order_EI]
+        h_EII = h_EII[rows_E[:, None, None], order_EI[:, :, None], order_EI[:, None, :]]
     u = inverse_factor(h_EII, damping) if factor_EII is None else factor_EII
     now_E11 = torch.tensor([[[float(b > deferred_bits)]] for b in bits], device=w.device)
-    highest = top.expand(E, O).contiguous()
     for start in range(0, I, block_size):
         end = start + block_size
+        grids: Iterable[tuple[torch.Tensor, torch.Tensor]]  # scale and zero point of each column
         if order_EI is None:
             group = start // group_size
             if start % group_size == 0:
                 search(group)
-            scale, shift = scales[:, group], zeros[:, group] / grid.ZERO_STEPS
-        block, factor = w[:, start:end], u[:, start:end, start:end]
-        errors, rounded = torch.empty_like(block), torch.empty_like(block)
-        within = factor * now_E11 if deferred_bits else factor
-        for j in range(block_size):
-            if order_EI is not None:
-                group_E = order_EI[:, start + j] // group_size
-                scale, shift = (part[rows_EI[:, 0], group_E] for part in (scales, zeros))
-                shift = shift / grid.ZERO_STEPS
-            column = block[:, j]
-            code = torch.addcdiv(shift, column, scale).round_().clamp_(min=0)
-            rounded[:, j] = torch.minimum(code, highest, out=code)
-            errors[:, j] = column - (code - shift) * scale
-            errors[:, j] /= factor[:, j, j, None]
-            block[:, j + 1 :].baddbmm_(within[:, j, j + 1 :, None], errors[:, j, None, :], alpha=-1)
+            grids = repeat((scales[:, group], zeros[:, group] / grid.ZERO_STEPS), block_size)
+        else:
+            groups = (order_EI[:, start:end] // group_size).T
+            grids = ((scales[rows_E, group_E], zeros[rows_E, group_E] / grid.ZERO_STEPS) for group_E in groups)
+        factor = u[:, start:end, start:end]
+        rounded, errors = round_block(w[:, start:end], factor, factor * now_E11 if deferred_bits else factor, grids, top)
         codes[:, :, start:end] = rounded.transpose(1, 2)
         w[:, end:].baddbmm_(u[:, start:end, end:].transpose(1, 2), errors, alpha=-1)
     if order_EI is not None:
         codes = codes.gather(2, order_EI.argsort(dim=1)[:, None].expand(E, O, I))
     scales, zeros = (part.transpose(1, 2).contiguous() for part in (scales, zeros))
     return Quantized(codes, scales.half(), zeros.to(torch.int16), list(bits))
+
+
+def round_block(
+    block_EBO: torch.Tensor,
+    factor_EBB: torch.Tensor,
+    within_EBB: torch.Tensor,
+    grids: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    top_E1: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(codes, errors)` of a block's columns, `[E, B, O]` both: each is rounded in turn, and its error, over the factor's
+    diagonal, is taken from the columns behind it, in the memory of `block`.
+
+    factor: the block's part of U. within: the same where that feedback is given at once, 0 where it waits for the block's end.
+    grids: scale and zero point (in codes) of each column, `[E, O]`. top: the highest code.
+    """
+    errors, rounded = torch.empty_like(block_EBO), torch.empty_like(block_EBO)
+    highest_EO = top_E1.expand(block_EBO[:, 0].shape).contiguous()
+    for j, (scale, shift) in enumerate(grids):
+        column = block_EBO[:, j]
+        code = torch.addcdiv(shift, column, scale).round_().clamp_(min=0)
+        rounded[:, j] = torch.minimum(code, highest_EO, out=code)
+        errors[:, j] = column - (code - shift) * scale
+        errors[:, j] /= factor_EBB[:, j, j, None]
+        block_EBO[:, j + 1 :].baddbmm_(within_EBB[:, j, j + 1 :, None], errors[:, j, None, :], alpha=-1)
+    return rounded, errors

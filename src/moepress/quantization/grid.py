@@ -61,7 +61,7 @@ def search(
 
 
 def search_by_torch(w_EOC, top_E1, importance_EC, how: Search) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same anywhere, with all there is to choose."""
+    """The same by torch: on any device and for every setting of `Search`."""
     step = max(1, ELEMENTS_AT_ONCE // w_EOC.shape[2])  # rows that stay in the cache through all trials
     scales, zeros = [], []
     for e, top in enumerate(top_E1[:, 0].tolist()):

@@ -212,7 +212,8 @@ class LayerQuantizer:
             self.diagnostics["expert_errors"] = errors
 
     def tuning_target(self, x_hat: torch.Tensor, x_next: torch.Tensor, m_hat: torch.Tensor) -> torch.Tensor:
-        """What the 16-bit layer makes of the quantized stream, drawn towards the original stream's by `tune_asymmetry`."""
+        """The target of the layer's tuning, `[N, S, H]`: the 16-bit layer's output on the quantized stream, moved by the share
+        `tune_asymmetry` towards its output on its own stream (x_next)."""
         assert self.streams is not None
         target = self.streams.scratch("target")
         self.stream.attend(self.index, self.layer, x_hat, target, m_hat)
@@ -236,7 +237,7 @@ class LayerQuantizer:
         self.diagnostics["tuning_error"] = [sum(part) / tenth for part in (errors[:tenth], errors[-tenth:])]
 
     def keep_rest(self) -> None:
-        """What is not quantized keeps its bytes: the only tensors that are read a second time."""
+        """Copy the tensors that are not quantized as they are stored. They are the only ones that are read a second time."""
         names = {self.prefix + name: on_disk for name, on_disk in self.stream.layer_names(self.index).items()}
         done = {*self.tensors, *(f"{module}.weight" for module in self.modules)}
         kept = {name: on_disk for name, on_disk in names.items() if name not in done}

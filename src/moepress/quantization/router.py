@@ -73,7 +73,7 @@ class SquaredError:
         return ((logits_BE - batch.target_BE).square() * batch.mask_BE).sum(-1) / batch.mask_BE.sum(-1)
 
     def gradient(self, logits_BE: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Of each token's value, by its logits: `[B, E]`."""
+        """The gradient of each token's value with respect to its logits: `[B, E]`."""
         return 2 * (logits_BE - batch.target_BE) * batch.mask_BE / batch.mask_BE.sum(-1, keepdim=True)
 
 
@@ -95,7 +95,7 @@ class Divergence:
         return (p_BE * taken + (1 - p_BE) * left).sum(-1)
 
     def gradient(self, logits_BE: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Of each token's value, by its logits: `[B, E]`."""
+        """The gradient of each token's value with respect to its logits: `[B, E]`."""
         if self.scores == "softmax":
             return logits_BE.softmax(-1) - batch.target_BE.softmax(-1)
         return logits_BE.sigmoid() - batch.target_BE.sigmoid()

@@ -1,4 +1,4 @@
-"""What quantization to each width does to each expert alone: what allocation decides by.
+"""The errors that quantization to each width causes in each expert alone: what allocation decides by.
 
 Legend: T tokens, H hidden size, E experts, W widths, M = 2 matrices of an expert; here S is tokens of the sample (no positions)
 and G tokens with a gradient (no groups).
@@ -17,7 +17,8 @@ LAYER_SAMPLE = 1024
 
 @dataclass
 class Gradient:
-    """Of the loss at a layer's output, for some of its tokens. row_T: each token's row in g_GH, -1 for those without."""
+    """The gradient of the loss at a layer's output, g_GH, for some of its tokens. row_T: each token's row in it, -1 without
+    one."""
 
     row_T: torch.Tensor
     g_GH: torch.Tensor
@@ -25,7 +26,7 @@ class Gradient:
 
 @dataclass
 class WidthErrors:
-    """What quantization to each of W widths does to a layer's E experts, each alone, and to the layer.
+    """The errors that quantization to each of W widths causes: in a layer's E experts, each alone, and in the layer.
 
     errors_EW: Frobenius norm of the change of the MoE block's output over all tokens (PMQ's eps; MC, arXiv 2410.06270).
     loss_errors_EW: sum over tokens of (g dz)^2, dz that change and g the gradient of the loss (GEMQ, arXiv 2605.23078); None

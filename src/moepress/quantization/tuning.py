@@ -61,7 +61,7 @@ class Tuned:
             module.scales = self.scales[name] * self.factors[name]
 
     def finish(self, dtypes: dict[str, torch.dtype]) -> dict[str, torch.Tensor]:
-        """What the checkpoint holds of it by name, and the layer from now on. dtypes: the rest's on disk."""
+        """Round what was tuned to the checkpoint's dtypes, put it into the layer, and return it by name. dtypes: the rest's."""
         tensors = {}
         for name, module in self.packed.items():
             factor = self.factors[name].detach().clamp(min=0.1)  # a scale stays above 0

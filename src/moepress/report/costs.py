@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 
 from moepress.dag import STAGES
-from moepress.lookup import Found
+from moepress.lookup import StoredArtefact
 from moepress.report.readable import Cell, seconds
 from moepress.report.run import Run
 from moepress.wording import rounded_bytes
@@ -17,10 +17,10 @@ def tabulate(runs: list[Run]) -> pd.DataFrame:
     Artefacts that were deleted meanwhile are left out.
     """
     rows = []
-    known: dict[str, Found] = {}
+    known: dict[str, StoredArtefact] = {}
     for run in runs:
         for folder in run.artefacts.values():
-            Found(run.results, folder).upstream(known)
+            StoredArtefact(run.results, folder).upstream(known)
     for folder, found in known.items():
         if found.exists:
             made = found.provenance

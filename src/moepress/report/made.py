@@ -1,6 +1,5 @@
 """How a checkpoint was made: what its model card says, gathered from the folders that the quantization read."""
 
-import json
 import re
 import shlex
 from pathlib import Path
@@ -9,7 +8,7 @@ import numpy as np
 import yaml
 
 from moepress.artefacts import Task, git_commit, read_json, versions
-from moepress.composing import ROOT
+from moepress.composing import leaves, option_values, options, override_value
 from moepress.models import folders
 from moepress.models.families import Shape
 from moepress.models.folders import locate
@@ -92,9 +91,7 @@ def command(groups: dict[str, dict], model_name: str) -> str:
     """The command that makes the same checkpoint again: the options of conf/, and every value that is not theirs.
     A folder of the user's own is named by its last part."""
     words = []
-    for group in sorted(
-        groups, key=lambda group: (group not in VARIANT, list(VARIANT).index(group) if group in VARIANT else 0)
-    ):
+    for group in [*(name for name in VARIANT if name in groups), *(name for name in groups if name not in VARIANT)]:
         option, changed = closest(group, groups[group], groups)
         words += [f"{group}={option}"] if group in VARIANT else []
         if group in ("model", "corpus") and groups[group].get("kind") == "local":
@@ -106,25 +103,15 @@ def command(groups: dict[str, dict], model_name: str) -> str:
 def closest(group: str, values: dict, groups: dict[str, dict]) -> tuple[str, dict]:
     """The option of conf/GROUP/ that the values differ least from, and the differing ones, by full key."""
     found = {}
-    for path in sorted((ROOT / "conf" / group).glob("*.yaml")):
-        defaults = dict(_leaves(option_values(path), group))
+    for option in options(group):
+        defaults = dict(leaves(option_values(group, option), group))
         variant = f"{group}.{VARIANT.get(group)}"
         if group not in VARIANT or defaults.get(variant) == values.get(VARIANT[group]):
-            changed = {key: value for key, value in _leaves(values, group) if _differs(key, value, defaults.get(key), groups)}
-            found[path.stem] = changed
-    return (
-        min(found.items(), key=lambda item: len(item[1])) if found else (values[VARIANT[group]], dict(_leaves(values, group)))
-    )
-
-
-def option_values(path: Path) -> dict:
-    """An option's values as conf/ has them, with those of the options it builds on."""
-    values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    bases = [name for name in values.pop("defaults", []) if name != "_self_"]
-    merged: dict = {}
-    for name in bases:
-        merged |= option_values(path.with_name(f"{name}.yaml"))
-    return merged | values
+            changed = {key: value for key, value in leaves(values, group) if _differs(key, value, defaults.get(key), groups)}
+            found[option] = changed
+    if not found:  # conf/ has lost the option
+        return values[VARIANT[group]], dict(leaves(values, group))
+    return min(found.items(), key=lambda item: len(item[1]))
 
 
 def _differs(key: str, value, default, groups: dict[str, dict]) -> bool:
@@ -137,18 +124,10 @@ def _differs(key: str, value, default, groups: dict[str, dict]) -> bool:
     return value != default and not str(default).startswith("${")
 
 
-def _leaves(value, path: str):
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _leaves(inner, f"{path}.{key}")
-    else:
-        yield path, value
-
-
 def _value(value) -> str:
-    """A value in Hydra's grammar of overrides."""
-    if isinstance(value, str) and re.fullmatch(r"[\w./:@-]+", value):
+    """A value as a person would type it behind `key=`: numbers, budgets and names without quotes."""
+    if isinstance(value, str) and re.fullmatch(r"[\w./:@-]+", value, re.ASCII):
         return value
     if isinstance(value, list):
-        return f"[{','.join(_value(item) for item in value)}]"
-    return json.dumps(value, ensure_ascii=False)
+        return f"[{','.join(map(_value, value))}]"
+    return override_value(value)

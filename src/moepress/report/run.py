@@ -13,7 +13,7 @@ import pandas as pd
 
 from moepress import pruning
 from moepress.artefacts import read_json
-from moepress.lookup import Found
+from moepress.lookup import StoredArtefact
 from moepress.models import families, folders
 
 LABELS = {"none": "16 bit", "pmq_code": "PMQ as coded", "hessian": "Hessian"}
@@ -129,9 +129,9 @@ class Run:
     @cached_property
     def is_drawn(self) -> bool:
         """Whether a calibration sample, or chance, had a part in it; without, one run stands for all seeds."""
-        upstream: dict[str, Found] = {}
+        upstream: dict[str, StoredArtefact] = {}
         for folder in self.artefacts.values():
-            Found(self.results, folder).upstream(upstream)
+            StoredArtefact(self.results, folder).upstream(upstream)
         by_chance = self.is_quantized and "seed" in self.allocation
         return by_chance or any(item.stage == "calibration" for item in upstream.values())
 

@@ -41,7 +41,7 @@ class Mixed:
 
 @dataclass
 class Kept(Mixed):
-    """With widths that every layer has at least one expert at."""
+    """Allocations that can be told to keep, in every layer, at least one expert at each width of `keep`."""
 
     keep: list[int]
 

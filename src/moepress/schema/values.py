@@ -1,4 +1,4 @@
-"""What every value is checked with: the texts of errors, and what no key takes."""
+"""Checks that values of all groups pass, and the texts of their errors."""
 
 import math
 import re
@@ -24,12 +24,12 @@ def check(ok: bool, key: str, value, expected: str) -> None:
         raise ValueError(f"{key}={value!r}: {expected}")
 
 
-def check_leaf(key: str, value) -> None:
+def check_value(key: str, value) -> None:
     """Raise a ValueError that names the key for what no key takes: NaN, endless or endlessly large numbers, text that no file
     system or terminal takes, and secrets, for a configuration is written into results that people publish."""
     if isinstance(value, dict | list):
         for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
-            check_leaf(f"{key}.{name}" if isinstance(value, dict) else key, inner)
+            check_value(f"{key}.{name}" if isinstance(value, dict) else key, inner)
     elif isinstance(value, float):
         check(math.isfinite(value), key, value, "a finite number")
     elif isinstance(value, int):

@@ -33,6 +33,6 @@ def run(task: Task) -> None:
             "predicted_bits_effective": 8 * predicted / model.num_weights,
             "predicted_folder_bytes": prediction.folder_bytes(bits),
             "predicted_loaded_bytes": {device: prediction.loaded_bytes(bits, device) for device in ("cpu", "cuda")},
-            "solver": [{k: v for k, v in asdict(s).items() if k not in ("bits", "seconds")} for s in solutions],
+            "solver": [{k: v for k, v in asdict(s).items() if k != "bits"} for s in solutions],
         },
     )

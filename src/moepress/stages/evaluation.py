@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -41,18 +40,7 @@ def run(task: Task) -> None:
     for domain, (blocks, bytes_per_token) in texts.items():
         measured = results[domain]
         selections[domain] = measured.selected_NSLK
-        value, error = ppl.perplexity(measured.nll_N)
-        entry = {
-            "ppl": value,
-            "ppl_stderr": error,
-            "nll": float(measured.nll_N.mean()),
-            "bits_per_byte": float(measured.nll_N.mean() / np.log(2) / bytes_per_token),
-            "num_blocks": len(blocks),
-            "num_tokens": int(blocks.size),
-            "scored_tokens": len(blocks) * ppl.num_scored(blocks.shape[1], config["stride"]),
-            "tokens_sha256": hashlib.sha256(blocks.tobytes()).hexdigest(),
-            **measured.usage.summary(),
-        }
+        entry = _entry(measured, blocks, bytes_per_token, config["stride"])
         block_rows = pd.DataFrame({"domain": domain, "block": range(len(blocks)), "nll": measured.nll_N})
         if reference is not None:
             shift_NL = ppl.selection_shift(reference[domain], measured.selected_NSLK)
@@ -76,6 +64,22 @@ def run(task: Task) -> None:
         save_file(selections, task.out / "selections.safetensors")
 
 
+def _entry(measured: ppl.Measured, blocks_NS: np.ndarray, bytes_per_token: float, stride: int | None) -> dict:
+    """What metrics.json says of a domain, whatever it is compared with."""
+    value, error = ppl.perplexity(measured.nll_N)
+    return {
+        "ppl": value,
+        "ppl_stderr": error,
+        "nll": float(measured.nll_N.mean()),
+        "bits_per_byte": float(measured.nll_N.mean() / np.log(2) / bytes_per_token),
+        "num_blocks": len(blocks_NS),
+        "num_tokens": int(blocks_NS.size),
+        "scored_tokens": len(blocks_NS) * ppl.num_scored(blocks_NS.shape[1], stride),
+        "tokens_sha256": hashlib.sha256(blocks_NS.tobytes()).hexdigest(),
+        **measured.usage.summary(),
+    }
+
+
 def _loaded(task: Task, folder: Path, device: str, texts: dict, asked: dict | None) -> tuple[dict[str, ppl.Measured], dict]:
     """Each domain's results, and for the metrics the bytes of the weights in memory and the share of the texts' tokens that the
     policy protects; the whole model is loaded, and answers the tasks too."""
@@ -94,7 +98,9 @@ def _loaded(task: Task, folder: Path, device: str, texts: dict, asked: dict | No
     if policy.get("protect"):
         found["protected_tokens"] = attached.protected_share
     if asked:
-        _score(task, asked, lambda bridge: bridge.Bridge(model, tokenizer, name=task.name))
+        from moepress.evaluation.bridge import Bridge  # imports lm-eval
+
+        _score(task, asked, Bridge(model, tokenizer, name=task.name))
     return measured, found
 
 
@@ -123,13 +129,13 @@ def _asked(task: Task) -> dict | None:
     return {"loaded": loaded, "left_out": left_out}
 
 
-def _score(task: Task, asked: dict, make: Callable) -> None:
-    """Write tasks.json, lm-eval's results in its own schema, and samples.parquet, a row an item. make: the model for lm-eval,
-    with a class of the module `bridge`."""
-    from moepress.evaluation import bridge, harness
+def _score(task: Task, asked: dict, bridge) -> None:
+    """Write tasks.json, lm-eval's results in its own schema, and samples.parquet, a row an item. bridge: the model as lm-eval
+    asks it."""
+    from moepress.evaluation import harness  # imports lm-eval
 
     config = task.config["evaluation"]
-    scored = harness.evaluate(make(bridge), asked["loaded"], config["source"], config["limit"])
+    scored = harness.evaluate(bridge, asked["loaded"], config["source"], config["limit"])
     scored.results["moepress"]["left_out"] = asked["left_out"]
     write_json(task.out / "tasks.json", scored.results)
     scored.samples.to_parquet(task.out / "samples.parquet")
@@ -144,13 +150,14 @@ def _streamed(task: Task, folder: Path, device: str, texts: dict, asked: dict | 
     stride, num_experts = task.config["evaluation"]["stride"], stream.shape.num_experts
     nll_N, selected_NSLK = ppl.measure_streamed(stream, together, stride, task.out / "streams", progress)
     if asked:
+        from moepress.evaluation.bridge import StreamedBridge  # imports lm-eval
+
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        _score(task, asked, lambda bridge: bridge.StreamedBridge(stream, tokenizer, task.out / "streams-tasks", task.name))
+        _score(task, asked, StreamedBridge(stream, tokenizer, task.out / "streams-tasks", task.name))
     ends = np.cumsum([len(blocks) for blocks, _ in texts.values()])[:-1]
     parts = zip(texts, np.split(nll_N, ends), np.split(selected_NSLK, ends), strict=True)
-    return {domain: ppl.Measured(nll, own, of_selections(own, num_experts)) for domain, nll, own in parts}, {
-        "loaded_bytes": None
-    }
+    measured = {domain: ppl.Measured(nll, own, of_selections(own, num_experts)) for domain, nll, own in parts}
+    return measured, {"loaded_bytes": None}
 
 
 def test_text(corpus: Path, model: Path, config: dict) -> dict[str, tuple[np.ndarray, float]]:

@@ -27,17 +27,17 @@ def run(task: Task) -> None:
     torch.set_num_threads(config["threads"])
     device = pick_device(task.runtime["device"])
     models, texts, facts = layers_of_a_shape(task, device) if config.get("model") else checkpoints(task, device)
-    rates = rates_of(models, config, device)
+    rates = device_rates(models, config, device)
     total = measuring.rounds(config) if models else 0
     with tqdm(total=total, desc=f"latency {task.name}", unit="round", mininterval=1) as progress:
         rows = measuring.measure(models, texts, config, progress) if models else []
-    again = rates_of(models, config, device)
+    again = device_rates(models, config, device)
     rates = {name: max(rate, again[name]) for name, rate in rates.items()}
     rows = measuring.with_limits(rows, **rates) if rows else []
-    write_json(task.out / "latency.json", found_of(task, models, rows) | rates | facts)
+    write_json(task.out / "latency.json", summary(task, models, rows) | rates | facts)
 
 
-def rates_of(models: list[measuring.Variant], config: dict, device: str) -> dict[str, float]:
+def device_rates(models: list[measuring.Variant], config: dict, device: str) -> dict[str, float]:
     """What the device can do at this moment, both before and after the timing: on a machine that others use, the better
     counts."""
     dtype = models[0].model.dtype if models else torch.float32
@@ -105,7 +105,7 @@ def layers_of_a_shape(task: Task, device: str) -> tuple[list[measuring.Variant],
     return measuring.variants(original, compressed, policy, device), texts, facts
 
 
-def found_of(task: Task, models: list[measuring.Variant], rows: list[dict]) -> dict:
+def summary(task: Task, models: list[measuring.Variant], rows: list[dict]) -> dict:
     """latency.json: the machine; of each phase's first setting the model that was asked for and the 16-bit one, as runs.csv
     shows them (null: not measured, as the model does not fit in memory); and all rows."""
     config, loaded = task.config["latency"], {variant.name: variant.model for variant in models}

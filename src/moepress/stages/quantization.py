@@ -7,7 +7,6 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from moepress.artefacts import Task, peak_memory, read_config, read_json, write_json
-from moepress.evaluation.perplexity import run_layers
 from moepress.inference.checkpoint import pick_device
 from moepress.models import limits, outline
 from moepress.models import streams as hidden_states
@@ -63,6 +62,7 @@ def run(task: Task) -> None:
     facts = made.facts(task, stream.shape)
     write_json(task.out / "card.json", facts)
     (task.out / "README.md").write_text(card.render(facts), encoding="utf-8")
+    # again, with the folder's bytes: the card, which reads size.json, counts among them
     write_json(task.out / "size.json", size | {"folder_bytes": writer.folder_bytes(task.out)})
     seconds += time.perf_counter() - began
     write_json(task.out / "timing.json", {"quantize_seconds": round(seconds, 3), "layers": timing})
@@ -97,7 +97,7 @@ def distilled(task: Task, stream: ModelStream, recipe: Recipe, tokens, folder) -
             tokens = load_file(task.inputs["distillation"] / "tokens.safetensors")["token_ids"]
             again = ModelStream(stream.folder, stream.device)  # a stream gives each of its layers once
             with tqdm(total=stream.shape.num_layers, desc=f"text to tune {task.name} on", unit="layer") as progress:
-                x = run_layers(again, tokens, folder / "distillation", progress)
+                x = hidden_states.run_layers(again, tokens, folder / "distillation", progress)
         else:
             x = hidden_states.Streams(folder, ("x",), (*tokens.shape, stream.shape.hidden_size))["x"]
         settings = (recipe.distill_steps, recipe.tune_tokens, recipe.distill_rate)

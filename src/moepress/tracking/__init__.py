@@ -9,7 +9,7 @@ from moepress.artefacts import read_json
 
 
 def settings_of(tracking: dict) -> dict:
-    """Of the configuration group, what a mirror depends on beside the mode."""
+    """The keys of the group `tracking` that a mirror depends on, beside its mode."""
     return {name: tracking[name] for name in ("project", "entity", "upload")}
 
 

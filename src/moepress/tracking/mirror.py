@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from moepress import integrity, progress
 from moepress.artefacts import read_json, write_json
-from moepress.lookup import Found
+from moepress.lookup import StoredArtefact
 from moepress.secrets import without_secrets
 from moepress.tracking.records import Record, of_report
 
@@ -60,7 +60,7 @@ class Target:
         return [record.digest, self.project, self.entity, sorted(self.upload)]
 
 
-def mirror(report: Found, target: Target) -> tuple[list[dict], list[str]]:
+def mirror(report: StoredArtefact, target: Target) -> tuple[list[dict], list[str]]:
     """Mirror every record of a report that is not mirrored yet, and return `[{id, name, job_type}]` of all, and what failed.
 
     Mirrored again, a run is updated. Raises NotReachable.
@@ -190,16 +190,15 @@ def use(run, made, key: str) -> None:
     run._log_artifact(made, aliases=[key], is_user_created=True, use_after_commit=True)
 
 
-def artefact(item: Found, target: Target, entries: dict[str, list]):
+def artefact(item: StoredArtefact, target: Target, entries: dict[str, list]):
     """A W&B artifact: one collection for a stage and label, its version known by the key. Files are referred to by their
     path, size and hash, but copied for the stages of `tracking.upload`."""
     import wandb
 
     made = item.provenance
-    label = item.path.name.rpartition("-")[0]
     metadata = {"key": item.key, "config": item.described["config"], "inputs": item.described["inputs"]}
     metadata |= {name: made[name] for name in ("git_commit", "start", "seconds", "device", "versions")}
-    found = wandb.Artifact(f"{item.stage}-{label}"[:128], item.stage, metadata=without_secrets(metadata))
+    found = wandb.Artifact(f"{item.stage}-{item.label}"[:128], item.stage, metadata=without_secrets(metadata))
     if item.folder not in entries:
         entries[item.folder] = list(add_files(found, item, copied=item.stage in target.upload))
         return found
@@ -208,7 +207,7 @@ def artefact(item: Found, target: Target, entries: dict[str, list]):
     return found
 
 
-def add_files(made, item: Found, copied: bool):
+def add_files(made, item: StoredArtefact, copied: bool):
     """Add an artefact's files and yield the entries that W&B makes of them."""
     for path in sorted(path for path in item.path.rglob("*") if path.is_file() and path.name not in NOT_SENT):
         name = str(path.relative_to(item.path))
@@ -219,6 +218,7 @@ def add_files(made, item: Found, copied: bool):
 
 
 def as_media(item):
+    """A table, a picture's pixels or its file as W&B takes them."""
     import wandb
 
     if isinstance(item, pd.DataFrame):
@@ -239,7 +239,7 @@ def main(arguments: list[str]) -> None:
     told = {"report": report.name, "settings": settings, "complete": False}
     try:
         target = Target(report.parent.parent, mode, **settings)
-        told["runs"], failures = mirror(Found(target.results, f"report/{report.name}"), target)
+        told["runs"], failures = mirror(StoredArtefact(target.results, f"report/{report.name}"), target)
         told["complete"] = not failures
         why = f"not every run was mirrored ({len(failures)} failed, the first: {failures[0]})" if failures else ""
     except NotReachable as error:

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from moepress.artefacts import read_json
-from moepress.lookup import Found
+from moepress.lookup import StoredArtefact
 from moepress.models import folders
 from moepress.report.run import shift_by_layer
 from moepress.secrets import without_secrets
@@ -49,19 +49,19 @@ class Record:
     config: dict
     summary: dict
     curves: list[dict]
-    uses: tuple[Found, ...]
-    makes: Found | None
+    uses: tuple[StoredArtefact, ...]
+    makes: StoredArtefact | None
     media: Callable[[], dict[str, Path | np.ndarray | pd.DataFrame]]
 
     @property
     def digest(self) -> str:
-        """Of all that is sent but the group: an artefact's run stays in the group of the study that first had it."""
+        """A hash of all that is sent but the group: an artefact's run stays in the group of the study that first had it."""
         content = [VERSION, self.id, self.name, self.job_type, self.config, self.summary, self.curves]
         content += [[item.folder for item in self.uses], self.makes and self.makes.folder]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def of_report(report: Found) -> tuple[list[Record], list[str]]:
+def of_report(report: StoredArtefact) -> tuple[list[Record], list[str]]:
     """A run for every artefact that a report was made from, then for every row of its table, then for the report; and a
     line for each of them of which a file is missing or damaged.
 
@@ -90,33 +90,33 @@ def of_report(report: Found) -> tuple[list[Record], list[str]]:
     return records, failures
 
 
-def group_of(report: Found) -> str:
+def group_of(report: StoredArtefact) -> str:
     """The study, or the label of a single experiment; of a sweep the report's id, for all sweeps are called `experiments`."""
     name = report.described["config"]["name"]
     return report.path.name if name == "experiments" else name
 
 
-def inputs(item: Found) -> list[str]:
+def inputs(item: StoredArtefact) -> list[str]:
     """Folders that it was made from, each once."""
     return list(dict.fromkeys(item.described["inputs"].values()))
 
 
-def ordered(report: Found) -> dict[str, Found]:
+def ordered(report: StoredArtefact) -> dict[str, StoredArtefact]:
     """Folder -> the artefact itself and all that it was made from, upstream first; without those that were deleted."""
-    found: dict[str, Found] = {}
+    found: dict[str, StoredArtefact] = {}
 
-    def visit(item: Found) -> None:
+    def visit(item: StoredArtefact) -> None:
         if item.folder in found or not item.exists:
             return
         for folder in inputs(item):
-            visit(Found(item.results, folder))
+            visit(StoredArtefact(item.results, folder))
         found[item.folder] = item
 
     visit(report)
     return found
 
 
-def of_artefact(item: Found, items: dict[str, Found], group: str, generation: int) -> Record:
+def of_artefact(item: StoredArtefact, items: dict[str, StoredArtefact], group: str, generation: int) -> Record:
     """The run of a stage: its id is the artefact's key, its config what the key is made of."""
     made = item.provenance
     origin = {name: made[name] for name in ("start", "git_commit", "device", "machine", "versions")}
@@ -141,7 +141,7 @@ def of_artefact(item: Found, items: dict[str, Found], group: str, generation: in
     )
 
 
-def of_row(row: dict, run: dict, items: dict[str, Found], group: str, generation: int) -> Record:
+def of_row(row: dict, run: dict, items: dict[str, StoredArtefact], group: str, generation: int) -> Record:
     """The run of an experiment: the configuration of all its stages, and its row of runs.csv as the summary.
 
     row: of the table; run: the same one's entry in the report's configuration. A run of W&B is in one group, so an
@@ -168,7 +168,7 @@ def of_row(row: dict, run: dict, items: dict[str, Found], group: str, generation
     )
 
 
-def of_page(report: Found, items: dict[str, Found], group: str, generation: int) -> Record:
+def of_page(report: StoredArtefact, items: dict[str, StoredArtefact], group: str, generation: int) -> Record:
     """The run of a report: its table and those of its figures, and the figures."""
     described = report.described["config"]
     config = {"study": group, "caption": described["caption"], "artefact": report.folder, "key": report.key}
@@ -197,12 +197,12 @@ def of_page(report: Found, items: dict[str, Found], group: str, generation: int)
     )
 
 
-def resolved(run: dict, own: Iterable[Found], items: dict[str, Found]) -> dict:
+def resolved(run: dict, own: Iterable[StoredArtefact], items: dict[str, StoredArtefact]) -> dict:
     """An experiment's configuration: each group with every key that one of its stages read, upstream ones included."""
     groups = {name: dict(run[name]) for name in ("quantization", "allocation", "pruning")}
     if run["is_reference"]:
         groups.pop("allocation")  # nothing is allocated
-    stages: dict[str, Found] = {}
+    stages: dict[str, StoredArtefact] = {}
     for item in own:
         stages |= ordered(item)
     for folder in stages:
@@ -211,7 +211,7 @@ def resolved(run: dict, own: Iterable[Found], items: dict[str, Found]) -> dict:
     return {**groups, "seed": run["seed"]}
 
 
-def cost(item: Found) -> dict:
+def cost(item: StoredArtefact) -> dict:
     """What making an artefact took, and the bytes of its files."""
     made = item.provenance
     found = {name: made[name] for name in ("seconds", "peak_memory_bytes")}
@@ -230,14 +230,14 @@ def numbers(value: dict) -> dict:
     return found
 
 
-def training(model: Found) -> list[dict]:
+def training(model: StoredArtefact) -> list[dict]:
     """The loss curve of a model that was trained here."""
     path = model.path / "training.csv"
     rows = pd.read_csv(path).to_dict("records") if path.is_file() else []
     return [{f"training/{name}": value for name, value in row.items() if pd.notna(value)} for row in rows]
 
 
-def by_layer(own: dict[str, Found], layers: tuple[int, ...]) -> list[dict]:
+def by_layer(own: dict[str, StoredArtefact], layers: tuple[int, ...]) -> list[dict]:
     """A row for each MoE layer: mean bits, what quantizing it changed on the calibration text, and the selections that
     differ from 16 bits on the test text. own: stage -> artefact; layers: the numbers of the MoE layers, () where unknown."""
     rows: dict[int, dict] = {}
@@ -258,13 +258,13 @@ def by_layer(own: dict[str, Found], layers: tuple[int, ...]) -> list[dict]:
     return [{"layer": layer, **rows[layer]} for layer in sorted(rows)]
 
 
-def bits_of(allocation: Found) -> Iterator[tuple[int, list[int]]]:
+def bits_of(allocation: StoredArtefact) -> Iterator[tuple[int, list[int]]]:
     """Every MoE layer's number with the widths of its experts."""
     found = read_json(allocation.path / "allocation.json")
     return zip(found["layers"], found["bits"], strict=True)
 
 
-def moe_layers(item: Found) -> tuple[int, ...]:
+def moe_layers(item: StoredArtefact) -> tuple[int, ...]:
     """Numbers of the MoE layers of the model behind an artefact; () where there is none, or its files are gone."""
     models = [found.path for found in ordered(item).values() if found.stage == "model"]
     return _moe_layers(models[0]) if models else ()
@@ -278,8 +278,8 @@ def _moe_layers(model: Path) -> tuple[int, ...]:
         return ()
 
 
-def pictures(own: dict[str, Found]) -> dict:
-    """Of an allocation, or of an experiment that has one, the heat map of its bits and the same as a table."""
+def pictures(own: dict[str, StoredArtefact]) -> dict:
+    """The allocation among these artefacts (stage -> artefact) as a heat map of its bits and as a table; {} without one."""
     if "allocation" not in own:
         return {}
     layers, bits_LE = zip(*bits_of(own["allocation"]), strict=True)
@@ -293,7 +293,7 @@ def heat_map(allocation: Path) -> np.ndarray:
     """The widths of an allocation's experts as a picture, `[height, width, RGBA]`."""
     from moepress.report import heatmaps, style  # matplotlib: only where something is drawn
 
-    layers, bits_LE = zip(*bits_of(Found(allocation.parent.parent, f"allocation/{allocation.name}")), strict=True)
+    layers, bits_LE = zip(*bits_of(StoredArtefact(allocation.parent.parent, f"allocation/{allocation.name}")), strict=True)
     with style.plt.rc_context({**style.RC, "figure.dpi": style.RC["savefig.dpi"]}):
         figure = heatmaps.allocation(allocation.name.rpartition("-")[0], bits_LE, layers)
         figure.canvas.draw()

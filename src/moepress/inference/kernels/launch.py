@@ -19,8 +19,8 @@ DECODE_TOKENS = 16
 
 @dataclass(frozen=True)
 class Tile:
-    """Of a program: rows of the matrix, slots, tiles of columns at a time (more than one only for one slot), warps, and stages
-    of its loop. These were chosen by the compiled code (registers, instructions a weight), not yet by the clock."""
+    """What one program takes: rows of the matrix, slots, tiles of columns at a time (more than one only for one slot), warps,
+    and stages of its loop. These were chosen by the compiled code (registers, instructions a weight), not yet by the clock."""
 
     rows: int
     slots: int
@@ -49,7 +49,7 @@ def tile_for(x_TC: torch.Tensor, slots_per_matrix: float) -> Tile:
 
 
 def _shared_bytes(tile: Tile, itemsize: int) -> int:
-    """Of the inputs and the codes, these at 8 bits, in all stages of the loop."""
+    """Bytes of shared memory for the inputs and the codes (at 8 bits) in all stages of the loop."""
     return tile.stages * layout.CHUNK * layout.PLANE * (tile.slots * itemsize + tile.rows)
 
 
