@@ -60,6 +60,17 @@ CONFIGS = {
     "glm4_moe_lite": {**MLA, **DENSE_FIRST, **SIGMOID},
     "solar_open": {**SIGMOID, "moe_intermediate_size": 32, "head_dim": 16},
     "dots1": {**DENSE_FIRST, **SIGMOID, "head_dim": 16},
+    "exaone_moe": {
+        **DENSE_FIRST,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "num_shared_experts": 1,
+        "routed_scaling_factor": 2.5,
+        **GROUPED,
+        "head_dim": 16,
+        "sliding_window": 8,
+        "sliding_window_pattern": 2,
+    },
     "ernie4_5_moe": {
         "intermediate_size": 96,
         "moe_intermediate_size": 32,

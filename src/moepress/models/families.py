@@ -87,6 +87,11 @@ FAMILIES = {
     "glm4_moe_lite": Family(**_SIGMOID),
     "solar_open": Family(**_SIGMOID),
     "dots1": Family(**_SIGMOID),
+    "exaone_moe": Family(
+        correction="gate.e_score_correction_bias",
+        scores="sigmoid",
+        renames=((r"^mlp\.e_score_correction_bias$", "mlp.gate.e_score_correction_bias"),),
+    ),
     "ernie4_5_moe": Family(
         num_experts="moe_num_experts",
         top_k="moe_k",
