@@ -71,6 +71,14 @@ CONFIGS = {
         "sliding_window": 8,
         "sliding_window_pattern": 2,
     },
+    "hy_v3": {
+        "intermediate_size": 96,
+        "moe_intermediate_size": 32,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "num_shared_experts": 1,
+        "head_dim": 16,
+    },
     "ernie4_5_moe": {
         "intermediate_size": 96,
         "moe_intermediate_size": 32,

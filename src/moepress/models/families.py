@@ -92,6 +92,15 @@ FAMILIES = {
         scores="sigmoid",
         renames=((r"^mlp\.e_score_correction_bias$", "mlp.gate.e_score_correction_bias"),),
     ),
+    "hy_v3": Family(
+        correction="e_score_correction_bias",
+        scores="sigmoid",
+        renames=(
+            (r"^mlp\.router\.gate\.", "mlp.gate."),
+            (r"^mlp\.expert_bias$", "mlp.e_score_correction_bias"),
+            (r"^mlp\.shared_mlp\.", "mlp.shared_experts."),
+        ),
+    ),
     "ernie4_5_moe": Family(
         num_experts="moe_num_experts",
         top_k="moe_k",
