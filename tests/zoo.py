@@ -79,6 +79,16 @@ CONFIGS = {
         "num_shared_experts": 1,
         "head_dim": 16,
     },
+    "mellum": {
+        "intermediate_size": 96,
+        "moe_intermediate_size": 32,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "head_dim": 16,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "mlp_layer_types": ["sparse", "dense", "sparse"],
+    },
     "ernie4_5_moe": {
         "intermediate_size": 96,
         "moe_intermediate_size": 32,

@@ -101,6 +101,7 @@ FAMILIES = {
             (r"^mlp\.shared_mlp\.", "mlp.shared_experts."),
         ),
     ),
+    "mellum": Family(),
     "ernie4_5_moe": Family(
         num_experts="moe_num_experts",
         top_k="moe_k",
