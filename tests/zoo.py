@@ -44,6 +44,18 @@ CONFIGS = {
         "norm_topk_prob": True,
         "head_dim": 16,
     },
+    "qwen3_next": {
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 64,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "head_dim": 16,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    },
     "olmoe": {"intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 3},
     "deepseek_v2": {
         **MLA,

@@ -11,6 +11,8 @@ from math import gcd
 
 from moepress.schema.values import MOST_EXPERTS, MOST_LAYERS
 
+ATTENTION = "self_attn"
+
 
 @dataclass(frozen=True)
 class Family:
@@ -19,8 +21,9 @@ class Family:
     num_experts, intermediate_size, top_k: their keys in config.json.
     block: the MoE block's path inside a decoder layer (a dense layer has its MLP there). router: within the block.
     router_weight: within the router. correction: a bias within the block that only the selection sees.
-    scores: what the correction is added to, softmax or sigmoid of the logits. unquantized: linears of the block that stay
-    at 16 bits. residual_scale: the layer's attribute that scales what the block adds. returns_tuple: the block's output is one.
+    scores: what the correction is added to, softmax or sigmoid of the logits. attention: modules that mix positions, of which
+    a layer has one. unquantized: linears of a layer that stay at 16 bits. residual_scale: the layer's attribute that scales
+    what the block adds. returns_tuple: the block's output is one.
     gate, up, down: an expert's matrices on disk; with `fused` they are `(gate and up, down)` of all experts in 3-D tensors.
     disk_block: the block's path on disk where it is another. renames: regex on disk -> name in the module, within a layer.
     """
@@ -33,6 +36,7 @@ class Family:
     router_weight: str = "weight"
     correction: str | None = None
     scores: str = "softmax"
+    attention: tuple[str, ...] = (ATTENTION,)
     unquantized: tuple[str, ...] = ()
     residual_scale: str | None = None
     returns_tuple: bool = False
@@ -61,7 +65,6 @@ class Family:
         return getattr(layer.get_submodule(owner), name) if self.correction else None
 
 
-ATTENTION = "self_attn"
 _W123: dict = {
     "intermediate_size": "intermediate_size",
     "num_experts": "num_local_experts",
@@ -78,8 +81,11 @@ FAMILIES = {
     "minimax_m2": Family(
         **_W123, correction="e_score_correction_bias", scores="sigmoid", renames=((r"^block_sparse_moe\.", "mlp."),)
     ),
-    "qwen2_moe": Family(unquantized=("shared_expert_gate",)),
+    "qwen2_moe": Family(unquantized=("mlp.shared_expert_gate",)),
     "qwen3_moe": Family(),
+    "qwen3_next": Family(
+        attention=(ATTENTION, "linear_attn"), unquantized=("mlp.shared_expert_gate", "linear_attn.in_proj_ba")
+    ),
     "olmoe": Family(intermediate_size="intermediate_size"),
     "deepseek_v2": Family(num_experts="n_routed_experts"),
     "deepseek_v3": Family(**_SIGMOID),
@@ -335,7 +341,7 @@ def known_shape(shape: Shape, name: str) -> tuple[int, ...] | None:
     module = module_name(family, in_layer(name) or name)
     if module == f"{family.router_path}.{family.router_weight}":
         return (shape.num_experts, H)
-    if module in [f"{family.block}.{name}.weight" for name in family.unquantized]:
+    if module.removesuffix(".weight") in family.unquantized:  # a gate: few rows
         return (1, H)
     return (H,) if "norm" in module or not module.endswith(".weight") else None
 
@@ -353,9 +359,9 @@ def kind_of(family: Family, name: str, shape: tuple[int, ...] | list[int], group
 
 def linear_kind(family: Family, module: str, columns: int, group_size: int) -> str:
     """The same for a linear module of a decoder layer with `columns` inputs: `attention`, `shared` or `rest`."""
-    kept = (family.router_path, *(f"{family.block}.{name}" for name in family.unquantized))
+    kept = (family.router_path, *family.unquantized)
     if group_of(columns, group_size) < SMALLEST_GROUP or any(module == k or module.startswith(k + ".") for k in kept):
         return "rest"
-    if module.startswith(ATTENTION + "."):
+    if module.startswith(tuple(f"{name}." for name in family.attention)):
         return "attention"
     return "shared" if module.startswith(family.block + ".") else "rest"
