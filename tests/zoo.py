@@ -109,6 +109,18 @@ CONFIGS = {
         "moe_num_shared_experts": 2,
         "moe_layer_start_index": 1,
     },
+    "laguna": {
+        "intermediate_size": 96,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_routed_scaling_factor": 2.5,
+        "head_dim": 16,
+        "sliding_window": 8,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        "num_attention_heads_per_layer": [4, 6, 4],
+    },
     "hunyuan_v1_moe": {"intermediate_size": 32, "num_experts": 4, "moe_topk": 2, "head_dim": 16},
     "granitemoe": {
         "intermediate_size": 32,

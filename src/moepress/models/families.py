@@ -114,6 +114,14 @@ FAMILIES = {
         correction="gate.moe_statics.e_score_correction_bias",
         renames=((r"^mlp\.moe_statics\.", "mlp.gate.moe_statics."),),
     ),
+    "laguna": Family(
+        correction="gate.e_score_correction_bias",
+        scores="sigmoid",
+        renames=(
+            (r"^mlp\.experts\.e_score_correction_bias$", "mlp.gate.e_score_correction_bias"),
+            (r"^mlp\.shared_expert\.", "mlp.shared_experts."),
+        ),
+    ),
     "hunyuan_v1_moe": Family(intermediate_size="intermediate_size", top_k="moe_topk", router_weight="wg.weight"),
     "granitemoe": Family(
         num_experts="num_local_experts",
