@@ -114,6 +114,7 @@ FAMILIES = {
         correction="gate.moe_statics.e_score_correction_bias",
         renames=((r"^mlp\.moe_statics\.", "mlp.gate.moe_statics."),),
     ),
+    "cohere2_moe": Family(intermediate_size="intermediate_size", scores="sigmoid"),
     "laguna": Family(
         correction="gate.e_score_correction_bias",
         scores="sigmoid",
