@@ -144,11 +144,11 @@ def test_the_chain(zoo, family, tmp_path):
     last = Streams(tmp_path / "hidden", ("x", "x_hat"), (*TOKENS.shape, shape.hidden_size))
     model = load_model(out, "cpu", torch.float32)
     seen = []
-    model.model.norm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model.model.get_submodule(stream.family.norm).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     model(TOKENS)
     assert torch.equal(seen[0], last["x_hat"]), off_by(seen[0], last["x_hat"])
     original = load_model(zoo(family), "cpu", torch.float32)
-    original.model.norm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    original.model.get_submodule(stream.family.norm).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     original(TOKENS)
     assert torch.allclose(seen[1], last["x"], atol=1e-3, rtol=1e-3)
 

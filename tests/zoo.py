@@ -136,6 +136,15 @@ CONFIGS = {
         "layer_types": ["full_attention", "sliding_attention", "full_attention"],
         "num_attention_heads_per_layer": [4, 6, 4],
     },
+    "lfm2_moe": {
+        "intermediate_size": 96,
+        "moe_intermediate_size": 32,
+        "num_dense_layers": 1,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "layer_types": ["conv", "full_attention", "conv"],
+        "tie_word_embeddings": False,
+    },
     "hunyuan_v1_moe": {"intermediate_size": 32, "num_experts": 4, "moe_topk": 2, "head_dim": 16},
     "granitemoe": {
         "intermediate_size": 32,

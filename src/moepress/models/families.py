@@ -22,8 +22,8 @@ class Family:
     block: the MoE block's path inside a decoder layer (a dense layer has its MLP there). router: within the block.
     router_weight: within the router. correction: a bias within the block that only the selection sees.
     scores: what the correction is added to, softmax or sigmoid of the logits. attention: modules that mix positions, of which
-    a layer has one. unquantized: linears of a layer that stay at 16 bits. residual_scale: the layer's attribute that scales
-    what the block adds. returns_tuple: the block's output is one.
+    a layer has one. norm, rotary: the last norm and the positions, beside the layers. unquantized: linears of a layer that stay
+    at 16 bits. residual_scale: the layer's attribute that scales what the block adds. returns_tuple: the block's output is one.
     gate, up, down: an expert's matrices on disk; with `fused` they are `(gate and up, down)` of all experts in 3-D tensors.
     disk_block: the block's path on disk where it is another. renames: regex on disk -> name in the module, within a layer.
     """
@@ -37,6 +37,8 @@ class Family:
     correction: str | None = None
     scores: str = "softmax"
     attention: tuple[str, ...] = (ATTENTION,)
+    norm: str = "norm"
+    rotary: str = "rotary_emb"
     unquantized: tuple[str, ...] = ()
     residual_scale: str | None = None
     returns_tuple: bool = False
@@ -122,6 +124,17 @@ FAMILIES = {
             (r"^mlp\.experts\.e_score_correction_bias$", "mlp.gate.e_score_correction_bias"),
             (r"^mlp\.shared_expert\.", "mlp.shared_experts."),
         ),
+    ),
+    "lfm2_moe": Family(
+        block="feed_forward",
+        norm="embedding_norm",
+        rotary="pos_emb",
+        attention=(ATTENTION, "conv"),
+        correction="expert_bias",
+        scores="sigmoid",
+        gate="w1",
+        up="w3",
+        down="w2",
     ),
     "hunyuan_v1_moe": Family(intermediate_size="intermediate_size", top_k="moe_topk", router_weight="wg.weight"),
     "granitemoe": Family(

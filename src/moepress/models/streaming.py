@@ -65,6 +65,11 @@ class ModelStream:
         self._arguments: dict[int, list[dict]] = {}
 
     @property
+    def norm(self) -> nn.Module:
+        """The last one."""
+        return self.body.get_submodule(self.family.norm)
+
+    @property
     def storage_dtype(self) -> torch.dtype:
         """The dtype of the checkpoint: that of its embedding."""
         return DTYPES[self.entries["model.embed_tokens.weight"].dtype]
@@ -220,10 +225,11 @@ class ModelStream:
         weight = self.read(["model.embed_tokens.weight"])["model.embed_tokens.weight"]
         N, S = token_ids_NS.shape
         out = torch.empty(N, S, self.shape.hidden_size) if out_NSH is None else out_NSH
-        keep = (self.body.layers, self.body.norm, self.body.embed_tokens)
+        keep, norm = (self.body.layers, self.body.embed_tokens), self.norm
         notes = [Note() for _ in keep[0]]
         self._place_positions()
-        self.body.layers, self.body.norm = nn.ModuleList(notes), nn.Identity()
+        self.body.layers = nn.ModuleList(notes)
+        self.body.set_submodule(self.family.norm, nn.Identity())
         self.body.embed_tokens = Embedding(weight, self.device, self.dtype)
         try:
             for part in _parts(N, S):
@@ -233,7 +239,8 @@ class ModelStream:
                 self.body(input_ids=token_ids_NS[:1].to(self.device), use_cache=False)
                 self._arguments[S] = [note.arguments for note in notes]
         finally:
-            self.body.layers, self.body.norm, self.body.embed_tokens = keep
+            self.body.layers, self.body.embed_tokens = keep
+            self.body.set_submodule(self.family.norm, norm)
         return out
 
     def logits(self, x_NSH: torch.Tensor) -> torch.Tensor:
@@ -251,13 +258,14 @@ class ModelStream:
 
     def _place_positions(self) -> None:
         """The rotary embedding: computed, not stored."""
-        if any(buffer.is_meta for buffer in self.body.rotary_emb.buffers()):
-            self.body.rotary_emb = type(self.body.rotary_emb)(config=self.config).to(self.device)
+        rotary = self.body.get_submodule(self.family.rotary)
+        if any(buffer.is_meta for buffer in rotary.buffers()):
+            self.body.set_submodule(self.family.rotary, type(rotary)(config=self.config).to(self.device))
 
     def _load_head(self) -> None:
         """The last norm and the head, which may be the embedding's."""
         tied = "lm_head.weight" not in self.entries
-        for module, prefix in ((self.body.norm, "model.norm."), (self.skeleton.lm_head, "lm_head.")):
+        for module, prefix in ((self.norm, f"model.{self.family.norm}."), (self.skeleton.lm_head, "lm_head.")):
             if not any(tensor.is_meta for tensor in module.state_dict().values()):
                 continue
             found = self.read([name for name in self.entries if name.startswith(prefix)])
