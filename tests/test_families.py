@@ -159,7 +159,10 @@ def test_the_chain(zoo, family, tmp_path):
     assert sum(tensor.nbytes for tensor in stored) == predicted
     linears = {n for n, m in original.named_modules() if isinstance(m, torch.nn.Linear) and n.startswith("model.layers.")}
     kept = linears - set(modules)
-    assert all(name.endswith(("gate", "gate.wg", "router", "shared_expert_gate", "in_proj_ba")) for name in kept), kept
+    assert all(
+        name.endswith(("gate", "gate.wg", "router", "shared_expert_gate", "in_proj_ba", "in_proj_a", "in_proj_b"))
+        for name in kept
+    ), kept
 
     for checkpoint in (model, original):
         plain = checkpoint(TOKENS).logits
@@ -174,6 +177,19 @@ def test_the_chain(zoo, family, tmp_path):
 def test_first_generation_deepseek_against_plain_torch(zoo):
     model = load_model(zoo("deepseek"), "cpu", torch.float32)
     assert torch.allclose(model(TOKENS).logits, plain_deepseek(zoo("deepseek"))(TOKENS).logits, atol=1e-4, rtol=1e-3)
+
+
+@torch.inference_mode()
+def test_a_text_model_is_read_out_of_a_larger_one(zoo, tmp_path):
+    """The same tensors and logits as of the text model alone, whose experts lie one by one; nothing of what sees pictures."""
+    models = {family: load_model(zoo(family))(TOKENS).logits for family in ("qwen3_5_moe", "qwen3_5_moe_text")}
+    assert torch.equal(*models.values())
+    sizes = [folders.num_weights(zoo(family)) for family in models]
+    assert sizes[0] == sizes[1]
+    config = json.loads((zoo("qwen3_5_moe") / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"text_config": None}))
+    with pytest.raises(ValueError, match=r"model\.path: config\.json lacks text_config"):
+        folders.read_shape(tmp_path, "model.path")
 
 
 def test_groups_that_fit_no_row_are_refused():

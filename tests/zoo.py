@@ -56,6 +56,18 @@ CONFIGS = {
         "linear_value_head_dim": 16,
         "layer_types": ["linear_attention", "full_attention", "linear_attention"],
     },
+    "qwen3_5_moe_text": {
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 64,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "head_dim": 16,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    },
     "olmoe": {"intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 3},
     "deepseek_v2": {
         **MLA,
@@ -164,7 +176,7 @@ CONFIGS = {
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     },
 }
-ZOO = (*CONFIGS, "deepseek")
+ZOO = (*CONFIGS, "deepseek", "qwen3_5_moe")
 
 
 def write_zoo_model(folder, family: str, seed: int = 0):
@@ -173,6 +185,8 @@ def write_zoo_model(folder, family: str, seed: int = 0):
 
     if family == "deepseek":
         return write_deepseek(folder, seed)
+    if family == "qwen3_5_moe":
+        return write_qwen3_5(folder, seed)
     torch.manual_seed(seed)
     config = CONFIG_MAPPING[family](**COMMON | CONFIGS[family])
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -183,6 +197,28 @@ def write_zoo_model(folder, family: str, seed: int = 0):
             elif "norm" in name:
                 tensor.copy_(1 + torch.randn(tensor.shape) * 0.1)
     model.save_pretrained(folder)
+    return folder
+
+
+def write_qwen3_5(folder, seed: int):
+    """Qwen3.5 as it is published: the text model a level deeper, its experts fused; beside it what sees pictures and what
+    predicts more tokens."""
+    write_zoo_model(folder, "qwen3_5_moe_text", seed)
+    tensors, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+    for at in (f"model.layers.{layer}.mlp.experts" for layer in range(3)):
+        gate, up, down = (
+            torch.stack([tensors.pop(f"{at}.{expert}.{part}_proj.weight") for expert in range(8)])
+            for part in ("gate", "up", "down")
+        )
+        tensors |= {f"{at}.gate_up_proj": torch.cat([gate, up], 1), f"{at}.down_proj": down}
+    tensors = {name.replace("model.", "model.language_model.", 1): tensor for name, tensor in tensors.items()}
+    tensors |= {
+        "model.visual.pos_embed.weight": torch.zeros(4, 8),
+        "mtp.layers.0.mlp.experts.gate_up_proj": torch.zeros(8, 64, 64),
+    }
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    outer = {"architectures": ["Qwen3_5MoeForConditionalGeneration"], "model_type": "qwen3_5_moe", "tie_word_embeddings": False}
+    (folder / "config.json").write_text(json.dumps(outer | {"text_config": config, "vision_config": {"depth": 1}}))
     return folder
 
 

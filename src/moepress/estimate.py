@@ -18,7 +18,7 @@ from moepress.artefacts import read_config, read_json
 from moepress.dag import distill_sequences, is_decomposed
 from moepress.integrity import PROVENANCE
 from moepress.models import outline as outlines
-from moepress.models.families import FAMILIES, in_layer, kind_of
+from moepress.models.families import FAMILIES, in_layer, kind_of, standard_config
 from moepress.models.folders import locate
 from moepress.models.limits import TOKENS_AT_ONCE, curvature_bytes, experts_at_once, kept_bytes
 from moepress.models.outline import Outline
@@ -105,7 +105,7 @@ def running(model: Outline) -> int:
 
 def widest_linear(model: Outline) -> int:
     """Inputs of the widest linear outside the experts; from config.json where the shapes are estimated."""
-    config, family = model.config, FAMILIES[model.shape.family]
+    config, family = standard_config(model.config, "model"), FAMILIES[model.shape.family]
     if not model.is_estimate:
         linears = ((name, entry.shape) for name, entry in model.tensors.items() if len(entry.shape) == 2)
         return max(size[1] for name, size in linears if kind_of(family, name, size, 8) in ("attention", "shared"))

@@ -5,7 +5,7 @@ FAMILIES; `tests/test_families.py` proves it against transformers' own forward.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from math import gcd
 
@@ -24,7 +24,8 @@ class Family:
     scores: what the correction is added to, softmax or sigmoid of the logits. attention: modules that mix positions, of which
     a layer has one. norm, rotary: the last norm and the positions, beside the layers. unquantized: linears of a layer that stay
     at 16 bits. residual_scale: the layer's attribute that scales what the block adds. returns_tuple: the block's output is one.
-    gate, up, down: an expert's matrices on disk; with `fused` they are `(gate and up, down)` of all experts in 3-D tensors.
+    gate, up, down: an expert's matrices on disk; where those named by `fused` are there, `(gate and up, down)` of all experts
+    in 3-D tensors, they stand for them.
     disk_block: the block's path on disk where it is another. renames: regex on disk -> name in the module, within a layer.
     """
 
@@ -87,6 +88,11 @@ FAMILIES = {
     "qwen3_moe": Family(),
     "qwen3_next": Family(
         attention=(ATTENTION, "linear_attn"), unquantized=("mlp.shared_expert_gate", "linear_attn.in_proj_ba")
+    ),
+    "qwen3_5_moe_text": Family(
+        attention=(ATTENTION, "linear_attn"),
+        unquantized=("mlp.shared_expert_gate", "linear_attn.in_proj_a", "linear_attn.in_proj_b"),
+        fused=("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
     ),
     "olmoe": Family(intermediate_size="intermediate_size"),
     "deepseek_v2": Family(num_experts="n_routed_experts"),
@@ -158,26 +164,64 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class Dialect:
-    """A model type that transformers does not have, said in one that it has, with the same logits.
+    """A model type that is said in the words of a family, with the same logits.
 
-    renames: regex -> name, on disk. doubled: regex of the tensors that are taken twice. zeros: name within a MoE layer ->
-    config -> shape of a tensor to add.
+    config: config.json and the configuration's key -> config.json in the family's words. renames: regex -> name, on disk.
+    doubled: regex of the tensors that are taken twice. zeros: name within a MoE layer -> config -> shape of a tensor to add.
     """
 
     family: str
+    config: Callable[[dict, str], dict]
     renames: tuple[tuple[str, str], ...]
-    doubled: str
+    doubled: str | None = None
     zeros: dict = field(default_factory=dict)
+
+
+def _deepseek_config(config: dict, key: str) -> dict:
+    odd = {
+        "attention_bias": config.get("attention_bias", False) is not False,
+        "scoring_func": config.get("scoring_func", "softmax") != "softmax",
+        "n_shared_experts": not config.get("n_shared_experts"),
+        "n_routed_experts": not config.get("n_routed_experts"),
+    }
+    for name, is_odd in odd.items():
+        if is_odd:
+            raise ValueError(f"{key}: config.json has {name}={config.get(name)!r}, which is not handled for this model type")
+    sparse = range(config.get("first_k_dense_replace", 0), config["num_hidden_layers"])
+    sparse = [layer for layer in sparse if layer % config.get("moe_layer_freq", 1) == 0]
+    dropped = ("auto_map", "n_routed_experts", "n_shared_experts", "first_k_dense_replace", "moe_layer_freq", "scoring_func")
+    return {name: value for name, value in config.items() if name not in dropped} | {
+        "model_type": "qwen2_moe",
+        "architectures": ["Qwen2MoeForCausalLM"],
+        "num_experts": config["n_routed_experts"],
+        "shared_expert_intermediate_size": config["moe_intermediate_size"] * config["n_shared_experts"],
+        "mlp_only_layers": [layer for layer in range(config["num_hidden_layers"]) if layer not in sparse],
+        "decoder_sparse_step": 1,
+        "qkv_bias": False,
+        "use_sliding_window": False,
+    }
+
+
+def _qwen3_5_config(config: dict, key: str) -> dict:
+    text = config.get("text_config")
+    if not isinstance(text, dict):
+        raise ValueError(f"{key}: config.json lacks text_config, which a qwen3_5_moe model must give")
+    tied = config.get("tie_word_embeddings", False)
+    named = {"model_type": "qwen3_5_moe_text", "architectures": ["Qwen3_5MoeForCausalLM"], "tie_word_embeddings": tied}
+    return text | named
 
 
 DIALECTS = {
     # DeepSeek-MoE-16B is Qwen2-MoE with an open gate on its shared experts: sigmoid(0) = 1/2 of twice the down projection.
     "deepseek": Dialect(
         "qwen2_moe",
+        _deepseek_config,
         renames=((r"\.mlp\.shared_experts\.", ".mlp.shared_expert."),),
         doubled=r"\.mlp\.shared_experts\.down_proj\.weight$",
         zeros={"mlp.shared_expert_gate.weight": lambda config: (1, config["hidden_size"])},
-    )
+    ),
+    # The text model inside a vision-language one.
+    "qwen3_5_moe": Dialect("qwen3_5_moe_text", _qwen3_5_config, renames=((r"^model\.language_model\.", "model."),)),
 }
 ALIASES = {
     "num_experts": ("num_local_experts",),
@@ -194,30 +238,8 @@ HANDLED = tuple(sorted([*FAMILIES, *DIALECTS]))
 def standard_config(config: dict, key: str) -> dict:
     """config.json in the words of a model type of transformers; ValueError where the dialect says what that cannot."""
     config = {name: value for name, value in config.items() if name != "quantization_config"}
-    if config.get("model_type") not in DIALECTS:
-        return config
-    odd = {
-        "attention_bias": config.get("attention_bias", False) is not False,
-        "scoring_func": config.get("scoring_func", "softmax") != "softmax",
-        "n_shared_experts": not config.get("n_shared_experts"),
-        "n_routed_experts": not config.get("n_routed_experts"),
-    }
-    for name, is_odd in odd.items():
-        if is_odd:
-            raise ValueError(f"{key}: config.json has {name}={config.get(name)!r}, which is not handled for this model type")
-    sparse = range(config.get("first_k_dense_replace", 0), config["num_hidden_layers"])
-    sparse = [layer for layer in sparse if layer % config.get("moe_layer_freq", 1) == 0]
-    dropped = ("auto_map", "n_routed_experts", "n_shared_experts", "first_k_dense_replace", "moe_layer_freq", "scoring_func")
-    return {name: value for name, value in config.items() if name not in dropped} | {
-        "model_type": DIALECTS[config["model_type"]].family,
-        "architectures": ["Qwen2MoeForCausalLM"],
-        "num_experts": config["n_routed_experts"],
-        "shared_expert_intermediate_size": config["moe_intermediate_size"] * config["n_shared_experts"],
-        "mlp_only_layers": [layer for layer in range(config["num_hidden_layers"]) if layer not in sparse],
-        "decoder_sparse_step": 1,
-        "qkv_bias": False,
-        "use_sliding_window": False,
-    }
+    dialect = DIALECTS.get(config.get("model_type", ""))
+    return dialect.config(config, key) if dialect else config
 
 
 @dataclass(frozen=True)
@@ -300,7 +322,7 @@ def is_foreign(config: dict) -> bool:
 def is_doubled(config: dict, stored_name: str) -> bool:
     """Whether a tensor is taken twice on its way into its family's words."""
     dialect = DIALECTS.get(config.get("model_type", ""))
-    return dialect is not None and re.search(dialect.doubled, stored_name) is not None
+    return bool(dialect and dialect.doubled and re.search(dialect.doubled, stored_name))
 
 
 def group_of(columns: int, group_size: int) -> int:
@@ -342,12 +364,12 @@ def module_name(family: Family, name: str) -> str:
 
 def is_expert_matrix(family: Family, name: str) -> bool:
     """Whether an on-disk name is one of a routed expert's matrices (or that of all experts together)."""
-    inside = in_layer(name)
-    if inside is None:
-        return False
-    if family.fused:
-        return inside in family.fused
-    return re.search(r"\.experts\.\d+\.", inside) is not None
+    return is_fused(family, name) or re.search(r"\.experts\.\d+\.", in_layer(name) or "") is not None
+
+
+def is_fused(family: Family, name: str) -> bool:
+    """Whether an on-disk name is that of all experts' matrices together."""
+    return family.fused is not None and in_layer(name) in family.fused
 
 
 def known_shape(shape: Shape, name: str) -> tuple[int, ...] | None:
@@ -355,9 +377,10 @@ def known_shape(shape: Shape, name: str) -> tuple[int, ...] | None:
     embedding's, a vector's; None for the other linears."""
     family, H, I = FAMILIES[shape.family], shape.hidden_size, shape.intermediate_size
     if is_expert_matrix(family, name):
-        is_down = name.endswith(family.fused[1] if family.fused else f".{family.down}.weight")
-        one = (H, I) if is_down else (2 * I, H) if family.fused else (I, H)
-        return (shape.num_experts, *one) if family.fused else one
+        fused = family.fused if is_fused(family, name) else None
+        is_down = name.endswith(fused[1] if fused else f".{family.down}.weight")
+        one = (H, I) if is_down else (2 * I, H) if fused else (I, H)
+        return (shape.num_experts, *one) if fused else one
     if name.endswith(("embed_tokens.weight", "head.weight")):
         return (shape.vocab_size, H)
     module = module_name(family, in_layer(name) or name)

@@ -6,6 +6,7 @@ that is yet to be trained or carved.
 """
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -114,6 +115,7 @@ def from_index(folder: Path, key: str) -> Outline:
     widths = stored_widths(index["weight_map"], ITEM_BYTES[dtype])
     names = {name: families.standard_name(config["model_type"], name) for name in widths}
     shape = families.shape_of(config, key, names.values())
+    names = {name: re.sub(r"^mtp\.layers\.", "model.layers.", standard) for name, standard in names.items()}
     known = {name: families.known_shape(shape, standard) for name, standard in names.items()}
     found = {name: Entry(None, name, dtype, size) for name, size in known.items() if size}
     left = total - sum(widths[name] * entry.numel for name, entry in found.items())

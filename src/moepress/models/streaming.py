@@ -157,8 +157,10 @@ class ModelStream:
     def expert_tensors(self, index: int) -> list[tuple[list[Stored], Stored]]:
         """Each expert's gate-up rows `[2I, H]`, in one part or two, and its down projection `[H, I]`, as stored."""
         prefix, family, E = layer_prefix(index), self.family, self.shape.num_experts
-        if family.fused:
-            names = [prefix + name for name in family.fused]
+        together = [prefix + name for name in family.fused or ()]
+        is_fused = any(name in self.entries for name in together)
+        if is_fused:
+            names = together
         else:
             each = [
                 [f"{prefix}{family.experts_on_disk}.{e}.{m}.weight" for m in (family.gate, family.up, family.down)]
@@ -168,7 +170,7 @@ class ModelStream:
         if missing := [name for name in names if name not in self.entries]:
             raise ValueError(f"{self.folder}: the checkpoint lacks the tensor {missing[0]}")
         found = self.read(names)
-        if not family.fused:
+        if not is_fused:
             return [([found[gate], found[up]], found[down]) for gate, up, down in each]
         gate_up, down = found.values()
         if self.body.layers[index].get_submodule(family.experts).is_transposed:  # mxfp4 has its rows as we have
