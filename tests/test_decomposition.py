@@ -62,10 +62,9 @@ def test_forced_experts_get_the_weights_of_the_model(family):
         config = model.config
         for logits, weights, index in seen:
             scores = stream.scores(logits).gather(1, index.long())
-            is_plain = name in ("deepseek_v2", "qwen2_moe", "olmoe", "glm4_moe", "deepseek_v3", "dots1", "qwen3_moe")
-            renormalizes = not is_plain or (name != "deepseek_v2" and config.norm_topk_prob)
+            renormalizes = name != "deepseek_v2" and getattr(config, "norm_topk_prob", True)
             expected = scores / scores.sum(1, keepdim=True) if renormalizes else scores
-            scale = getattr(config, "routed_scaling_factor", 1.0) or 1.0
+            scale = getattr(config, "routed_scaling_factor", getattr(config, "router_scaling_factor", 1.0)) or 1.0
             assert torch.allclose(weights, scale * expected, atol=1e-5)
 
 

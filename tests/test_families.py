@@ -55,6 +55,13 @@ def test_the_zoo_and_the_documentation_are_complete():
     assert not [family for family in families.HANDLED if f"| `{family}` |" not in told], "a row for each"
 
 
+def test_other_scores_than_the_familys_are_refused_where_config_json_tells_them(zoo):
+    config = json.loads((zoo("cohere2_moe") / "config.json").read_text())
+    assert families.shape_of(config, "model.path").num_experts == 8
+    with pytest.raises(ValueError, match="expert_selection_fn='softmax'; of this type 'sigmoid' is handled"):
+        families.shape_of(config | {"expert_selection_fn": "softmax"}, "model.path")
+
+
 def test_a_name_on_disk_that_no_rename_meets_is_told_beside_the_missing_one(zoo, monkeypatch):
     bare = dataclasses.replace(families.FAMILIES["ernie4_5_moe"], renames=())
     monkeypatch.setitem(families.FAMILIES, "ernie4_5_moe", bare)
@@ -144,11 +151,11 @@ def test_the_chain(zoo, family, tmp_path):
     last = Streams(tmp_path / "hidden", ("x", "x_hat"), (*TOKENS.shape, shape.hidden_size))
     model = load_model(out, "cpu", torch.float32)
     seen = []
-    model.model.norm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model.model.get_submodule(stream.family.norm).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     model(TOKENS)
     assert torch.equal(seen[0], last["x_hat"]), off_by(seen[0], last["x_hat"])
     original = load_model(zoo(family), "cpu", torch.float32)
-    original.model.norm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    original.model.get_submodule(stream.family.norm).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     original(TOKENS)
     assert torch.allclose(seen[1], last["x"], atol=1e-3, rtol=1e-3)
 
@@ -159,7 +166,10 @@ def test_the_chain(zoo, family, tmp_path):
     assert sum(tensor.nbytes for tensor in stored) == predicted
     linears = {n for n, m in original.named_modules() if isinstance(m, torch.nn.Linear) and n.startswith("model.layers.")}
     kept = linears - set(modules)
-    assert all(name.endswith(("gate", "gate.wg", "router", "shared_expert_gate")) for name in kept), kept
+    assert all(
+        name.endswith(("gate", "gate.wg", "router", "shared_expert_gate", "in_proj_ba", "in_proj_a", "in_proj_b"))
+        for name in kept
+    ), kept
 
     for checkpoint in (model, original):
         plain = checkpoint(TOKENS).logits
@@ -174,6 +184,19 @@ def test_the_chain(zoo, family, tmp_path):
 def test_first_generation_deepseek_against_plain_torch(zoo):
     model = load_model(zoo("deepseek"), "cpu", torch.float32)
     assert torch.allclose(model(TOKENS).logits, plain_deepseek(zoo("deepseek"))(TOKENS).logits, atol=1e-4, rtol=1e-3)
+
+
+@torch.inference_mode()
+def test_a_text_model_is_read_out_of_a_larger_one(zoo, tmp_path):
+    """The same tensors and logits as of the text model alone, whose experts lie one by one; nothing of what sees pictures."""
+    models = {family: load_model(zoo(family))(TOKENS).logits for family in ("qwen3_5_moe", "qwen3_5_moe_text")}
+    assert torch.equal(*models.values())
+    sizes = [folders.num_weights(zoo(family)) for family in models]
+    assert sizes[0] == sizes[1]
+    config = json.loads((zoo("qwen3_5_moe") / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"text_config": None}))
+    with pytest.raises(ValueError, match=r"model\.path: config\.json lacks text_config"):
+        folders.read_shape(tmp_path, "model.path")
 
 
 def test_groups_that_fit_no_row_are_refused():

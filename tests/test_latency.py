@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from moepress import artefacts, cli, dag, studies
 from moepress.commands import latency as asking
 from moepress.config import resolve, values
+from moepress.inference.checkpoint import load_model
 from moepress.latency import building, device, measuring, shapes, traffic
 from moepress.latency.graphs import StaticDecoding
 from moepress.models import limits
@@ -18,6 +19,7 @@ from moepress.pruning.policy import attach, experts_of, routers_of
 from moepress.quantization.packing import pack, unpack
 from moepress.quantization.size import zero_width
 from moepress.stages import latency as stage
+from zoo import write_zoo_model
 
 SHAPE = {
     "model_type": "qwen2_moe",
@@ -155,6 +157,27 @@ def test_static_decoding_is_decoding(layers, kind, policy):
     assert torch.equal(torch.stack(again), torch.stack(expected)), "the cache is cut back"
     if policy is None:
         torch.testing.assert_close(whole[:, 8:], torch.cat(expected, 1), rtol=1e-4, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_a_running_state_is_computed_again_and_counts_as_cache(tmp_path):
+    """Linear attention keeps no past to cut back to; what it keeps is as large behind any prompt."""
+    model, ids_BS = load_model(write_zoo_model(tmp_path, "qwen3_next")), tokens(2, 12) % 300
+    one = measuring.Decode(measuring.Variant("16bit", model), ids_BS, 8)
+    with pytest.raises(ValueError, match="linear attention"):
+        StaticDecoding(model, ids_BS, 8)
+    for _ in range(2):
+        one.restart()
+        found = torch.cat([one.step(place).logits for place in range(8, 12)], 1)
+        torch.testing.assert_close(found, model(input_ids=ids_BS).logits[:, 8:], rtol=1e-4, atol=1e-4)
+    sizes = [measuring.Prefill(measuring.Variant("16bit", model), ids_BS[:, :S]).look() for S in (6, 12)]
+    heads, kernel, key, value = 4, 4, 16, 16
+    running = 2 * 4 * 2 * (heads * key * value + kernel * (2 * 2 * key + heads * value))  # two layers' bytes, two sequences
+    assert (
+        [size - running for _, size in sizes]
+        == [4 * 2 * 2 * 2 * 16 * S for S in (6, 12)]
+        == [s.cache - running for s, _ in sizes]
+    )
 
 
 def test_models_take_turns(layers):

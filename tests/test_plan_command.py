@@ -82,13 +82,18 @@ def test_experts_in_four_bits_are_told_by_their_names(tmp_path):
     assert found.num_weights == pytest.approx(exact.num_weights, rel=0.01)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "deepseek_v3", "hunyuan_v1_moe", "granitemoe", "deepseek"])
+@pytest.mark.parametrize(
+    "family",
+    ["mixtral", "qwen2_moe", "qwen3_next", "qwen3_5_moe", "deepseek_v3", "hunyuan_v1_moe", "granitemoe", "deepseek"],
+)
 def test_the_index_alone_comes_close_to_the_headers(family, tmp_path):
     whole, bare = write_zoo_model(tmp_path / "whole", family), tmp_path / "bare"
     bare.mkdir()
     shutil.copy(whole / "config.json", bare)
     exact = outline.read_any(whole, "model.path")
     stored = {entry.name: entry for entry in exact.tensors.values() if entry.path}
+    if family == "qwen3_next":  # a layer that predicts more tokens is in the index, and no part of the model
+        stored |= {name.replace("model.", "mtp.", 1): e for name, e in stored.items() if name.startswith("model.layers.0.mlp")}
     weight_map = {name: "model-00001-of-00001.safetensors" for name in stored}
     index = {"metadata": {"total_size": sum(entry.nbytes for entry in stored.values())}, "weight_map": weight_map}
     (bare / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -293,6 +298,14 @@ def test_a_16_bit_model_beyond_the_memory_is_evaluated_a_layer_at_a_time(exact_v
     assert large_enough["evaluation at 16 bits"] > 4 * exact_v3.num_weights > 40 * smaller["evaluation at 16 bits"]
     assert large_enough["latency"] - smaller["latency"] == 4 * exact_v3.num_weights
     assert max(smaller.values()) < 512 << 30, "so that the run fits"
+
+
+def test_activations_of_linear_attention_are_counted(tmp_path):
+    found = outline.read(write_zoo_model(tmp_path, "qwen3_next"), "model.path")
+    keys, values, heads, H = 2 * 16, 4 * 16, 4, 64
+    assert estimate.running(found) == 5 * (2 * keys + 2 * values + 2 * heads + H)
+    layers = {name: entry for name, entry in found.tensors.items() if ".linear_attn." not in name}
+    assert estimate.running(outline.Outline(found.config, found.shape, layers)) == 0
 
 
 @pytest.mark.parametrize("method", SCHEMA["allocation"])

@@ -44,6 +44,30 @@ CONFIGS = {
         "norm_topk_prob": True,
         "head_dim": 16,
     },
+    "qwen3_next": {
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 64,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "head_dim": 16,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    },
+    "qwen3_5_moe_text": {
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 64,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "head_dim": 16,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    },
     "olmoe": {"intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 3},
     "deepseek_v2": {
         **MLA,
@@ -60,6 +84,35 @@ CONFIGS = {
     "glm4_moe_lite": {**MLA, **DENSE_FIRST, **SIGMOID},
     "solar_open": {**SIGMOID, "moe_intermediate_size": 32, "head_dim": 16},
     "dots1": {**DENSE_FIRST, **SIGMOID, "head_dim": 16},
+    "exaone_moe": {
+        **DENSE_FIRST,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "num_shared_experts": 1,
+        "routed_scaling_factor": 2.5,
+        **GROUPED,
+        "head_dim": 16,
+        "sliding_window": 8,
+        "sliding_window_pattern": 2,
+    },
+    "hy_v3": {
+        "intermediate_size": 96,
+        "moe_intermediate_size": 32,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "num_shared_experts": 1,
+        "head_dim": 16,
+    },
+    "mellum": {
+        "intermediate_size": 96,
+        "moe_intermediate_size": 32,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "head_dim": 16,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "mlp_layer_types": ["sparse", "dense", "sparse"],
+    },
     "ernie4_5_moe": {
         "intermediate_size": 96,
         "moe_intermediate_size": 32,
@@ -67,6 +120,42 @@ CONFIGS = {
         "moe_k": 2,
         "moe_num_shared_experts": 2,
         "moe_layer_start_index": 1,
+    },
+    "cohere2_moe": {
+        "intermediate_size": 32,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "num_shared_experts": 1,
+        "expert_selection_fn": "sigmoid",
+        "norm_topk_prob": False,
+        "rms_norm_eps": 1e-6,
+        "prefix_dense_intermediate_size": 96,
+        "first_k_dense_replace": 1,
+        "head_dim": 16,
+        "sliding_window": 8,
+        "sliding_window_pattern": 2,
+        "tie_word_embeddings": False,
+    },
+    "laguna": {
+        "intermediate_size": 96,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_routed_scaling_factor": 2.5,
+        "head_dim": 16,
+        "sliding_window": 8,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        "num_attention_heads_per_layer": [4, 6, 4],
+    },
+    "lfm2_moe": {
+        "intermediate_size": 96,
+        "moe_intermediate_size": 32,
+        "num_dense_layers": 1,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "layer_types": ["conv", "full_attention", "conv"],
+        "tie_word_embeddings": False,
     },
     "hunyuan_v1_moe": {"intermediate_size": 32, "num_experts": 4, "moe_topk": 2, "head_dim": 16},
     "granitemoe": {
@@ -87,7 +176,7 @@ CONFIGS = {
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     },
 }
-ZOO = (*CONFIGS, "deepseek")
+ZOO = (*CONFIGS, "deepseek", "qwen3_5_moe")
 
 
 def write_zoo_model(folder, family: str, seed: int = 0):
@@ -96,6 +185,8 @@ def write_zoo_model(folder, family: str, seed: int = 0):
 
     if family == "deepseek":
         return write_deepseek(folder, seed)
+    if family == "qwen3_5_moe":
+        return write_qwen3_5(folder, seed)
     torch.manual_seed(seed)
     config = CONFIG_MAPPING[family](**COMMON | CONFIGS[family])
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -106,6 +197,28 @@ def write_zoo_model(folder, family: str, seed: int = 0):
             elif "norm" in name:
                 tensor.copy_(1 + torch.randn(tensor.shape) * 0.1)
     model.save_pretrained(folder)
+    return folder
+
+
+def write_qwen3_5(folder, seed: int):
+    """Qwen3.5 as it is published: the text model a level deeper, its experts fused; beside it what sees pictures and what
+    predicts more tokens."""
+    write_zoo_model(folder, "qwen3_5_moe_text", seed)
+    tensors, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+    for at in (f"model.layers.{layer}.mlp.experts" for layer in range(3)):
+        gate, up, down = (
+            torch.stack([tensors.pop(f"{at}.{expert}.{part}_proj.weight") for expert in range(8)])
+            for part in ("gate", "up", "down")
+        )
+        tensors |= {f"{at}.gate_up_proj": torch.cat([gate, up], 1), f"{at}.down_proj": down}
+    tensors = {name.replace("model.", "model.language_model.", 1): tensor for name, tensor in tensors.items()}
+    tensors |= {
+        "model.visual.pos_embed.weight": torch.zeros(4, 8),
+        "mtp.layers.0.mlp.experts.gate_up_proj": torch.zeros(8, 64, 64),
+    }
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    outer = {"architectures": ["Qwen3_5MoeForConditionalGeneration"], "model_type": "qwen3_5_moe", "tie_word_embeddings": False}
+    (folder / "config.json").write_text(json.dumps(outer | {"text_config": config, "vision_config": {"depth": 1}}))
     return folder
 
 

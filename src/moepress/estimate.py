@@ -10,6 +10,7 @@ import shutil
 import statistics
 import subprocess
 import time
+from collections import Counter
 from pathlib import Path
 
 from moepress import work
@@ -17,7 +18,8 @@ from moepress.artefacts import read_config, read_json
 from moepress.dag import distill_sequences, is_decomposed
 from moepress.integrity import PROVENANCE
 from moepress.models import outline as outlines
-from moepress.models.families import FAMILIES, kind_of
+from moepress.models.dialects import standard_config
+from moepress.models.families import FAMILIES, in_layer, kind_of
 from moepress.models.folders import locate
 from moepress.models.limits import TOKENS_AT_ONCE, curvature_bytes, experts_at_once, kept_bytes
 from moepress.models.outline import Outline
@@ -59,7 +61,8 @@ def memory(model: Outline, config: dict, packed_bytes: int, device: str, has: in
     H, I, E = shape.hidden_size, shape.intermediate_size, shape.num_experts
     T = config["calibration"]["num_sequences"] * config["calibration"]["seq_len"]
     library = LIBRARY_BYTES if device == "cpu" else 0
-    layer = library + 2 * E * model.expert_weights + 12 * T * E + 4 * min(T, TOKENS_AT_ONCE) * (8 * H + 4 * I)
+    activations = 8 * H + 4 * I + running(model)
+    layer = library + 2 * E * model.expert_weights + 12 * T * E + 4 * min(T, TOKENS_AT_ONCE) * activations
     experts = experts_at_once(H, I, E) * (curvature_bytes(max(H, I)) + 3 * 4 * 2 * I * H)  # and a weight's three copies
     linears = curvature_bytes(widest_linear(model))
     found = {}
@@ -82,7 +85,7 @@ def memory(model: Outline, config: dict, packed_bytes: int, device: str, has: in
     if quantized:
         found["evaluation"] = library + packed_bytes + logits
     if is_fitted(config["pruning"]["method"]):  # whole, as it is loaded
-        found["pruning"] = library + (packed_bytes if quantized else original) + 4 * TOKENS_AT_ONCE * (8 * H + 4 * I)
+        found["pruning"] = library + (packed_bytes if quantized else original) + 4 * TOKENS_AT_ONCE * activations
     if is_decomposed(config):  # one model after the other: what the first leaves, and the second's files as they are read
         found["decomposition"] = (
             max(found["evaluation"], found["evaluation at 16 bits"]) + packed_bytes + model.nbytes * is_whole
@@ -91,9 +94,19 @@ def memory(model: Outline, config: dict, packed_bytes: int, device: str, has: in
     return found
 
 
+def running(model: Outline) -> int:
+    """Activations of one token in linear attention, of the layer with the widest: its chunks take some five copies of what is
+    projected, as measured at Qwen3-Next's sizes."""
+    linear, rows = FAMILIES[model.shape.family].attention[1:], Counter[str]()
+    for name, entry in model.tensors.items():
+        if len(entry.shape) == 2 and (in_layer(name) or "").startswith(linear):
+            rows[name.split(".")[2]] += entry.shape[0]
+    return 5 * max(rows.values(), default=0)
+
+
 def widest_linear(model: Outline) -> int:
     """Inputs of the widest linear outside the experts; from config.json where the shapes are estimated."""
-    config, family = model.config, FAMILIES[model.shape.family]
+    config, family = standard_config(model.config, "model"), FAMILIES[model.shape.family]
     if not model.is_estimate:
         linears = ((name, entry.shape) for name, entry in model.tensors.items() if len(entry.shape) == 2)
         return max(size[1] for name, size in linears if kind_of(family, name, size, 8) in ("attention", "shared"))

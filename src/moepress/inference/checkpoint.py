@@ -12,6 +12,7 @@ from transformers.utils import logging as hf_logging
 
 from moepress.inference import manifest, quantizer
 from moepress.models import families, folders, limits
+from moepress.models.dialects import is_foreign
 from moepress.models.experts import ON_CPU
 from moepress.models.streaming import ModelStream
 from moepress.pruning.policy import attach
@@ -79,7 +80,7 @@ def load_model(folder: Path, device: str = "cpu", dtype: torch.dtype | None = No
     families.shape_of(config, str(folder))
     given = {"dtype": dtype or (torch.float32 if device == "cpu" else "auto"), "output_loading_info": True}
     with _quiet(), _checked(folder if is_packed else None):
-        if not is_packed and families.is_foreign(config):
+        if not is_packed and is_foreign(config):
             stream = ModelStream(folder)
             if given["dtype"] == "auto":
                 given["dtype"] = stream.storage_dtype

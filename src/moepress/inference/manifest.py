@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from moepress.models.families import standard_config
+from moepress.models.dialects import standard_config
 from moepress.models.files import INDEX, read_header, record
 
 METHOD = "moepress"

@@ -36,7 +36,8 @@ def build(config: dict, dtype: torch.dtype, device: str, widths: list[int] | Non
     model = on_meta(config, dtype)
     if widths is not None:
         pack(model, widths, settings, device)
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config).to(device)
+    rotary = families.FAMILIES[model.config.model_type].rotary
+    model.model.set_submodule(rotary, type(model.model.get_submodule(rotary))(config=model.config).to(device))
     generator = torch.Generator(device).manual_seed(0)
     chunk = torch.randn(CHUNK, generator=generator, device=device) * STD
     for module in model.modules():

@@ -8,18 +8,23 @@ import torch
 from transformers import StaticCache
 
 
+def rolls_on(cache) -> bool:
+    """Whether a layer keeps a window of the past or, as linear attention does, a running state only."""
+    return any(getattr(layer, "is_sliding", True) for layer in cache.layers)
+
+
 class StaticDecoding:
     """Feeds `ids[:, num_prompt:]` token by token, as often as wanted. ids: `[B, S]` on the model's device.
 
-    Raises ValueError for a model whose layers keep a window of the past only: their static caches roll on.
+    Raises ValueError for a model whose layers keep a window of the past or a running state only: their static caches roll on.
     """
 
     def __init__(self, model, ids_BS: torch.Tensor, num_prompt: int):
         self.model, self.ids_BS, self.num_prompt = model, ids_BS, num_prompt
         self.graph: torch.cuda.CUDAGraph | None = None
         self.cache = StaticCache(config=model.config, max_cache_len=ids_BS.shape[1])
-        if any(layer.is_sliding for layer in self.cache.layers):
-            raise ValueError("layers with a sliding window have no cache that could be set back")
+        if rolls_on(self.cache):
+            raise ValueError("layers with a sliding window or linear attention have no cache that could be set back")
         with torch.inference_mode():
             model(input_ids=ids_BS[:, :num_prompt], past_key_values=self.cache, use_cache=True, logits_to_keep=1)
             self.token_B1 = ids_BS[:, num_prompt : num_prompt + 1].clone()

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from moepress.latency import traffic
 from moepress.latency.device import seconds
-from moepress.latency.graphs import StaticDecoding
+from moepress.latency.graphs import StaticDecoding, rolls_on
 from moepress.latency.traffic import Parts, Traffic, cache_bytes, weight_bytes
 from moepress.models.experts import ON_CPU
 from moepress.pruning.policy import attach
@@ -97,8 +97,8 @@ class Decode:
         return self.ids_BS.shape[1] - self.num_prompt
 
     def restart(self) -> None:
-        """The cache as the prompt leaves it: cut back, or where layers keep a window only, computed again."""
-        if self.cache is None or any(layer.is_sliding for layer in self.cache.layers):
+        """The cache as the prompt leaves it: cut back, or where it rolls on, computed again."""
+        if self.cache is None or rolls_on(self.cache):
             prompt_BS = self.ids_BS[:, : self.num_prompt]
             out = self.variant.model(input_ids=prompt_BS, use_cache=True, logits_to_keep=1)
             self.cache = out.past_key_values

@@ -2,12 +2,13 @@
 from. Imports no torch."""
 
 from moepress.models import families
+from moepress.models.dialects import standard_config
 from moepress.quantization.size import expert_bytes, mixed
 
 
 def layers_only(shape: dict, num_layers: int, vocab_size: int) -> dict:
     """The configuration, in the words of a model type of transformers, of so many of its decoder layers with experts."""
-    config = families.standard_config(shape, "latency.model")
+    config = standard_config(shape, "latency.model")
     return config | {"num_hidden_layers": num_layers, "vocab_size": vocab_size, "mlp_only_layers": [], "pad_token_id": None}
 
 

@@ -99,7 +99,11 @@ class Parts:
             flops += 2 * sum(counts) * weights
         cached = 0
         for layer in cache.layers:
-            cached += layer.keys.nbytes + layer.values.nbytes
+            kept = states(layer)
+            cached += sum(tensor.nbytes for tensor in kept)
+            if not hasattr(layer, "keys"):  # every position decays the state, adds to it and reads it
+                flops += 6 * S * sum(tensor.numel() for tensor in kept)
+                continue
             window = getattr(layer, "sliding_window", None) or inf
             pairs = sum(min(past + i + 1, window) for i in range(S))
             flops += 2 * B * self.heads * pairs * (layer.keys.shape[-1] + layer.values.shape[-1])
@@ -147,4 +151,11 @@ def weight_bytes(model) -> int:
 
 
 def cache_bytes(cache) -> int:
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    return sum(tensor.nbytes for layer in cache.layers for tensor in states(layer))
+
+
+def states(layer) -> list[torch.Tensor]:
+    """What a layer's cache holds: keys and values, or of linear attention the running states, whose size is fixed."""
+    if hasattr(layer, "keys"):
+        return [layer.keys, layer.values]
+    return [tensor for kind in (layer.conv_states, layer.recurrent_states) for tensor in kind.values() if tensor is not None]

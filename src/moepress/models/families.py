@@ -1,4 +1,4 @@
-"""The only file that knows architectures: what a model's config.json means and where its weights lie on disk.
+"""What a model's config.json means and where its weights lie on disk: with dialects.py all that knows architectures.
 
 Imports no torch, so that a configuration can be checked before anything heavy starts. To add a family, add an entry to
 FAMILIES; `tests/test_families.py` proves it against transformers' own forward.
@@ -6,10 +6,13 @@ FAMILIES; `tests/test_families.py` proves it against transformers' own forward.
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import gcd, lcm
 
+from moepress.models.dialects import DIALECTS, standard_config
 from moepress.schema.values import MOST_EXPERTS, MOST_LAYERS
+
+ATTENTION = "self_attn"
 
 
 @dataclass(frozen=True)
@@ -19,9 +22,12 @@ class Family:
     num_experts, intermediate_size, top_k: their keys in config.json.
     block: the MoE block's path inside a decoder layer (a dense layer has its MLP there). router: within the block.
     router_weight: within the router. correction: a bias within the block that only the selection sees.
-    scores: what the correction is added to, softmax or sigmoid of the logits. unquantized: linears of the block that stay
+    scores: what the correction is added to, softmax or sigmoid of the logits. scores_key: where config.json tells it, its key
+    there; another value than `scores` is refused. attention: modules that mix positions, of which
+    a layer has one. norm, rotary: the last norm and the positions, beside the layers. unquantized: linears of a layer that stay
     at 16 bits. residual_scale: the layer's attribute that scales what the block adds. returns_tuple: the block's output is one.
-    gate, up, down: an expert's matrices on disk; with `fused` they are `(gate and up, down)` of all experts in 3-D tensors.
+    gate, up, down: an expert's matrices on disk; where those named by `fused` are there, `(gate and up, down)` of all experts
+    in 3-D tensors, they stand for them.
     disk_block: the block's path on disk where it is another. renames: regex on disk -> name in the module, within a layer.
     """
 
@@ -33,6 +39,10 @@ class Family:
     router_weight: str = "weight"
     correction: str | None = None
     scores: str = "softmax"
+    scores_key: str | None = None
+    attention: tuple[str, ...] = (ATTENTION,)
+    norm: str = "norm"
+    rotary: str = "rotary_emb"
     unquantized: tuple[str, ...] = ()
     residual_scale: str | None = None
     returns_tuple: bool = False
@@ -61,7 +71,6 @@ class Family:
         return getattr(layer.get_submodule(owner), name) if self.correction else None
 
 
-ATTENTION = "self_attn"
 _W123: dict = {
     "intermediate_size": "intermediate_size",
     "num_experts": "num_local_experts",
@@ -78,8 +87,16 @@ FAMILIES = {
     "minimax_m2": Family(
         **_W123, correction="e_score_correction_bias", scores="sigmoid", renames=((r"^block_sparse_moe\.", "mlp."),)
     ),
-    "qwen2_moe": Family(unquantized=("shared_expert_gate",)),
+    "qwen2_moe": Family(unquantized=("mlp.shared_expert_gate",)),
     "qwen3_moe": Family(),
+    "qwen3_next": Family(
+        attention=(ATTENTION, "linear_attn"), unquantized=("mlp.shared_expert_gate", "linear_attn.in_proj_ba")
+    ),
+    "qwen3_5_moe_text": Family(
+        attention=(ATTENTION, "linear_attn"),
+        unquantized=("mlp.shared_expert_gate", "linear_attn.in_proj_a", "linear_attn.in_proj_b"),
+        fused=("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
+    ),
     "olmoe": Family(intermediate_size="intermediate_size"),
     "deepseek_v2": Family(num_experts="n_routed_experts"),
     "deepseek_v3": Family(**_SIGMOID),
@@ -87,11 +104,46 @@ FAMILIES = {
     "glm4_moe_lite": Family(**_SIGMOID),
     "solar_open": Family(**_SIGMOID),
     "dots1": Family(**_SIGMOID),
+    "exaone_moe": Family(
+        correction="gate.e_score_correction_bias",
+        scores="sigmoid",
+        renames=((r"^mlp\.e_score_correction_bias$", "mlp.gate.e_score_correction_bias"),),
+    ),
+    "hy_v3": Family(
+        correction="e_score_correction_bias",
+        scores="sigmoid",
+        renames=(
+            (r"^mlp\.router\.gate\.", "mlp.gate."),
+            (r"^mlp\.expert_bias$", "mlp.e_score_correction_bias"),
+            (r"^mlp\.shared_mlp\.", "mlp.shared_experts."),
+        ),
+    ),
+    "mellum": Family(),
     "ernie4_5_moe": Family(
         num_experts="moe_num_experts",
         top_k="moe_k",
         correction="gate.moe_statics.e_score_correction_bias",
         renames=((r"^mlp\.moe_statics\.", "mlp.gate.moe_statics."),),
+    ),
+    "cohere2_moe": Family(intermediate_size="intermediate_size", scores="sigmoid", scores_key="expert_selection_fn"),
+    "laguna": Family(
+        correction="gate.e_score_correction_bias",
+        scores="sigmoid",
+        renames=(
+            (r"^mlp\.experts\.e_score_correction_bias$", "mlp.gate.e_score_correction_bias"),
+            (r"^mlp\.shared_expert\.", "mlp.shared_experts."),
+        ),
+    ),
+    "lfm2_moe": Family(
+        block="feed_forward",
+        norm="embedding_norm",
+        rotary="pos_emb",
+        attention=(ATTENTION, "conv"),
+        correction="expert_bias",
+        scores="sigmoid",
+        gate="w1",
+        up="w3",
+        down="w2",
     ),
     "hunyuan_v1_moe": Family(intermediate_size="intermediate_size", top_k="moe_topk", router_weight="wg.weight"),
     "granitemoe": Family(
@@ -113,29 +165,6 @@ FAMILIES = {
 }
 
 
-@dataclass(frozen=True)
-class Dialect:
-    """A model type that transformers does not have, said in one that it has, with the same logits.
-
-    renames: regex -> name, on disk. doubled: regex of the tensors that are taken twice. zeros: name within a MoE layer ->
-    config -> shape of a tensor to add.
-    """
-
-    family: str
-    renames: tuple[tuple[str, str], ...]
-    doubled: str
-    zeros: dict = field(default_factory=dict)
-
-
-DIALECTS = {
-    # DeepSeek-MoE-16B is Qwen2-MoE with an open gate on its shared experts: sigmoid(0) = 1/2 of twice the down projection.
-    "deepseek": Dialect(
-        "qwen2_moe",
-        renames=((r"\.mlp\.shared_experts\.", ".mlp.shared_expert."),),
-        doubled=r"\.mlp\.shared_experts\.down_proj\.weight$",
-        zeros={"mlp.shared_expert_gate.weight": lambda config: (1, config["hidden_size"])},
-    )
-}
 ALIASES = {
     "num_experts": ("num_local_experts",),
     "num_local_experts": ("num_experts",),
@@ -146,35 +175,6 @@ ALIASES = {
 }
 """Other names that config.json may use for the same number."""
 HANDLED = tuple(sorted([*FAMILIES, *DIALECTS]))
-
-
-def standard_config(config: dict, key: str) -> dict:
-    """config.json in the words of a model type of transformers; ValueError where the dialect says what that cannot."""
-    config = {name: value for name, value in config.items() if name != "quantization_config"}
-    if config.get("model_type") not in DIALECTS:
-        return config
-    odd = {
-        "attention_bias": config.get("attention_bias", False) is not False,
-        "scoring_func": config.get("scoring_func", "softmax") != "softmax",
-        "n_shared_experts": not config.get("n_shared_experts"),
-        "n_routed_experts": not config.get("n_routed_experts"),
-    }
-    for name, is_odd in odd.items():
-        if is_odd:
-            raise ValueError(f"{key}: config.json has {name}={config.get(name)!r}, which is not handled for this model type")
-    sparse = range(config.get("first_k_dense_replace", 0), config["num_hidden_layers"])
-    sparse = [layer for layer in sparse if layer % config.get("moe_layer_freq", 1) == 0]
-    dropped = ("auto_map", "n_routed_experts", "n_shared_experts", "first_k_dense_replace", "moe_layer_freq", "scoring_func")
-    return {name: value for name, value in config.items() if name not in dropped} | {
-        "model_type": DIALECTS[config["model_type"]].family,
-        "architectures": ["Qwen2MoeForCausalLM"],
-        "num_experts": config["n_routed_experts"],
-        "shared_expert_intermediate_size": config["moe_intermediate_size"] * config["n_shared_experts"],
-        "mlp_only_layers": [layer for layer in range(config["num_hidden_layers"]) if layer not in sparse],
-        "decoder_sparse_step": 1,
-        "qkv_bias": False,
-        "use_sliding_window": False,
-    }
 
 
 @dataclass(frozen=True)
@@ -202,6 +202,8 @@ def shape_of(config: dict, key: str, names: Iterable[str] | None = None) -> Shap
         raise ValueError(f"{key}: model type {model_type!r} is not a Mixture-of-Experts family that is handled ({known})")
     config = standard_config(config, key)
     family = FAMILIES[config["model_type"]]
+    if family.scores_key and (told := config.get(family.scores_key)) != family.scores:
+        raise ValueError(f"{key}: config.json has {family.scores_key}={told!r}; of this type {family.scores!r} is handled")
     sizes = ("num_hidden_layers", "hidden_size", family.intermediate_size, family.num_experts, family.top_k)
     num_layers, hidden_size, intermediate_size, num_experts, top_k = (_size(config, name, key) for name in sizes)
     for name, value, most in (("layers", num_layers, MOST_LAYERS), ("experts", num_experts, MOST_EXPERTS)):
@@ -245,24 +247,6 @@ def _size(config: dict, name: str, key: str) -> int:
     return value
 
 
-def standard_name(model_type: str | None, name: str) -> str:
-    """A tensor's name on disk in the words of the family that it is loaded as."""
-    for pattern, replacement in DIALECTS[model_type].renames if model_type in DIALECTS else ():
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
-def is_foreign(config: dict) -> bool:
-    """Whether transformers' own loader does not give the 16-bit model: another model type, or fewer bits."""
-    return config.get("model_type") in DIALECTS or "quantization_config" in config
-
-
-def is_doubled(config: dict, stored_name: str) -> bool:
-    """Whether a tensor is taken twice on its way into its family's words."""
-    dialect = DIALECTS.get(config.get("model_type", ""))
-    return dialect is not None and re.search(dialect.doubled, stored_name) is not None
-
-
 def group_of(columns: int, group_size: int) -> int:
     """Weights of a row that share a scale: the group size, or its largest part that divides the row."""
     return gcd(columns, group_size)
@@ -302,12 +286,12 @@ def module_name(family: Family, name: str) -> str:
 
 def is_expert_matrix(family: Family, name: str) -> bool:
     """Whether an on-disk name is one of a routed expert's matrices (or that of all experts together)."""
-    inside = in_layer(name)
-    if inside is None:
-        return False
-    if family.fused:
-        return inside in family.fused
-    return re.search(r"\.experts\.\d+\.", inside) is not None
+    return is_fused(family, name) or re.search(r"\.experts\.\d+\.", in_layer(name) or "") is not None
+
+
+def is_fused(family: Family, name: str) -> bool:
+    """Whether an on-disk name is that of all experts' matrices together."""
+    return family.fused is not None and in_layer(name) in family.fused
 
 
 def known_shape(shape: Shape, name: str) -> tuple[int, ...] | None:
@@ -315,15 +299,16 @@ def known_shape(shape: Shape, name: str) -> tuple[int, ...] | None:
     embedding's, a vector's; None for the other linears."""
     family, H, I = FAMILIES[shape.family], shape.hidden_size, shape.intermediate_size
     if is_expert_matrix(family, name):
-        is_down = name.endswith(family.fused[1] if family.fused else f".{family.down}.weight")
-        one = (H, I) if is_down else (2 * I, H) if family.fused else (I, H)
-        return (shape.num_experts, *one) if family.fused else one
+        fused = family.fused if is_fused(family, name) else None
+        is_down = name.endswith(fused[1] if fused else f".{family.down}.weight")
+        one = (H, I) if is_down else (2 * I, H) if fused else (I, H)
+        return (shape.num_experts, *one) if fused else one
     if name.endswith(("embed_tokens.weight", "head.weight")):
         return (shape.vocab_size, H)
     module = module_name(family, in_layer(name) or name)
     if module == f"{family.router_path}.{family.router_weight}":
         return (shape.num_experts, H)
-    if module in [f"{family.block}.{name}.weight" for name in family.unquantized]:
+    if module.removesuffix(".weight") in family.unquantized:  # a gate: few rows
         return (1, H)
     return (H,) if "norm" in module or not module.endswith(".weight") else None
 
@@ -341,9 +326,9 @@ def kind_of(family: Family, name: str, shape: tuple[int, ...] | list[int], group
 
 def linear_kind(family: Family, module: str, columns: int, group_size: int) -> str:
     """The same for a linear module of a decoder layer with `columns` inputs: `attention`, `shared` or `rest`."""
-    kept = (family.router_path, *(f"{family.block}.{name}" for name in family.unquantized))
+    kept = (family.router_path, *family.unquantized)
     if group_of(columns, group_size) < SMALLEST_GROUP or any(module == k or module.startswith(k + ".") for k in kept):
         return "rest"
-    if module.startswith(ATTENTION + "."):
+    if module.startswith(tuple(f"{name}." for name in family.attention)):
         return "attention"
     return "shared" if module.startswith(family.block + ".") else "rest"

@@ -9,7 +9,15 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from moepress.models.families import DIALECTS, FAMILIES, Shape, is_expert_matrix, layer_prefix, shape_of, standard_name
+from moepress.models.dialects import DIALECTS, standard_config, standard_name
+from moepress.models.families import (
+    FAMILIES,
+    Shape,
+    is_expert_matrix,
+    is_fused,
+    layer_prefix,
+    shape_of,
+)
 from moepress.models.files import Entry, entries, read_index, with_scales
 
 FLOAT8 = ("e4m3", "float8_e4m3fn", None)
@@ -70,13 +78,16 @@ def tensors(folder: Path, config: dict | None = None) -> dict[str, Entry]:
 def standard_tensors(stored: dict[str, Entry], config: dict) -> dict[str, Entry]:
     """The same from the entries by their stored names, as `with_scales` gives them.
 
-    Layers beyond config.json's (those for multi-token prediction) are left out, as transformers leaves them out.
+    Layers beyond config.json's (those for multi-token prediction) are left out, as transformers leaves them out; and what sees
+    pictures.
     """
-    beyond = config.get("num_hidden_layers", 0)
+    beyond = standard_config(config, "model").get("num_hidden_layers", 0)
+    named = {standard_name(config.get("model_type"), name): entry for name, entry in stored.items()}
     found = {
-        standard_name(config.get("model_type"), name): entry
-        for name, entry in stored.items()
-        if not (name.startswith("model.layers.") and int(name.split(".")[2]) >= beyond) and not name.startswith("mtp.")
+        name: entry
+        for name, entry in named.items()
+        if not (name.startswith("model.layers.") and int(name.split(".")[2]) >= beyond)
+        and not name.startswith(("mtp.", "model.visual."))
     }
     if dialect := DIALECTS.get(config.get("model_type", "")):
         family = FAMILIES[dialect.family]
@@ -95,13 +106,11 @@ def num_weights(folder: Path) -> int:
 def check_experts(shape: Shape, found: Iterable[str], folder: Path) -> None:
     """ValueError naming a layer that holds another number of experts than config.json says (where they lie one by one)."""
     family = FAMILIES[shape.family]
-    if family.fused:
-        return
-    held: dict[int, set[int]] = {layer: set() for layer in shape.moe_layers}
+    held: dict[int, set[int]] = {}
     for name in found:
-        if is_expert_matrix(family, name):
+        if is_expert_matrix(family, name) and not is_fused(family, name):
             parts = name.split(".")
-            held[int(parts[2])].add(int(parts[parts.index("experts") + 1]))
+            held.setdefault(int(parts[2]), set()).add(int(parts[parts.index("experts") + 1]))
     for layer, experts in held.items():
         if experts != set(range(shape.num_experts)):
             odd = sorted(experts ^ set(range(shape.num_experts)))

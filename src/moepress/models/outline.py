@@ -6,12 +6,14 @@ that is yet to be trained or carved.
 """
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 from moepress.models import dense, families, folders
+from moepress.models.dialects import standard_name
 from moepress.models.families import ATTENTION, FAMILIES, Shape, layer_prefix
 from moepress.models.files import INDEX, ITEM_BYTES, Entry, read_index, with_scales
 
@@ -112,8 +114,9 @@ def from_index(folder: Path, key: str) -> Outline:
         raise ValueError(f"{folder / INDEX}: no metadata.total_size, which sizes are told from; fetch the *.safetensors too")
     dtype = DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")), "BF16")
     widths = stored_widths(index["weight_map"], ITEM_BYTES[dtype])
-    names = {name: families.standard_name(config["model_type"], name) for name in widths}
+    names = {name: standard_name(config["model_type"], name) for name in widths}
     shape = families.shape_of(config, key, names.values())
+    names = {name: re.sub(r"^mtp\.layers\.", "model.layers.", standard) for name, standard in names.items()}
     known = {name: families.known_shape(shape, standard) for name, standard in names.items()}
     found = {name: Entry(None, name, dtype, size) for name, size in known.items() if size}
     left = total - sum(widths[name] * entry.numel for name, entry in found.items())

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from moepress.models import families, folders
+from moepress.models.dialects import is_doubled, standard_config
 from moepress.models.experts import StoredExperts
 from moepress.models.families import FAMILIES, layer_prefix
 from moepress.models.files import Entry
@@ -65,6 +66,11 @@ class ModelStream:
         self._arguments: dict[int, list[dict]] = {}
 
     @property
+    def norm(self) -> nn.Module:
+        """The last one."""
+        return self.body.get_submodule(self.family.norm)
+
+    @property
     def storage_dtype(self) -> torch.dtype:
         """The dtype of the checkpoint: that of its embedding."""
         return DTYPES[self.entries["model.embed_tokens.weight"].dtype]
@@ -109,7 +115,7 @@ class ModelStream:
             raise ValueError(f"{entry.path}: {entry.name} is stored as {entry.dtype}; give the model in one of {[*DTYPES]}")
         if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
             raise ValueError(f"{entry.path}: the tensor {entry.name} holds NaN or infinite values; the file is damaged")
-        return tensor * 2 if families.is_doubled(self.source_config, entry.name) else tensor
+        return tensor * 2 if is_doubled(self.source_config, entry.name) else tensor
 
     def check(self) -> Iterator[None]:
         """Read every tensor once, a layer at a time; ValueError naming one that is missing, unknown, of another shape, NaN or
@@ -152,8 +158,10 @@ class ModelStream:
     def expert_tensors(self, index: int) -> list[tuple[list[Stored], Stored]]:
         """Each expert's gate-up rows `[2I, H]`, in one part or two, and its down projection `[H, I]`, as stored."""
         prefix, family, E = layer_prefix(index), self.family, self.shape.num_experts
-        if family.fused:
-            names = [prefix + name for name in family.fused]
+        together = [prefix + name for name in family.fused or ()]
+        is_fused = any(name in self.entries for name in together)
+        if is_fused:
+            names = together
         else:
             each = [
                 [f"{prefix}{family.experts_on_disk}.{e}.{m}.weight" for m in (family.gate, family.up, family.down)]
@@ -163,7 +171,7 @@ class ModelStream:
         if missing := [name for name in names if name not in self.entries]:
             raise ValueError(f"{self.folder}: the checkpoint lacks the tensor {missing[0]}")
         found = self.read(names)
-        if not family.fused:
+        if not is_fused:
             return [([found[gate], found[up]], found[down]) for gate, up, down in each]
         gate_up, down = found.values()
         if self.body.layers[index].get_submodule(family.experts).is_transposed:  # mxfp4 has its rows as we have
@@ -220,10 +228,11 @@ class ModelStream:
         weight = self.read(["model.embed_tokens.weight"])["model.embed_tokens.weight"]
         N, S = token_ids_NS.shape
         out = torch.empty(N, S, self.shape.hidden_size) if out_NSH is None else out_NSH
-        keep = (self.body.layers, self.body.norm, self.body.embed_tokens)
+        keep, norm = (self.body.layers, self.body.embed_tokens), self.norm
         taps = [ArgumentsTap() for _ in keep[0]]
         self._place_positions()
-        self.body.layers, self.body.norm = nn.ModuleList(taps), nn.Identity()
+        self.body.layers = nn.ModuleList(taps)
+        self.body.set_submodule(self.family.norm, nn.Identity())
         self.body.embed_tokens = Embedding(weight, self.device, self.dtype)
         try:
             for part in _parts(N, S):
@@ -233,7 +242,8 @@ class ModelStream:
                 self.body(input_ids=token_ids_NS[:1].to(self.device), use_cache=False)
                 self._arguments[S] = [tap.arguments for tap in taps]
         finally:
-            self.body.layers, self.body.norm, self.body.embed_tokens = keep
+            self.body.layers, self.body.embed_tokens = keep
+            self.body.set_submodule(self.family.norm, norm)
         return out
 
     def logits(self, x_NSH: torch.Tensor) -> torch.Tensor:
@@ -251,13 +261,14 @@ class ModelStream:
 
     def _place_positions(self) -> None:
         """The rotary embedding: computed, not stored."""
-        if any(buffer.is_meta for buffer in self.body.rotary_emb.buffers()):
-            self.body.rotary_emb = type(self.body.rotary_emb)(config=self.config).to(self.device)
+        rotary = self.body.get_submodule(self.family.rotary)
+        if any(buffer.is_meta for buffer in rotary.buffers()):
+            self.body.set_submodule(self.family.rotary, type(rotary)(config=self.config).to(self.device))
 
     def _load_head(self) -> None:
         """The last norm and the head, which may be the embedding's."""
         tied = "lm_head.weight" not in self.entries
-        for module, prefix in ((self.body.norm, "model.norm."), (self.skeleton.lm_head, "lm_head.")):
+        for module, prefix in ((self.norm, f"model.{self.family.norm}."), (self.skeleton.lm_head, "lm_head.")):
             if not any(tensor.is_meta for tensor in module.state_dict().values()):
                 continue
             found = self.read([name for name in self.entries if name.startswith(prefix)])
@@ -369,7 +380,7 @@ class ModelStream:
 
 def auto_config(source_config: dict):
     """transformers' configuration object for a config.json of a family or dialect that is handled."""
-    standard = families.standard_config(source_config, "model")
+    standard = standard_config(source_config, "model")
     return CONFIG_MAPPING[standard["model_type"]].from_dict(standard)
 
 

@@ -147,7 +147,8 @@ def _attach(model, policy: dict, attached: Attached) -> None:
                 Removal(layer.get_submodule(family.router_path), removed_E, partial(family.correction_of, layer))
             )
     if policy.get("protect"):
-        attached.handles.append(_listen(model, [layer.get_submodule(ATTENTION) for layer in layers], batch))
+        layer_of = {layer.get_submodule(ATTENTION): index for index, layer in enumerate(layers) if hasattr(layer, ATTENTION)}
+        attached.handles.append(_listen(model, layer_of, batch))
 
 
 def _pesf(policy: dict, num_layers: int, batch: Batch, attached: Attached) -> list[Callable]:
@@ -205,12 +206,10 @@ def _marked(removed: list[int], num_experts: int, device) -> torch.Tensor:
     )
 
 
-def _listen(model, modules: list[nn.Module], batch: Batch):
-    layer_of = {module: layer for layer, module in enumerate(modules)}
-
+def _listen(model, layer_of: dict[nn.Module, int], batch: Batch):
     def heard(module, query, key, mask, scaling=None, s_aux=None, **_):
         if query.shape[2] > 1:
             sums_BS = attention.received(query, key, mask, batch.mask_BS.to(query.device), scaling, s_aux, batch.past)
             batch.received[layer_of[module]] = sums_BS
 
-    return attention.Listener(model, modules, heard)
+    return attention.Listener(model, list(layer_of), heard)
