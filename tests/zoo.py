@@ -24,6 +24,18 @@ DENSE_FIRST = {"first_k_dense_replace": 1, "intermediate_size": 96, "moe_interme
 SIGMOID = {"n_routed_experts": 8, "num_experts_per_tok": 3, "n_shared_experts": 1, "routed_scaling_factor": 2.5}
 GROUPED = {"n_group": 4, "topk_group": 2}
 
+LINEAR = {
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 64,
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+    "head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+}
 CONFIGS = {
     "mixtral": {"intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2},
     "phimoe": {"intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2, "attention_bias": True},
@@ -44,30 +56,8 @@ CONFIGS = {
         "norm_topk_prob": True,
         "head_dim": 16,
     },
-    "qwen3_next": {
-        "moe_intermediate_size": 32,
-        "shared_expert_intermediate_size": 64,
-        "num_experts": 8,
-        "num_experts_per_tok": 3,
-        "head_dim": 16,
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4,
-        "linear_key_head_dim": 16,
-        "linear_value_head_dim": 16,
-        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
-    },
-    "qwen3_5_moe_text": {
-        "moe_intermediate_size": 32,
-        "shared_expert_intermediate_size": 64,
-        "num_experts": 8,
-        "num_experts_per_tok": 3,
-        "head_dim": 16,
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4,
-        "linear_key_head_dim": 16,
-        "linear_value_head_dim": 16,
-        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
-    },
+    "qwen3_next": LINEAR,
+    "qwen3_5_moe_text": LINEAR,
     "olmoe": {"intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 3},
     "deepseek_v2": {
         **MLA,
