@@ -158,6 +158,7 @@ def test_no_number_may_be_nonsense():
         (["seed=-1"], r"seed=-1: a whole number"),
         (["allocation.budget=1.2.3GiB"], r"allocation\.budget='1\.2\.3GiB'"),
         (["model=local", "model.path=/data/Modell ü (1)"], r"""'model\.path="/data/Modell ü \(1\)"'$"""),
+        (["model=local", 'model.path=/data/a"b('], r"""'model\.path="/data/a\\"b\("'$"""),
         (["model=local", "model.path=~/x"], rf"""token recognition error at: '~'; .*'model\.path="{Path.home()}/x"'$"""),
         (["model=/data/x"], r"model=/data/x: no such choice; .*; a folder of your own is model=local model\.path=/data/x"),
         (["corpus=notes/"], r"a folder of your own is corpus=local corpus\.path=notes/"),

@@ -120,7 +120,7 @@ def in_quotes(override: str) -> str:
     """The way out where Hydra's grammar stops at a character of a text, such as a path's `~`, `(` or `ü`: quotes inside of the
     shell's; nothing where these do not help."""
     key, _, value = override[:LONGEST].partition("=")
-    quoted = f'{key}="{os.path.expanduser(value)}"'  # a shell leaves the ~ behind a = as it is
+    quoted = f"{key}={in_double_quotes(os.path.expanduser(value))}"  # a shell leaves the ~ behind a = as it is
     try:
         _parsed(quoted)
     except HydraException:
@@ -265,8 +265,13 @@ def override_value(value) -> str:
     text = str(value)
     if re.fullmatch(r"[A-Za-z_/][\w./-]*", text, re.ASCII):
         return text
-    quoted = re.sub(r'(\\*)"', r'\1\1\\"', text)
-    return '"' + re.sub(r"(\\+)$", r"\1\1", quoted) + '"'
+    return in_double_quotes(text)
+
+
+def in_double_quotes(text: str) -> str:
+    """A text in the grammar of Hydra's overrides, whatever its characters."""
+    escaped = re.sub(r'(\\*)"', r'\1\1\\"', text)
+    return '"' + re.sub(r"(\\+)$", r"\1\1", escaped) + '"'
 
 
 @lru_cache(maxsize=4096)
