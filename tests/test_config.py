@@ -88,6 +88,8 @@ def test_values_are_plain_and_resolved():
         (["pruning=static", "pruning.criterion=loss"], r"pruning\.criterion='loss': one of reap, frequency"),
         (["pruning=static", "pruning.ratio=0.9"], r"pruning\.ratio=0\.9: .*at most 0\.75"),
         (["calibration.seq_len=1"], r"calibration\.seq_len=1: at least 8"),
+        (["calibration.seq_len=4096"], r"calibration\.seq_len=4096: the model has 2048 positions .*ask for shorter sequences"),
+        (["evaluation.seq_len=4096"], r"evaluation\.seq_len=4096: the model has 2048 positions"),
         (["calibration.num_sequences=0"], r"calibration\.num_sequences=0: at least 1"),
         (["model=local"], r"model\.path is not set: give it as model\.path="),
         (["model=local", "model.path=/nowhere"], r"model\.path='/nowhere': no such folder"),
@@ -100,6 +102,10 @@ def test_values_are_plain_and_resolved():
 def test_bad_values_are_named_with_a_way_out(overrides, message):
     with pytest.raises(ValueError, match=message):
         config.resolve(overrides)
+
+
+def test_calibration_that_nobody_reads_may_have_any_length():
+    config.resolve(["calibration.seq_len=4096", "quantization=none"])
 
 
 def test_an_experiment_that_nothing_contradicts_is_taken():
@@ -190,6 +196,7 @@ def test_budgets_in_bytes_say_what_can_be_met(model_folder):
     with pytest.raises(ValueError, match=r"allocation\.budget=1KiB: no allocation fits; this model takes from 0\.\d+MiB"):
         config.resolve([*local, "allocation.budget=1KiB"])
     assert config.resolve([*local, "allocation.budget=1MiB"])["allocation"]["budget"] == "1MiB"
+    assert config.resolve([*local, "allocation.budget=1 MiB"])["allocation"]["budget"] == "1MiB"
 
 
 def test_keys_follow_what_a_stage_reads():

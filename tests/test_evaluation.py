@@ -1,6 +1,7 @@
 """Perplexity, selection shift and their errors against plain computations; token windows."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -20,7 +21,7 @@ from moepress.inference.checkpoint import fits, load, load_model
 from moepress.models import folders, limits
 from moepress.models.streaming import ModelStream
 from moepress.pruning.policy import attach, experts_of
-from moepress.stages import evaluation
+from moepress.stages import calibration, evaluation
 from zoo import write_zoo_model
 
 
@@ -129,6 +130,17 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "generation_config.json").unlink()
     assert sampling.end_of_document(folder, sampling.load_tokenizer(folder)) == 0, "the one that tokenizer_config.json names"
+
+
+def test_text_longer_than_a_models_positions_is_refused_where_only_the_stage_knows_the_model(tmp_path):
+    """A hub's model: its config.json is not there when the run is composed."""
+    folder = write_model(tmp_path / "model")
+    too_long = {"seq_len": 1024}
+    with pytest.raises(ValueError, match=r"evaluation\.seq_len=1024: the model has 512 positions"):
+        evaluation.test_text(tmp_path, folder, too_long)
+    task = SimpleNamespace(config={"calibration": too_long}, inputs={"model": folder, "corpus": tmp_path})
+    with pytest.raises(ValueError, match=r"calibration\.seq_len=1024: the model has 512 positions"):
+        calibration.run(task)
 
 
 def test_perplexity_and_its_error():

@@ -234,6 +234,9 @@ def with_files(config: dict) -> dict:
         config["model"]["fingerprint"] = dense.fingerprint(config["model"])
         if config["model"]["path"] and config["model"]["name"] == "carved":
             config["model"]["name"] = f"carved-{Path(config['model']['path']).resolve().name}"
+    if model:
+        for group in ("calibration", "evaluation") if reads_calibration(config) else ("evaluation",):
+            folders.check_positions(model.config, f"{group}.seq_len", config[group]["seq_len"])
     if model and config["pruning"]["method"] == "static":
         pruning.num_removed(config["pruning"]["ratio"], model.shape.num_experts, model.shape.top_k)
     if model and config["quantization"]["method"] != "none":

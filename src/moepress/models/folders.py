@@ -118,6 +118,14 @@ def check_experts(shape: Shape, found: Iterable[str], folder: Path) -> None:
             raise ValueError(f"{folder}: layer {layer} {what}, config.json says {shape.num_experts} experts; fetch it again")
 
 
+def check_positions(config: dict, key: str, seq_len: int) -> None:
+    """ValueError for sequences beyond the positions that a model knows. config: config.json's."""
+    most = standard_config(config, "model").get("max_position_embeddings")
+    if most and seq_len > most:
+        known = f"{most} positions (max_position_embeddings of config.json)"
+        raise ValueError(f"{key}={seq_len}: the model has {known}; ask for shorter sequences")
+
+
 def fingerprint(folder: Path) -> str:
     """A hash that tells one model folder from another in a moment: config, tokenizer, chat template and index whole; of each
     weight file its size, its safetensors header and 64 spread samples of 4 KiB. (The model stage hashes everything.)"""

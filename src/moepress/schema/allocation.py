@@ -5,6 +5,12 @@ from dataclasses import dataclass
 from moepress.schema.values import WIDTHS, check, check_seed, parse_bytes
 
 
+def spelled(budget: str) -> str:
+    """A size without spaces, so that `1.4 GiB` and `1.4GiB` are one artefact; ValueError for what is no size."""
+    parse_bytes(budget)
+    return "".join(budget.split())
+
+
 @dataclass
 class Uniform:
     method: str
@@ -16,7 +22,7 @@ class Uniform:
             others = "for an average between two widths take allocation=pmq or another"
             check(self.bits in WIDTHS, "allocation.bits", self.bits, f"uniform takes one of {list(WIDTHS)}; {others}")
         else:
-            parse_bytes(self.budget)
+            self.budget = spelled(self.budget)
 
 
 @dataclass
@@ -36,7 +42,7 @@ class Mixed:
             expected = f"between {low} and {high}, as allocation.widths={self.widths} has it"
             check(low <= self.bits <= high, "allocation.bits", self.bits, expected)
         else:
-            parse_bytes(self.budget)
+            self.budget = spelled(self.budget)
 
 
 @dataclass

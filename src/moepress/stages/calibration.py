@@ -4,9 +4,9 @@ import numpy as np
 import pandas as pd
 from safetensors.numpy import save_file
 
-from moepress.artefacts import Task
+from moepress.artefacts import Task, read_json
 from moepress.data import sampling
-from moepress.models.folders import locate
+from moepress.models.folders import check_positions, locate
 
 HEADERS_ONLY = ("model",)
 
@@ -14,6 +14,7 @@ HEADERS_ONLY = ("model",)
 def run(task: Task) -> None:
     config = task.config["calibration"]
     model = locate(task.inputs["model"])
+    check_positions(read_json(model / "config.json"), "calibration.seq_len", config["seq_len"])
     found = sampling.domain_blocks(
         task.inputs["corpus"], model, "calibration", config["seq_len"], config["domains"], "calibration"
     )

@@ -18,7 +18,7 @@ from moepress.evaluation.usage import of_selections
 from moepress.inference import manifest
 from moepress.inference.checkpoint import fits, load, pick_device
 from moepress.latency.traffic import weight_bytes
-from moepress.models.folders import locate
+from moepress.models.folders import check_positions, locate
 from moepress.models.streaming import ModelStream
 from moepress.pruning.policy import attach, experts_of
 
@@ -162,6 +162,7 @@ def _streamed(task: Task, folder: Path, device: str, texts: dict, asked: dict | 
 
 def test_text(corpus: Path, model: Path, config: dict) -> dict[str, tuple[np.ndarray, float]]:
     """Each domain's blocks `[N, S]` of the test split and its bytes per token; config: the group evaluation."""
+    check_positions(read_json(model / "config.json"), "evaluation.seq_len", config["seq_len"])
     texts = sampling.domain_blocks(
         corpus,
         model,
