@@ -201,6 +201,13 @@ def test_a_member_with_a_wrong_value_does_not_stop_the_others(small, place, ran)
     assert answers[1].return_value > 1 and answers[1].cfg.allocation.bits == 3
 
 
+def test_a_sweep_that_is_only_looked_at_has_no_failures(small, place, monkeypatch, capsys):
+    monkeypatch.setattr(execution, "run", lambda *_: 0)  # as with hydra.launcher.arguments=[--dry-run]
+    command(monkeypatch, "--multirun", *small, "quantization=rtn", "allocation=uniform", "allocation.bits=2,3")
+    said = capsys.readouterr().err
+    assert "asked for something else than a run" in said and "failed" not in said
+
+
 GRID = Plugins.instance().class_name_to_class["hydra_plugins.moepress_launcher.GridSweeper"]
 
 

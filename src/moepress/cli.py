@@ -62,7 +62,7 @@ def compute(overrides: list[str], settings: execution.Settings, out: str | None 
         print(execution.failures(plan, began), file=sys.stderr)
         sys.exit(1)
     if not execution.is_done(plan):
-        print(f"moepress: no {plan.report}: hydra.launcher.arguments asked for something else than a run", file=sys.stderr)
+        print(execution.no_run(plan), file=sys.stderr)
         return
     if out is not None:
         print(f"a copy to publish: {execution.publish(plan, out)}", file=sys.stderr)

@@ -98,6 +98,11 @@ def is_done(plan: Plan) -> bool:
     return all(Path(target).exists() for target in plan.targets)
 
 
+def no_run(plan: Plan) -> str:
+    """What is said where Snakemake succeeded and the plan is not done."""
+    return f"moepress: no {plan.report}: hydra.launcher.arguments asked for something else than a run"
+
+
 def run(plan: Plan, experiments: list[list[str]], settings: Settings | None = None) -> int:
     """Hand the plan to Snakemake, which runs what is not computed yet; its exit code.
 

@@ -52,7 +52,8 @@ class Sweep:
         answers: dict[int, Answer] = {}
         done = self.compute(asked, failures) if asked else None
         for number in asked.keys() - failures.keys():
-            assert done is not None
+            if done is None:
+                break
             try:
                 answers[number] = objective(done, asked[number])
             except ValueError as error:
@@ -68,27 +69,30 @@ class Sweep:
             returns.append(returned(overrides, asked.get(number), answers.get(number), failed))
         return returns
 
-    def compute(self, asked: dict[int, studies.Experiment], failures: dict[int, str]) -> Plan:
-        """Run what is asked, note what failed, and print the report over all that is whole."""
-        done = self.run(list(asked.values()))
+    def compute(self, asked: dict[int, studies.Experiment], failures: dict[int, str]) -> Plan | None:
+        """Run what is asked, note what failed, and print the report over all that is whole. None: it was no run that Snakemake
+        was told to do."""
+        done, code = self.run(list(asked.values()))
+        if code == 0 and not execution.is_done(done):
+            print(execution.no_run(done), file=sys.stderr)
+            return None
         whole = {number: member for number, member in asked.items() if is_whole(member)}
         self.members = [*self.members, *whole.values()]
         for number in asked.keys() - whole.keys():
             needed = dag.everything([*asked[number].artefacts.values()])
             failures[number] = execution.failure(asked[number].results, needed)
         if whole and failures and not Path(done.report).exists():  # its plan has those that failed, so make one without
-            done = self.run([])
+            done, _ = self.run([])
         if whole and Path(done.report).exists():
             print(results_table.table(execution.rows(Path(done.report))))
             print(done.report)
         return done
 
-    def run(self, new: list[studies.Experiment]) -> Plan:
-        """Snakemake over what succeeded before and what is new."""
+    def run(self, new: list[studies.Experiment]) -> tuple[Plan, int]:
+        """Snakemake over what succeeded before and what is new, and its exit code."""
         members = [*self.members, *new]
         planned = plan.for_experiments(members)
-        execution.run(planned, [list(member.overrides) for member in members], self.settings)
-        return planned
+        return planned, execution.run(planned, [list(member.overrides) for member in members], self.settings)
 
 
 def returned(overrides: list[str], member: studies.Experiment | None, answer: Answer, failed: MemberFailed | None) -> JobReturn:
