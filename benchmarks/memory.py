@@ -126,7 +126,7 @@ def draw(rows: list[dict], bound: float, path: Path) -> None:
         axes.plot(minutes, [float(row[name]) / 1e9 for row in rows], label=label, lw=1)
     axes.axhline(bound / 1e9, color="black", ls="--", lw=1, label="1.5 x one float32 decoder layer + activations")
     axes.set(xlabel="minutes", ylabel="GB", ylim=(0, None), title=f"{rows[0]['stage']}, a 12 GB Mixtral")
-    axes.legend(frameon=False, fontsize=8, ncols=2)
+    figure.legend(loc="outside lower center", frameon=False, fontsize=8, ncols=4)
     figure.savefig(path, dpi=110)
 
 
