@@ -9,7 +9,7 @@ call of torch, speed, memory, streams, and what CUDA's own kernels lack or round
 which moepress takes plain torch in place of its Triton kernels; these have Triton's interpreter (test_kernels.py).
 """
 
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from types import SimpleNamespace
 from unittest import mock
 
@@ -21,8 +21,10 @@ from torch.utils._pytree import tree_leaves
 MEMORY = 8 * 2**30
 CUDA = torch.device("cuda", 0)
 MOVES = ("to", "cpu", "cuda", "as_tensor", "asarray")
-ANYWHERE = ("copy_", "__deepcopy__", "__set__", "type_as", "expand_as", "view_as", "reshape_as", "_has_compatible_shallow_copy_type")
+ANYWHERE = ("copy_", "__deepcopy__", "__set__", "type_as", "expand_as", "view_as", "reshape_as")
+ANYWHERE += ("_has_compatible_shallow_copy_type",)  # asked by modules that move
 MAKES_NUMPY = ("numpy", "__array__")
+WAITS = ("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "nonzero", "bincount", "masked_select", "unique")
 
 
 def is_on_gpu(tensor: torch.Tensor) -> bool:
@@ -42,8 +44,8 @@ def tensors_of(*values) -> list[torch.Tensor]:
 
 
 def mixed(name: str, tensor: torch.Tensor) -> RuntimeError:
-    told = f"(in {name}, a {tensor.device.type} tensor of shape {[*tensor.shape]})"
-    return RuntimeError(f"Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! {told}")
+    found = f"found at least two devices, cuda:0 and cpu! (in {name}, a {tensor.device.type} tensor of shape {[*tensor.shape]})"
+    return RuntimeError(f"Expected all tensors to be on the same device, but {found}")
 
 
 def check(name: str, args: tuple, kwargs: dict) -> bool:
@@ -72,15 +74,24 @@ class Devices(TorchFunctionMode):
 
     def __init__(self):
         super().__init__()
-        self.is_inside = False
+        self.is_inside = self.is_recording = False
 
     @contextmanager
-    def inside(self, is_inside: bool):
-        before, self.is_inside = self.is_inside, is_inside
+    def state(self, **state: bool):
+        before = {name: getattr(self, name) for name in state}
+        vars(self).update(state)
         try:
             yield
         finally:
-            self.is_inside = before
+            vars(self).update(before)
+
+    def record(self, name: str, args: tuple, to_gpu: bool) -> None:
+        """RuntimeError for what waits for the GPU, or reads the CPU's memory, while a CUDA graph is captured."""
+        tensors = tensors_of(args)
+        is_mixed = len({is_on_gpu(tensor) for tensor in tensors if tensor.dim()} | ({to_gpu} if name in MOVES else set())) > 1
+        is_mask = name == "__getitem__" and any(tensor.dtype == torch.bool for tensor in tensors_of(args[1:]))
+        if is_mixed or is_mask or (name in WAITS and any(map(is_on_gpu, tensors))) or (name == "tensor" and to_gpu):
+            raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing ({name})")
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         name, kwargs = getattr(func, "__name__", str(func)), dict(kwargs or {})
@@ -90,7 +101,7 @@ class Devices(TorchFunctionMode):
                 mark(found, is_on_gpu(args[0]))
             return found
         if name in MAKES_NUMPY and is_on_gpu(args[0]):
-            raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy it to host memory first.")
+            raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first.")
         if name == "get_device":
             return 0 if is_on_gpu(args[0]) else -1
         if name in MOVES and isinstance(args[0], torch.Tensor):
@@ -100,13 +111,15 @@ class Devices(TorchFunctionMode):
             to_gpu = check(name, args, kwargs)
         elif to_gpu := torch.device(wanted).type == "cuda":
             kwargs["device"] = "cpu"
+        if self.is_recording:
+            self.record(name, args, to_gpu)
         if isinstance(generator := kwargs.get("generator"), torch.Generator):
             own, its = "cuda" if to_gpu else "cpu", generator.device.type
             if own != its:
                 raise RuntimeError(f"Expected a '{own}' device type for generator but found '{its}'")
         if name == "histc" and to_gpu and not args[0].is_floating_point():  # CUDA has it for integers, too
             args = (args[0].float(), *args[1:])
-        with self.inside(True):
+        with self.state(is_inside=True):
             found = func(*args, **kwargs)
         known = {tensor.untyped_storage()._cdata for tensor in tensors_of(args, kwargs)} if wanted is None else ()
         mark([t for t in tensors_of(found) if t.untyped_storage()._cdata not in known], to_gpu)
@@ -123,6 +136,8 @@ class Devices(TorchFunctionMode):
         if device.type == "meta" or own.is_meta:
             return own.to(device, dtype)
         to_gpu = is_on_gpu(rest[0]) if rest and isinstance(rest[0], torch.Tensor) else device.type == "cuda"
+        if self.is_recording:
+            self.record(name, (own,), to_gpu)
         made = own.to(dtype, copy=copy or to_gpu != is_on_gpu(own))
         if made is not own:
             mark(made, to_gpu)
@@ -150,9 +165,9 @@ class Autocast(torch.autocast):
 
 
 @contextmanager
-def pretend_gpu():
+def pretend_gpu(capability: tuple[int, int] = (7, 0)):
     """Inside, this machine has one GPU."""
-    facts = SimpleNamespace(name="Pretend", major=7, minor=0, total_memory=MEMORY, multi_processor_count=1)
+    facts = SimpleNamespace(name="Pretend", total_memory=MEMORY, shared_memory_per_block_optin=2**17)
     zero, nothing = lambda *_: 0, lambda *_: None
     cuda = {
         "_lazy_init": nothing,
@@ -161,7 +176,7 @@ def pretend_gpu():
         "current_device": zero,
         "get_device_name": lambda *_: facts.name,
         "get_device_properties": lambda *_: facts,
-        "get_device_capability": lambda *_: (facts.major, facts.minor),
+        "get_device_capability": lambda *_: capability,
         "is_bf16_supported": lambda *_, **__: True,
         "mem_get_info": lambda *_: (MEMORY, MEMORY),
         "memory_allocated": zero,
@@ -169,6 +184,13 @@ def pretend_gpu():
         "reset_peak_memory_stats": nothing,
         "synchronize": nothing,
         "empty_cache": nothing,
+        "device": lambda _: nullcontext(),
+        "device_of": lambda _: nullcontext(),
+        "Stream": mock.MagicMock,
+        "stream": lambda _: nullcontext(),
+        "current_stream": lambda *_: mock.MagicMock(),
+        "CUDAGraph": mock.MagicMock,
+        "graph": lambda _: mode.state(is_recording=True),
     }
     native, mode, keep = torch.Tensor.device, Devices(), checkpoint._checkpoint_without_reentrant_generator
     tensor = {
@@ -179,7 +201,7 @@ def pretend_gpu():
 
     def checkpointed(function, *args, **kwargs):
         def again(*inputs, **keywords):  # on the way back, inside torch
-            with mode, mode.inside(False):
+            with mode, mode.state(is_inside=False):
                 return function(*inputs, **keywords)
 
         return keep(again, *args, **kwargs)
