@@ -5,8 +5,10 @@
 
 It marks the storages of CPU tensors, and looks at every call of torch in Python. What CUDA allows is allowed: copies between
 devices, CPU scalars (0-dim tensors) beside tensors on the GPU, CPU indices into them. What cannot be seen: mixing inside one
-call of torch, speed, memory, streams, and what CUDA's own kernels lack or round otherwise. Its compute capability is 7.0, for
-which moepress takes plain torch in place of its Triton kernels; these have Triton's interpreter (test_kernels.py).
+call of torch, calls in threads, speed, memory, streams, and what CUDA's own kernels lack or round otherwise.
+
+For its compute capability, 7.0, moepress takes plain torch in place of its Triton kernels; with (8, 0) these run in Triton's
+interpreter. While a CUDA graph is "captured" nothing may wait for the GPU; there is nothing to replay.
 """
 
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -16,12 +18,11 @@ from unittest import mock
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
-from torch.utils._pytree import tree_leaves
 
 MEMORY = 8 * 2**30
 CUDA = torch.device("cuda", 0)
-MOVES = ("to", "cpu", "cuda", "as_tensor", "asarray")
-ANYWHERE = ("copy_", "__deepcopy__", "__set__", "type_as", "expand_as", "view_as", "reshape_as")
+MOVES = ("to", "type_as", "cpu", "cuda", "as_tensor", "asarray")
+ANYWHERE = ("copy_", "__deepcopy__", "__set__", "expand_as", "view_as", "reshape_as")
 ANYWHERE += ("_has_compatible_shallow_copy_type",)  # asked by modules that move
 MAKES_NUMPY = ("numpy", "__array__")
 WAITS = ("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "nonzero", "bincount", "masked_select", "unique")
@@ -40,7 +41,14 @@ def mark(value, to_gpu: bool = True) -> None:
 
 
 def tensors_of(*values) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor) and not leaf.is_meta]
+    """Those among some values and what they hold; none of the meta device."""
+    found: list[torch.Tensor] = []
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            found += [] if value.is_meta else [value]
+        elif isinstance(value, list | tuple | dict):
+            found += tensors_of(*(value.values() if isinstance(value, dict) else value))
+    return found
 
 
 def mixed(name: str, tensor: torch.Tensor) -> RuntimeError:

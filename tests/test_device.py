@@ -219,15 +219,35 @@ def test_a_packed_model_answers_as_on_the_cpu(packed, monkeypatch):
         assert again == written
 
 
-def test_the_kernels_are_given_what_is_on_the_gpu(packed):
+class Watched:
+    """A kernel whose tensors must all be on the GPU."""
+
+    def __init__(self, kernel):
+        self.kernel, self.calls = kernel, 0
+
+    def __getitem__(self, grid):
+        def run(*args, **constants):
+            assert all(each.is_cuda for each in args if isinstance(each, torch.Tensor))
+            self.calls += 1
+            return self.kernel[grid](*args, **constants)
+
+        return run
+
+
+def test_the_kernels_are_given_what_is_on_the_gpu(packed, monkeypatch):
     """A capability that they are for: the interpreter runs them."""
     pytest.importorskip("triton", reason="triton is for Linux")
+    from moepress.inference.kernels import device
+
+    for name in ("multiply", "combine"):
+        monkeypatch.setattr(device, name, Watched(getattr(device, name)))
     ids = TOKENS[:1, :20]
     with torch.inference_mode():
         expected = load_model(packed)(ids).logits
         with pretend_gpu(capability=(8, 0)):
             model = load_model(packed, "cuda", torch.float32)
             torch.testing.assert_close(model(ids.cuda()).logits.cpu(), expected, atol=1e-4, rtol=1e-4)
+    assert device.multiply.calls and device.combine.calls
 
 
 @pytest.mark.parametrize("policy", POLICIES)
