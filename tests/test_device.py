@@ -235,7 +235,7 @@ class Watched:
 
 
 def test_the_kernels_are_given_what_is_on_the_gpu(packed, monkeypatch):
-    """A capability that they are for: the interpreter runs them."""
+    """A capability that they are for: the interpreter runs them. Nothing waits at a single token, so a graph can hold it."""
     pytest.importorskip("triton", reason="triton is for Linux")
     from moepress.inference.kernels import device
 
@@ -247,6 +247,9 @@ def test_the_kernels_are_given_what_is_on_the_gpu(packed, monkeypatch):
         with pretend_gpu(capability=(8, 0)):
             model = load_model(packed, "cuda", torch.float32)
             torch.testing.assert_close(model(ids.cuda()).logits.cpu(), expected, atol=1e-4, rtol=1e-4)
+            layer, x = model.model.layers[0], torch.ones(1, 1, 64, device="cuda")
+            with torch.cuda.graph(torch.cuda.CUDAGraph()):
+                layer.mlp(x), layer.self_attn.q_proj(x)
     assert device.multiply.calls and device.combine.calls
 
 
