@@ -41,17 +41,18 @@ class StaticDecoding:
     def capture(self) -> None:
         """On a GPU: one step as a CUDA graph. Raises RuntimeError where something in it cannot be captured, such as a decision
         that Python takes on a value."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # lets every kernel choose and allocate what it needs
-            for _ in range(3):
-                self.restart()
+        with torch.cuda.device(self.ids_BS.device):  # graphs are captured on the current one
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):  # lets every kernel choose and allocate what it needs
+                for _ in range(3):
+                    self.restart()
+                    self.step()
+            torch.cuda.current_stream().wait_stream(side)
+            self.restart()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
                 self.step()
-        torch.cuda.current_stream().wait_stream(side)
-        self.restart()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.step()
         self.graph = graph
 
     @torch.inference_mode()

@@ -66,7 +66,9 @@ def features(x_TH, a_TR, down_HR, weights_T, ridge: float, num_features: int) ->
 
 
 def balanced_groups(features_RF: torch.Tensor, num_groups: int, seed: int) -> torch.Tensor:
-    """k-means with groups of equal size, by exact assignment: indices `[E, R / E]`, ascending within each group."""
+    """k-means with groups of equal size, by exact assignment: indices `[E, R / E]` on the CPU, where all of it runs, ascending
+    within each group."""
+    features_RF = features_RF.cpu()
     num_points, size = len(features_RF), len(features_RF) // num_groups
     generator = torch.Generator().manual_seed(seed)
     chosen = [int(torch.randint(num_points, (1,), generator=generator))]

@@ -5,7 +5,7 @@ Legend: B sequences, S positions, T = B * S tokens, H hidden size, K selected ex
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import nn
@@ -142,7 +142,7 @@ def _attach(model, policy: dict, attached: Attached) -> None:
         attached.handles.append(MayBeLeftOut(experts))
     if method == "static":
         for layer, removed in zip(layers, policy["removed"], strict=True):
-            removed_E = _marked(removed, layer.get_submodule(family.experts).num_experts, model.device)
+            removed_E = _marked(tuple(removed), layer.get_submodule(family.experts).num_experts, model.device)
             attached.handles.append(
                 Removal(layer.get_submodule(family.router_path), removed_E, partial(family.correction_of, layer))
             )
@@ -191,19 +191,21 @@ def _static(policy: dict, num_layers: int, batch: Batch, attached: Attached) -> 
         raise ValueError(f"pruning.removed: {len(policy['removed'])} lists, but the model has {num_layers} MoE layers")
 
     def rule(removed: list[int], experts, hidden_BSH, index_BSK, weights_BSK):
-        gone_BSK = _marked(removed, experts.num_experts, index_BSK.device)[index_BSK]
+        gone_BSK = _marked(tuple(removed), experts.num_experts, index_BSK.device)[index_BSK]
         return index_BSK.masked_fill(gone_BSK, experts.num_experts), weights_BSK.masked_fill(gone_BSK, 0)
 
     return [partial(rule, removed) for removed in policy["removed"]]
 
 
-def _marked(removed: list[int], num_experts: int, device) -> torch.Tensor:
-    """True for the removed experts, `[E]`."""
+@cache
+def _marked(removed: tuple[int, ...], num_experts: int, device) -> torch.Tensor:
+    """True for the removed experts, `[E]`. Made once and kept: a GPU waits for a list that comes to it, which no CUDA graph can
+    hold, and a graph reads the mask where it lies, also after the policy's end."""
     if not all(0 <= expert < num_experts for expert in removed):
-        raise ValueError(f"pruning.removed: {removed} are not all experts of a layer with {num_experts}")
-    return torch.zeros(num_experts, dtype=torch.bool, device=device).index_fill_(
-        0, torch.tensor(removed, device=device).long(), 1
-    )
+        raise ValueError(f"pruning.removed: {[*removed]} are not all experts of a layer with {num_experts}")
+    with torch.inference_mode(False):  # whoever comes first, it serves all
+        index = torch.tensor(removed, device=device).long()
+        return torch.zeros(num_experts, dtype=torch.bool, device=device).index_fill_(0, index, 1)
 
 
 def _listen(model, layer_of: dict[nn.Module, int], batch: Batch):

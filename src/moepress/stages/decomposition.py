@@ -37,6 +37,7 @@ def run(task: Task) -> None:
             nll[domain]["weights_only"] = _measure(model, blocks, config, f"weights only, {domain}").nll_N
     del model
     gc.collect()
+    torch.cuda.empty_cache()  # what torch keeps of a GPU's memory does not count as free
     if fits(original, device):
         model = load_model(original, device)
         for domain, blocks in texts.items():
