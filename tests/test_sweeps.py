@@ -2,6 +2,7 @@
 Snakemake runs a sweep in test_workflow.py."""
 
 import itertools
+import os
 import shlex
 import sys
 import types
@@ -295,6 +296,16 @@ def test_times_of_a_gpu_elsewhere_want_its_name(small, place, monkeypatch):
     with pytest.raises(sweeps.MemberFailed, match=r"latency\.hardware="):
         _ = answer.return_value
     machine.hardware.cache_clear()
+
+
+def test_each_gpu_is_timed_under_its_own_name(tmp_path, monkeypatch):
+    listing = tmp_path / "nvidia-smi"
+    listing.write_text("#!/bin/sh\nprintf 'NVIDIA A\\nNVIDIA B\\n'\n")
+    listing.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    named = machine.hardware.__wrapped__  # which keeps no answer for other tests
+    assert named("auto") == named("cuda") == named("cuda:0") == "NVIDIA A"
+    assert named("cuda:1") == "NVIDIA B" and named("cuda:2") == named("cpu")
 
 
 def test_tuning_that_does_not_fit_in_memory_is_refused_before_any_job(small, place, monkeypatch):

@@ -23,8 +23,9 @@ def hardware(device: str) -> str:
     if uses_gpu(device) and shutil.which("nvidia-smi"):
         query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
         names = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split("\n")
-        if names[0].strip():
-            return names[0].strip()
+        number = int(device.partition(":")[2] or 0)
+        if number < len(names) and names[number].strip():
+            return names[number].strip()
     cpuinfo = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
     return found.group(1).strip() if found else platform.processor() or platform.machine()

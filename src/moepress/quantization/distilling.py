@@ -52,7 +52,7 @@ def distill(
     dtypes = {name: dtype for shard in model.hf_quantizer.layout.values() for name, dtype in shard.items()}
     tuned = Tuned(model, {f"model.{name}": p for name, p in rest.items() if p.is_floating_point()})
     for layer in model.model.layers:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
     def loss(chosen):
         with torch.no_grad():

@@ -122,7 +122,8 @@ def tune(
 
     experts = [module for module in layer.modules() if isinstance(module, PackedExperts)]
     for module in experts:  # what an expert's forward keeps for its backward would be all its weights
-        module.output = partial(checkpoint, module.output, use_reentrant=False)  # type: ignore[method-assign]
+        again = partial(checkpoint, module.output, use_reentrant=False, preserve_rng_state=False)
+        module.output = again  # type: ignore[method-assign]
     try:
         return descend(tuned, N, min(N, max(1, tokens // S)), steps, rate, index, loss)
     finally:
