@@ -14,9 +14,8 @@ from lm_eval.models.huggingface import HFLM
 from moepress import artefacts, config, dag, plan
 from moepress.artefacts import read_json
 from moepress.evaluation import benchmarks, harness, quick, suites, usage
-from moepress.evaluation.bridge import Bridge, StreamedBridge
+from moepress.evaluation.bridge import Bridge
 from moepress.inference.checkpoint import load
-from moepress.models.streaming import ModelStream
 from moepress.pruning.policy import attach
 
 PESF = {"method": "pesf", "alpha": 1.0, "renormalize": True}
@@ -326,10 +325,10 @@ def test_a_model_that_does_not_fit_answers_the_same(tmp_path, model_folder, monk
     monkeypatch.setattr(evaluation.ppl, "measure_streamed", None)
     with pytest.raises(ValueError, match="no such data"):  # before any text is measured
         evaluation.run(artefacts.Task("evaluation", "0", {"evaluation": settings}, inputs, runtime, out))
-    stream = ModelStream(model_folder)
-    lm = StreamedBridge(stream, load(model_folder, "cpu")[1], tmp_path / "streams")
+    writes = harness.Loaded({"tasks": {"gsm8k": SimpleNamespace(OUTPUT_TYPE="generate_until")}}, {})
+    monkeypatch.setattr(harness, "load_tasks", lambda *_: writes)
     with pytest.raises(ValueError, match=r"evaluation\.tasks: gsm8k lets the model write.*larger machine"):
-        lm.generate_until([SimpleNamespace(task_name="gsm8k")])
+        evaluation.run(artefacts.Task("evaluation", "0", {"evaluation": settings}, inputs, runtime, out))
 
 
 def test_tasks_are_in_the_key():

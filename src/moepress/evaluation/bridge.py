@@ -133,12 +133,6 @@ class StreamedBridge(Bridge):
 
         return logits(), (chosen_BLE, chosen_BLE)
 
-    def generate_until(self, requests, disable_tqdm=False):
-        raise ValueError(
-            f"evaluation.tasks: {requests[0].task_name} lets the model write, which one that does not fit in memory "
-            "cannot; leave it out, or run on a larger machine"
-        )
-
 
 def _padded(rows: list[tuple[int, ...]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and mask `[rows, longest]` of rows of which the first is the longest."""

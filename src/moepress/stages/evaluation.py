@@ -144,14 +144,17 @@ def _score(task: Task, asked: dict, bridge) -> None:
 def _streamed(task: Task, folder: Path, device: str, texts: dict, asked: dict | None) -> tuple[dict[str, ppl.Measured], dict]:
     """The same for a 16-bit model that does not fit in memory: a layer at a time over all domains' blocks."""
     print(f"{folder} does not fit in this machine's memory: it is evaluated a layer at a time")
+    if asked:
+        from moepress.evaluation import harness
+        from moepress.evaluation.bridge import StreamedBridge  # imports lm-eval
+
+        harness.check_streamed(asked["loaded"])
     stream = ModelStream(folder, device)
     progress = tqdm(total=stream.shape.num_layers, desc=f"evaluation {task.name}", unit="layer")
     together = np.concatenate([blocks for blocks, _ in texts.values()])
     stride, num_experts = task.config["evaluation"]["stride"], stream.shape.num_experts
     nll_N, selected_NSLK = ppl.measure_streamed(stream, together, stride, task.out / "streams", progress)
     if asked:
-        from moepress.evaluation.bridge import StreamedBridge  # imports lm-eval
-
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         _score(task, asked, StreamedBridge(stream, tokenizer, task.out / "streams-tasks", task.name))
     ends = np.cumsum([len(blocks) for blocks, _ in texts.values()])[:-1]
