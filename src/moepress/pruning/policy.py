@@ -190,11 +190,11 @@ def _static(policy: dict, num_layers: int, batch: Batch, attached: Attached) -> 
     if len(policy["removed"]) != num_layers:
         raise ValueError(f"pruning.removed: {len(policy['removed'])} lists, but the model has {num_layers} MoE layers")
 
-    def rule(removed: list[int], experts, hidden_BSH, index_BSK, weights_BSK):
-        gone_BSK = _marked(tuple(removed), experts.num_experts, index_BSK.device)[index_BSK]
+    def rule(removed: tuple[int, ...], experts, hidden_BSH, index_BSK, weights_BSK):
+        gone_BSK = _marked(removed, experts.num_experts, index_BSK.device)[index_BSK]
         return index_BSK.masked_fill(gone_BSK, experts.num_experts), weights_BSK.masked_fill(gone_BSK, 0)
 
-    return [partial(rule, removed) for removed in policy["removed"]]
+    return [partial(rule, tuple(removed)) for removed in policy["removed"]]
 
 
 @cache
