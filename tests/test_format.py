@@ -306,6 +306,20 @@ def test_import_moepress_is_enough_in_either_order(checkpoint, tmp_path):
         assert process.returncode == 0, f"{order}: {errors}"
 
 
+def test_without_moepress_transformers_stops(checkpoint, tmp_path):
+    """It does not know the format, and would fill what it does not find with random weights."""
+    loaded(checkpoint).save_pretrained(tmp_path)
+    code = "from transformers import AutoModelForCausalLM; import sys; AutoModelForCausalLM.from_pretrained(sys.argv[1])"
+    running = [
+        subprocess.Popen([sys.executable, "-c", code, str(folder)], stderr=subprocess.PIPE, text=True)
+        for folder in (checkpoint, tmp_path)
+    ]
+    for process in running:
+        _, errors = process.communicate()
+        assert process.returncode != 0
+        assert "import moepress before this folder is loaded" in errors.splitlines()[-1]
+
+
 def test_from_the_cache_of_the_hub(checkpoint, tmp_path, monkeypatch):
     """There the files are links into a store, and only those that transformers asked for."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

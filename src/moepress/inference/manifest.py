@@ -23,13 +23,17 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".pkl", ".ckpt", ".h5", ".msgp
 QUIET_BYTES = 2**30
 """Folders up to this size are checked without a progress bar."""
 
+GUARD = {"transformers_weights": "import moepress before this folder is loaded"}
+"""An entry of config.json that stops transformers alone, which would go on with random weights: it takes it for the name of the
+weights' file, says that it is none, and repeats it. The quantizer, there after `import moepress`, takes it away."""
+
 AGAIN = "fetch or write the checkpoint again"
 
 
 def packed_config(config: dict, group_size: int, modules: dict) -> dict:
     """config.json of a packed folder. config: the 16-bit model's. modules: module name -> its width, or every expert's."""
     packed = {"quant_method": METHOD, "format_version": FORMAT_VERSION, "group_size": group_size, "modules": modules}
-    return standard_config(config, "model") | {"quantization_config": packed}
+    return standard_config(config, "model") | GUARD | {"quantization_config": packed}
 
 
 def add_shard(folder: Path, name: str, path: Path) -> None:

