@@ -1,5 +1,7 @@
 # make run: install, compute the default study, build the report pages.   make test: the tests.   See README.md.
-PYTHON ?= python3
+# Whether a Python is one that pyproject.toml allows; the first on the PATH that is, or `make run PYTHON=...`.
+FITS := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do $$p -c '$(FITS)' 2> /dev/null && echo $$p && break; done)
 # Processes of the tests.
 WORKERS ?= 2
 CORES ?= $(shell nproc 2>/dev/null || echo 2)
@@ -13,6 +15,7 @@ MINUTES ?= 60
 install: .venv/installed
 
 .venv/installed: pyproject.toml
+	@'$(PYTHON)' -c '$(FITS)' 2> /dev/null || { echo "make: PYTHON='$(PYTHON)' is no Python 3.11, 3.12 or 3.13; install one and give its path, make run PYTHON=/path/to/python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'

@@ -4,6 +4,7 @@ import ast
 import graphlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -37,6 +38,20 @@ def test_every_dependency_is_used():
 def test_conda_takes_the_same_set():
     conda = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
     assert conda[-1]["pip"] == ["torch==2.13.0", "-e .[dev]"]
+
+
+def test_make_refuses_a_python_that_will_not_do_before_it_downloads(tmp_path):
+    for name in ("Makefile", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    makefile = (ROOT / "Makefile").read_text()
+    least, below = (version.split(".") for version in re.findall(r"\d+\.\d+", PROJECT["project"]["requires-python"]))
+    assert f"({', '.join(least)}) <= sys.version_info < ({', '.join(below)})" in makefile
+    for python, allowed in (("false", False), (sys.executable, True)):
+        # make tells what it would do; the check, told alone, is run
+        told = subprocess.run(["make", "-n", "install", f"PYTHON={python}"], cwd=tmp_path, capture_output=True, text=True)
+        checked = subprocess.run(told.stdout.splitlines()[0], shell=True, capture_output=True, text=True)
+        assert (checked.returncode == 0) == allowed
+        assert allowed or "PYTHON='false' is no Python 3.11, 3.12 or 3.13; install one" in checked.stderr
 
 
 def test_the_wheel_works_outside_its_checkout(tmp_path):

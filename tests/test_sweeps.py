@@ -308,6 +308,31 @@ def test_each_gpu_is_timed_under_its_own_name(tmp_path, monkeypatch):
     assert named("cuda:1") == "NVIDIA B" and named("cuda:2") == named("cpu")
 
 
+def test_a_processor_has_the_name_that_its_system_gives_it(tmp_path, monkeypatch):
+    """On a Mac and on ARM under Linux /proc does not tell, and all of them would be one `arm` or `aarch64`."""
+    for program, says in (("sysctl", "Apple M3"), ("lscpu", "Architecture: aarch64\nModel name:   Neoverse-V2\nThread(s): 1")):
+        (tmp_path / program).write_text(f"#!/bin/sh\ncat <<END\n{says}\nEND\n")
+        (tmp_path / program).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    named = machine.hardware.__wrapped__
+    monkeypatch.setattr(machine.platform, "system", lambda: "Darwin")
+    assert named("cpu") == named("auto") == "Apple M3"
+    monkeypatch.setattr(machine.platform, "system", lambda: "Linux")
+    monkeypatch.setattr(machine, "Path", lambda _: tmp_path / "nothing")
+    assert named("cpu") == "Neoverse-V2"
+    (tmp_path / "lscpu").write_text("#!/bin/sh\n")
+    assert named("cpu") == (machine.platform.processor() or machine.platform.machine())
+
+
+def test_peak_memory_is_in_bytes_on_every_system(monkeypatch):
+    """A Mac counts it in bytes, Linux in KiB."""
+    here = artefacts.peak_memory()
+    status = Path("/proc/self/status").read_text()
+    assert here == pytest.approx(1024 * int(status.partition("VmHWM:")[2].split()[0]), rel=0.05)
+    monkeypatch.setattr(artefacts.sys, "platform", "darwin")
+    assert 1024 * artefacts.peak_memory() == pytest.approx(here, rel=0.05)
+
+
 def test_tuning_that_does_not_fit_in_memory_is_refused_before_any_job(small, place, monkeypatch):
     tuned = [*small, "quantization=best", "allocation=uniform"]
     monkeypatch.setattr(forecast.limits, "memory_limit", lambda: 100 << 20)

@@ -286,7 +286,8 @@ def read_json(path: Path):
 
 def peak_memory() -> int:
     """The most bytes of memory that this process has had so far, mapped files included."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    unit = 1 if sys.platform == "darwin" else 1024  # what ru_maxrss counts in
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def read_config(folder: Path) -> dict:

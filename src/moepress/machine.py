@@ -20,15 +20,29 @@ def uses_gpu(device: str) -> bool:
 @cache
 def hardware(device: str) -> str:
     """Name of the machine part that latency is measured on, found without importing torch."""
-    if uses_gpu(device) and shutil.which("nvidia-smi"):
-        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-        names = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split("\n")
+    if uses_gpu(device):
+        names = _said("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").split("\n")
         number = int(device.partition(":")[2] or 0)
         if number < len(names) and names[number].strip():
             return names[number].strip()
+    return _processor() or platform.processor() or platform.machine()
+
+
+def _processor() -> str:
+    """As the system calls it; "" where it has no name for it."""
+    if platform.system() == "Darwin":
+        return _said("sysctl", "-n", "machdep.cpu.brand_string").strip()
     cpuinfo = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    return found.group(1).strip() if found else platform.processor() or platform.machine()
+    listed = cpuinfo.read_text() if cpuinfo.exists() else ""
+    found = re.search(r"model name\s*:\s*(.+)", listed if "model name" in listed else _said("lscpu"), re.IGNORECASE)
+    return found.group(1).strip() if found else ""
+
+
+def _said(*command: str) -> str:
+    """What a program prints; "" where there is none."""
+    if shutil.which(command[0]) is None:
+        return ""
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
 
 
 def has_gpu() -> bool:
