@@ -214,7 +214,11 @@ def pretend_gpu(capability: tuple[int, int] = (7, 0)):
 
         return keep(again, *args, **kwargs)
 
-    places = [(torch.cuda, cuda), (torch.Tensor, tensor), (torch, {"Generator": Generator, "autocast": Autocast})]
+    # what a torch that is built for CUDA asks a driver for
+    accelerator = {"current_device_index": zero, "current_stream": lambda *_: SimpleNamespace(is_capturing=lambda: False)}
+
+    places = [(torch.cuda, cuda), (torch.accelerator, accelerator), (torch.Tensor, tensor)]
+    places.append((torch, {"Generator": Generator, "autocast": Autocast}))
     places.append((checkpoint, {"_checkpoint_without_reentrant_generator": checkpointed}))
     with ExitStack() as stack:
         for place, answers in places:

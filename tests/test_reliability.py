@@ -279,6 +279,7 @@ def test_folders_that_are_not_what_their_stage_left(finished):
             RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes\nmore"),
             "can't allocate memory: you tried 9 bytes)",
         ),
+        (ImportError("libtorch.so: failed to map segment from shared object"), "not enough memory (libtorch.so: failed to map"),
         (ValueError("seed=x"), None),
     ],
 )
