@@ -27,7 +27,9 @@ def differences(runs: list[Run]) -> tuple[Figure, pd.DataFrame] | None:
     if not found:
         return None
     panels = [metric for metric in PANELS if any(not np.isnan(pair.differences[metric].value) for pair in found)]
-    size = (2.4 + 3.3 * len(panels), 1.2 + 0.25 * len(found))
+    names = [shorten(f"{pair.runs[0].title} − {pair.against}", 60) for pair in found]
+    beside = max(2.4, 0.08 * max(map(len, names)))  # inches that the names take
+    size = (beside + 3.3 * len(panels), 1.2 + 0.25 * len(found))
     figure, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False)
     for axis, metric in zip(axes[0], panels, strict=True):
         axis.axvline(0, color=INK, linewidth=1)
@@ -46,7 +48,6 @@ def differences(runs: list[Run]) -> tuple[Figure, pd.DataFrame] | None:
         for place in range(1, len(found)):
             if found[place].step != found[place - 1].step:
                 axis.axhline(place - 0.5, color="#bbbbbb", linewidth=0.8)
-    names = [shorten(f"{pair.runs[0].title} − {pair.against}", 60) for pair in found]
     axes[0, 0].set_yticks(range(len(found)), names)
     axes[0, 0].set_ylim(len(found) - 0.4, -0.6)
     marks = {"better": (BETTER, BETTER), "worse": (WORSE, WORSE), "within noise": (MUTED, "white")}
