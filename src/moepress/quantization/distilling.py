@@ -8,7 +8,7 @@ it (`Prediction.tuning_bytes`): 22 bytes for each group of weights, the 16-bit m
 layer its activations and an expert unpacked, for each layer's forward is run again on the way back. The 16-bit model need not.
 
 What rate a model bears falls with its depth, for each of Adam's first steps moves all scales of all layers by the whole rate.
-Where a few steps raise the divergence by half, or all of them at all, the descent starts anew at a quarter of the rate.
+Where a few steps double the divergence, or all of them raise it at all, the descent starts anew at a quarter of the rate.
 
 Legend: N sequences, S positions, H hidden size.
 """
@@ -79,7 +79,7 @@ def distill(
         return Distilled(tensors, losses, rate) if after < most * before else None
 
     for lower in (rate, rate / 4, rate / 16):
-        is_bearable = steps <= TRIED or descent(TRIED, lower, most=1.5)
+        is_bearable = steps <= TRIED or descent(TRIED, lower, most=2)
         if is_bearable and (found := descent(steps, lower, most=1)):
             return found
     print("tuning the whole model made it worse at every rate and is left out: take a smaller quantization.distill_rate")
