@@ -139,8 +139,10 @@ def of_the_machine(error: BaseException) -> str | None:
         return f"the disk is full ({text}); free some space or set paths.results"
     if is_one_of(errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR):
         return f"cannot be written ({text}); make it writable or set paths.results"
-    allocation = ("can't allocate memory", "not enough memory", "out of memory", "std::bad_alloc", "Cannot allocate memory")
-    allocation += ("failed to map segment from shared object",)  # the loader, of a large library
+    allocation = (
+        *("can't allocate memory", "not enough memory", "out of memory", "std::bad_alloc", "Cannot allocate memory"),
+        "failed to map segment from shared object",  # the loader, of a large library
+    )
     if isinstance(error, MemoryError) or is_one_of(errno.ENOMEM) or any(words in text for words in allocation):
         said = text.strip().splitlines()[0] if text.strip() else type(error).__name__
         return f"not enough memory ({said}); let fewer stages run side by side (cores=1), or take a machine with more"

@@ -34,7 +34,9 @@ def _processor() -> str:
         return _said("sysctl", "-n", "machdep.cpu.brand_string").strip()
     cpuinfo = Path("/proc/cpuinfo")
     listed = cpuinfo.read_text() if cpuinfo.exists() else ""
-    found = re.search(r"model name\s*:\s*(.+)", listed if "model name" in listed else _said("lscpu"), re.IGNORECASE)
+    if "model name" not in listed:  # ARM's
+        listed = _said("lscpu")
+    found = re.search(r"model name\s*:\s*(.+)", listed, re.IGNORECASE)
     return found.group(1).strip() if found else ""
 
 

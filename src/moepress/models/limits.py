@@ -21,7 +21,7 @@ DIAGNOSED = 4
 """Every so many-th calibration sequence runs through the 16-bit model where its hidden states serve the diagnostics alone."""
 
 TRIED = 4
-"""Steps of the last tuning that tell whether a rate is far too high; after so few, a good one may stand a quarter above the
+"""Steps of the last tuning that tell whether a rate is far too high; after so few, a good one may stand four fifths above the
 start."""
 
 GROUPS, OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
