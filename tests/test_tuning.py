@@ -247,6 +247,16 @@ def test_a_rate_that_harms_is_quartered_and_nothing_is_left_of_it(model_folder, 
     assert "is left out" in capsys.readouterr().out
 
 
+def test_a_rate_that_harms_at_first_only_is_kept(model_folder, tmp_path, capsys):
+    """Adam's first steps may raise the divergence by more than half where all of them lower it; from twice on it is over."""
+    out = tmp_path / "packed"
+    x = written(ModelStream(model_folder), out)
+    found = distilling.distill(out, ModelStream(model_folder), x, TOKENS, 40, 96, 0.1)
+    trial, whole = (line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("tuning"))
+    before, after_few, after_all = float(trial[8]), float(trial[10]), float(whole[10])
+    assert 1.5 * before < after_few < 2 * before and after_all < before and found.rate == 0.1
+
+
 def test_killed_while_the_shards_are_rewritten(tmp_path, model_folder, text_folder, monkeypatch):
     """The stage goes on from what was tuned and ends with the bytes of a run that nobody stopped."""
     overrides = [*small_experiment(model_folder, text_folder), "device=cpu", "quantization=best", "allocation=uniform"]

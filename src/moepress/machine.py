@@ -41,10 +41,11 @@ def _processor() -> str:
 
 
 def _said(*command: str) -> str:
-    """What a program prints; "" where there is none."""
+    """What a program prints, in English; "" where there is none."""
     if shutil.which(command[0]) is None:
         return ""
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    english = os.environ | {"LC_ALL": "C"}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=english).stdout
 
 
 def has_gpu() -> bool:
