@@ -115,11 +115,12 @@ def verdict(metric: str, one: paired.Difference) -> str:
 
 
 def numbers(runs: list[Run], others: list[Run]) -> Iterator[str]:
-    """Their columns of the table, side by side; of several seeds the first."""
+    """Their columns of the table, side by side; of several seeds the first, which is said."""
     first = [runs[0], others[0]]
     wanted = [name for name in results.COLUMNS if name not in ("run", "delta_nll")]
     own, other = ({k: None if v != v else v for k, v in row.items()} for row in tabulate(first).to_dict("records"))
-    rows = [("", "A", "B")]
+    heads = (name if len(side) == 1 else f"{name}, seed {side[0].seed}" for name, side in (("A", runs), ("B", others)))
+    rows = [("", *heads)]
     rows += [(results.COLUMNS[n], results.cell(n, own), results.cell(n, other)) for n in wanted if n in own]
     yield from (f"  {line}" for line in aligned([row for row in rows if row[1:] != ("", "")]))
 
