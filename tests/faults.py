@@ -35,7 +35,7 @@ def plans(place: Path) -> dict:
     small = small_experiment(write_model(place / "model"), write_texts(place / "texts"))
     small += ["device=cpu", "calibration.num_sequences=4", "evaluation.num_blocks=2", f"paths.results={place / 'whole'}"]
     members = [
-        ["quantization=qesc", "allocation.bits=2.5", "evaluation.decomposition=true"],
+        ["quantization=qesc", "allocation.bits=2.5", "evaluation.decomposition=true", "evaluation.divergence=true"],
         ["quantization=best", "allocation=uniform", "allocation.bits=2", *QUICK_BEST],
         ["quantization=rtn", "allocation=global", "allocation.bits=3", "pruning=odp"],
     ]

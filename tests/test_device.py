@@ -276,10 +276,10 @@ STAGES = {
     "tuned, decomposed": [
         *("allocation=uniform", "allocation.bits=2", "quantization=best", "quantization.group_size=32"),
         *("quantization.tune_steps=1", "quantization.distill_steps=2", "quantization.distill_sequences=null"),
-        "evaluation.decomposition=true",
+        *("evaluation.decomposition=true", "evaluation.divergence=true"),
     ],
 }
-TOLD = ("statistics", "allocation", "gradients", "policy", "metrics", "decomposition")
+TOLD = ("statistics", "allocation", "gradients", "policy", "metrics", "decomposition", "divergence")
 
 
 def run_stages(folder, text_folder, settings, place, device) -> dict:

@@ -426,7 +426,7 @@ def test_task_tokens_follow_tasks_limit_and_examples():
     assert 0 < tokens("evaluation.tasks=quick", "evaluation.limit=50") < tokens() == tokens("evaluation.limit=1000")
 
 
-def test_fitted_policies_and_the_decomposition_are_counted(model_folder):
+def test_fitted_policies_decomposition_and_divergence_are_counted(model_folder):
     model = outline.read(model_folder, "model")
 
     def planned(*overrides):
@@ -434,11 +434,14 @@ def test_fitted_policies_and_the_decomposition_are_counted(model_folder):
         return estimate.seconds(model, values, 1e9), estimate.memory(model, values, 1 << 20, "cpu", 8 << 30)
 
     for found in planned():
-        assert not {"pruning", "decomposition"} & set(found)
+        assert not {"pruning", "divergence", "decomposition"} & set(found)
     for found in planned("pruning=odp"):
         assert found["pruning"] > 0 and "decomposition" not in found
     for found in planned("evaluation.decomposition=true"):
         assert found["decomposition"] > 0 and "pruning" not in found
+    for found in planned("evaluation.divergence=true"):
+        assert found["divergence"] > 0 and "decomposition" not in found
+    assert all("divergence" not in found for found in planned("quantization=none", "evaluation.divergence=true"))
     assert all("pruning" not in found for found in planned("pruning=pesf")), "nothing is fitted"
     fixed = estimate.STARTUP_SECONDS + estimate.FOLDER_SECONDS
     once = planned("pruning=odp", "pruning.threshold=0.3")[0]["pruning"] - fixed

@@ -66,6 +66,11 @@ def is_reference(config: dict) -> bool:
     return config["quantization"]["method"] == "none" and config["pruning"]["method"] == "none"
 
 
+def is_diverged(config: dict) -> bool:
+    """Whether its predictions are held against the 16-bit model's."""
+    return config["evaluation"]["divergence"] and not is_reference(config)
+
+
 def is_decomposed(config: dict) -> bool:
     """Whether the quantized model is taken apart too: its errors of selection and of weights alone."""
     quantized, pruned = (config[group]["method"] != "none" for group in ("quantization", "pruning"))
@@ -206,6 +211,12 @@ STAGES: dict[str, Stage] = {
     "quantization": Stage(3, ("quantization",), _quantization_inputs, _checkpoint_label),
     "pruning": Stage(1, ("pruning",), _pruning_inputs, run_label),
     "evaluation": Stage(4, ("evaluation",), _evaluation_inputs, run_label),
+    "divergence": Stage(
+        1,
+        tuple(f"evaluation.{name}" for name in _TEXT),
+        lambda c: {"corpus": ("corpus", c), **_model(c), **_checkpoint(c)},
+        run_label,
+    ),
     "decomposition": Stage(1, tuple(f"evaluation.{name}" for name in _TEXT), _decomposition_inputs, _checkpoint_label),
     "latency": Stage(3, ("latency",), lambda c: {"corpus": ("corpus", c), **_checkpoint(c), **_model(c)}, run_label),
 }
@@ -215,14 +226,14 @@ NOT_IN_KEY = {
     "model": ("path", "name"),
     "corpus": ("path",),
     "quantization": ("name",),
-    "evaluation": ("decomposition",),
+    "evaluation": ("divergence", "decomposition"),
     "latency": ("model", "num_layers", "skew"),
     "statistics": ("blocks",),
 }
 """Where something lies and how it is called is no part of what it is; its fingerprint is. Some folders of results have the
 model's name in their labels, though: where a model folder is renamed, those of model, statistics and gradients are made anew
-under the same keys; `model.name=OLD` keeps them (docs/guide.md). The decomposition is a stage, and the shapes of latency.model
-have artefacts of their own, see `shape_artefact`. In how many jobs statistics are computed changes no number."""
+under the same keys; `model.name=OLD` keeps them (docs/guide.md). Divergence and decomposition are stages, and the shapes of
+latency.model have artefacts of their own, see `shape_artefact`. In how many jobs statistics are computed changes no number."""
 
 
 def artefact(stage: str, config: dict) -> Artefact:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from moepress import work
 from moepress.artefacts import read_config, read_json
-from moepress.dag import distill_sequences, is_decomposed
+from moepress.dag import distill_sequences, is_decomposed, is_diverged
 from moepress.integrity import PROVENANCE
 from moepress.models import outline as outlines
 from moepress.models.dialects import standard_config
@@ -86,6 +86,8 @@ def memory(model: Outline, config: dict, packed_bytes: int, device: str, has: in
         found["evaluation"] = library + packed_bytes + logits
     if is_fitted(config["pruning"]["method"]):  # whole, as it is loaded
         found["pruning"] = library + (packed_bytes if quantized else original) + 4 * TOKENS_AT_ONCE * activations
+    if is_diverged(config):  # the 16-bit model a layer at a time, then the other one, and the logits of both
+        found["divergence"] = max(layer, library + (packed_bytes if quantized else original) + 2 * logits)
     if is_decomposed(config):  # one model after the other: what the first leaves, and the second's files as they are read
         found["decomposition"] = (
             max(found["evaluation"], found["evaluation at 16 bits"]) + packed_bytes + model.nbytes * is_whole
@@ -156,6 +158,8 @@ def seconds(model: Outline, config: dict, flops_per_second: float, correction: f
         )
     if is_fitted(config["pruning"]["method"]):
         found["pruning"] = work.pruning_flops(model, config) / flops_per_second + FOLDER_SECONDS
+    if is_diverged(config):
+        found["divergence"] = work.divergence_flops(model, config) / flops_per_second + FOLDER_SECONDS
     if is_decomposed(config):
         flops, steps = work.decomposition_work(model, config)
         found["decomposition"] = flops / flops_per_second + STEP_SECONDS * steps + 2 * FOLDER_SECONDS

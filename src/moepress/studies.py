@@ -11,10 +11,20 @@ from omegaconf.errors import OmegaConfBaseException
 
 from moepress.composing import ROOT, first_lines
 from moepress.config import resolve
-from moepress.dag import Artefact, artefact, everything, is_decomposed, is_reference, make_artefact, reference, run_label
+from moepress.dag import (
+    Artefact,
+    artefact,
+    everything,
+    is_decomposed,
+    is_diverged,
+    is_reference,
+    make_artefact,
+    reference,
+    run_label,
+)
 from moepress.schema.allocation import reads_statistics
 
-MEASURED = ("evaluation", "latency", "quantization", "allocation", "decomposition")
+MEASURED = ("evaluation", "latency", "quantization", "allocation", "divergence", "decomposition")
 """Stages that fill a row, as far as an experiment has them."""
 
 
@@ -54,6 +64,8 @@ def experiment(overrides: list[str] | tuple[str, ...]) -> Experiment:
     stages = ["evaluation", "latency"] if config["latency"]["repeats"] else ["evaluation"]
     if config["quantization"]["method"] != "none":
         stages += ["quantization", "allocation"]
+    if is_diverged(config):
+        stages += ["divergence"]
     if is_decomposed(config):
         stages += ["decomposition"]
     return Experiment(tuple(overrides), config, {stage: artefact(stage, config) for stage in stages})

@@ -249,6 +249,13 @@ def pruning_flops(model: Outline, config: dict) -> float:
     return once * (1 if config["pruning"].get("threshold") is not None else 2)
 
 
+def divergence_flops(model: Outline, config: dict) -> float:
+    """FLOPs of the test text through the 16-bit model and through the other one."""
+    evaluation, blocks = config["evaluation"], num_blocks(config)
+    once = forward_flops(model, blocks * evaluation["seq_len"], evaluation["seq_len"])
+    return 2 * once + -(-blocks // evaluation["batch_size"]) * unpack_flops(model, config)
+
+
 def decomposition_work(model: Outline, config: dict) -> tuple[float, float]:
     """`(FLOPs, steps)`: the test text's perplexity three times: the packed model as it is, with other selections, the 16-bit
     one."""

@@ -18,6 +18,25 @@ rule evaluation:
         RUN
 
 
+rule divergence:
+    input:
+        PLAN.upstream("divergence"),
+    output:
+        directory(f"{RESULTS}/divergence/{{id}}"),
+    log:
+        f"{RESULTS}/logs/divergence/{{id}}.log",
+    conda:
+        "../../environment.yml"
+    threads: PLAN.threads("divergence", ALL_CORES)
+    resources:
+        gpu=PLAN.gpus,
+        mem_mb=PLAN.memory("divergence"),
+    params:
+        task=PLAN.task("divergence"),
+    shell:
+        RUN
+
+
 rule decomposition:
     input:
         PLAN.upstream("decomposition"),

@@ -15,6 +15,7 @@ COLUMNS = {
     "ppl_mean": "perplexity",
     "delta_nll": "nats over 16 bit",
     "ppl_ood": "out of domain",
+    "divergence": "divergence",
     "acc_mean": "accuracy",
     "selection_shift": "shift",
     "speedup_prefill": "prefill",
@@ -112,5 +113,5 @@ def cell(name: str, row: dict) -> str:
         return str(value)
     if name.startswith("speedup"):
         return f"{value:.2f}x"
-    text = f"{value:.4g}" if name.startswith("ppl") else f"{value:.3f}"
+    text = f"{value:.4g}" if name.startswith(("ppl", "divergence")) else f"{value:.3f}"
     return f"{text} ± {error:.2g}" if isinstance(error, int | float) and error > 0 else text

@@ -30,6 +30,10 @@ SPEED = (
 ACCURACY = (
     "Accuracy is the mean over the tasks, ± over their items; an asterisk marks tasks of which only the first items were asked."
 )
+DIVERGENCE = (
+    "Divergence: of the predictions from the 16-bit model's, in nats per token in the domains of the corpus, and the share of "
+    "tokens after which both think the same next one most likely."
+)
 DESCRIBING = ("bits", "size", "experts per token", "quantized in")
 """Columns that say what a row is, not how good: a page need not repeat them."""
 
@@ -88,6 +92,7 @@ def _cells(own: list[Run], table: pd.DataFrame, runs: list[Run]) -> dict[str, Ce
         "perplexity": (_number(ppl["ppl_mean"]), changes[0]),
         "out of domain": (_number(ppl["ppl_ood"]), changes[1]),
         "accuracy": _accuracy(row) if "acc_mean" in row else NOTHING,
+        "divergence": _divergence(row) if "divergence" in row else NOTHING,
         "bits": (f"{row['bits_nominal']:.3g}", f"{row['bits_effective']:.2f} on disk"),
         "size": (rounded_bytes(row["checkpoint_bytes"]), smaller),
         "changed selections": _share(row["selection_shift"], row["selection_shift_stderr"]) if compressed else NOTHING,
@@ -96,6 +101,13 @@ def _cells(own: list[Run], table: pd.DataFrame, runs: list[Run]) -> dict[str, Ce
         "decode": _time(row, "decode", compressed),
         "quantized in": (took, ""),
     }
+
+
+def _divergence(row: pd.Series) -> Cell:
+    """Of the predictions from the 16-bit model's, in the domains of the corpus, and how often both would go on alike."""
+    if np.isnan(row["divergence"]):
+        return NOTHING
+    return _number(row["divergence"], 3), f"{100 * row['same_choice']:.1f}{PERCENT} same choice"
 
 
 def _time(row: pd.Series, phase: str, compressed: bool) -> Cell:
@@ -116,6 +128,7 @@ def legend(found: list[Group]) -> str:
     rows = [row for group in found for row in group.rows]
     marked, headings = {row.mark for row in rows}, rows[0].cells
     parts = [BEST] * ("best" in marked) + [TIED] * ("tied" in marked) + [LEGEND]
+    parts += [DIVERGENCE] * ("divergence" in headings)
     return " ".join(parts + [SPEED] * ("prefill" in headings) + [ACCURACY] * ("accuracy" in headings))
 
 

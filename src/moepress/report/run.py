@@ -175,6 +175,13 @@ class Run:
         return {domain: own.to_numpy() for domain, own in self.blocks.groupby("domain", sort=False)["nll"]}
 
     @cached_property
+    def divergence(self) -> pd.DataFrame | None:
+        """One row per evaluation block: domain, divergence from the 16-bit model (nats per token) and same_choice; None where
+        evaluation.divergence was not asked for."""
+        is_there = "divergence" in self.artefacts
+        return pd.read_parquet(self.folder("divergence") / "blocks.parquet") if is_there else None
+
+    @cached_property
     def decomposition(self) -> pd.DataFrame | None:
         """One row per evaluation block: domain, block and the nll 16bit, shift_only, weights_only and both; None where
         evaluation.decomposition was not asked for."""

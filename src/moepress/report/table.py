@@ -28,7 +28,9 @@ def tabulate(runs: list[Run]) -> pd.DataFrame:
     that the corpus has training or calibration text of; ppl_ood: of the others. delta_nll: mean increase over the
     16-bit model in nats per token on the same blocks, over the domains of ppl_mean (so exp(delta_nll) is the ratio of
     the two ppl_mean); delta_nll_ood: over those of ppl_ood. delta_nll_shift_only, delta_nll_weights_only: of the 16-bit
-    model with this one's selections, and of this one with the 16-bit model's. bpb_<domain>: bits per byte of text.
+    model with this one's selections, and of this one with the 16-bit model's. divergence: of its predictions from the 16-bit
+    model's, KL(p || p_hat) in nats per token, over the domains of ppl_mean; same_choice: share of tokens after which both think
+    the same next one most likely; *_ood: over the domains of ppl_ood. bpb_<domain>: bits per byte of text.
     acc_mean: mean accuracy over the run's tasks; delta_acc: what it is above the 16-bit model's, item by item; limit: only
     so many items of each task were asked. selection_shift: share of selected slots that changed.
     prefill_ms, decode_ms (of a step): at the first setting of latency.*; *_ms_16bit: of the 16-bit model in the same process,
@@ -39,6 +41,8 @@ def tabulate(runs: list[Run]) -> pd.DataFrame:
     found = pd.DataFrame([row(run, reference_of(run, runs)) for run in runs])
     if all(run.decomposition is None for run in runs):
         found = found.drop(columns=list(decomposition.columns(runs[0], None)))
+    if all(run.divergence is None for run in runs):
+        found = found.drop(columns=list(divergences(runs[0])))
     return found
 
 
@@ -69,6 +73,7 @@ def row(run: Run, reference: Run | None) -> dict:
         above = paired.increase([run], [reference], domains) if reference else paired.NOTHING
         found[name], found[f"{name}_stderr"] = above.value, above.stderr
     found |= decomposition.columns(run, reference)
+    found |= divergences(run)
     found |= accuracies(run)
     if reference and run.task_scores and (tasks := paired.accurate([run, reference])):
         above = paired.difference([run], [reference], paired.scores(tasks))
@@ -89,6 +94,17 @@ def row(run: Run, reference: Run | None) -> dict:
         "seed": run.seed,
         "keys": compact_json(run.keys),
     }
+
+
+def divergences(run: Run) -> dict[str, float]:
+    """Columns of how far its predictions are from the 16-bit model's; nan for a run that was not held against it."""
+    found: dict[str, float] = {}
+    for metric in ("divergence", "same_choice"):
+        for name, domains in zip((metric, f"{metric}_ood"), run.domains, strict=True):
+            known = run.divergence is not None
+            value, error = mean_over_domains(run.divergence, domains, metric) if known else (np.nan, np.nan)
+            found |= {name: value, f"{name}_stderr": error}
+    return found
 
 
 def timed_with(run: Run) -> str | None:
@@ -122,12 +138,12 @@ def is_share(metric: str) -> bool:
     return metric.startswith(("acc", "exact_match", "pass"))
 
 
-def mean_over_domains(blocks: pd.DataFrame, domains: list[str]) -> tuple[float, float]:
-    """Mean nll over blocks, then over domains, and its standard error over blocks within domains.
+def mean_over_domains(blocks: pd.DataFrame, domains: list[str], metric: str = "nll") -> tuple[float, float]:
+    """Mean of a metric over blocks, then over domains, and its standard error over blocks within domains.
 
-    blocks: columns domain and nll. (nan, nan) without domains; the error is nan where a domain has one block only.
+    blocks: columns domain and the metric. (nan, nan) without domains; the error is nan where a domain has one block only.
     """
     if not domains:
         return np.nan, np.nan
-    groups = blocks[blocks["domain"].isin(domains)].groupby("domain")["nll"]
+    groups = blocks[blocks["domain"].isin(domains)].groupby("domain")[metric]
     return float(groups.mean().mean()), float(np.sqrt(groups.sem(ddof=1).pow(2).sum(skipna=False)) / len(domains))

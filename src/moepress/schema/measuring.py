@@ -23,6 +23,7 @@ class Evaluation:
     limit: int | None
     num_fewshot: int | None
     run_generated_code: bool
+    divergence: bool
     decomposition: bool
 
     def __post_init__(self):
@@ -88,7 +89,7 @@ class Latency:
 
 MIRRORED = (
     *("corpus", "model", "calibration", "gradients", "statistics", "allocation", "quantization", "pruning", "evaluation"),
-    *("decomposition", "latency", "report"),
+    *("divergence", "decomposition", "latency", "report"),
 )
 """What is an artifact at W&B: `dag.STAGES` without the blocks of statistics, and the report. Written out, for that module knows
 this one and not the other way round."""

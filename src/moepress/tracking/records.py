@@ -25,6 +25,7 @@ MEASURED = {
     "quantization": (("size.json",), ("timing.json",)),
     "pruning": (("policy.json",),),
     "evaluation": (("metrics.json",), ("tasks.json", "moepress", "scores")),
+    "divergence": (("divergence.json",),),
     "decomposition": (("decomposition.json",),),
     "latency": (("latency.json",),),
 }
